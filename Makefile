@@ -1,0 +1,46 @@
+# make demo | make test | make check - each makes the environment (.venv) first, once.
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-slow check format clean environment
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+help:
+	@echo "make demo                            co-tune an LLM and three small models on this machine"
+	@echo "make demo DATA=<folder> DOMAINS=a,b  the same on your own data"
+	@echo "make test                            run the tests (make test-slow: those that take minutes)"
+	@echo "make check                           ruff, mypy, import-linter"
+	@echo "make clean                           remove .venv and every cache in this folder"
+
+# make demo ROUNDS=5, OUT=<file>, KEEP=1: as in `cotune demo --help`.
+demo: $(STAMP)
+	@exec $(BIN)/cotune demo $(if $(DATA),--data "$(DATA)") $(if $(DOMAINS),--domains "$(DOMAINS)") \
+		$(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(OUT),--out "$(OUT)") $(if $(KEEP),--keep)
+
+test: $(STAMP)
+	$(BIN)/pytest -m "not slow" $(PYTEST_ARGS)
+
+test-slow: $(STAMP)
+	$(BIN)/pytest -m slow $(PYTEST_ARGS)
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+environment: $(STAMP)
+
+# PYTHON=<program> chooses the Python, PIP_ARGS="..." adds to pip's command line (an index, for instance).
+$(STAMP): pyproject.toml constraints.txt scripts/make_environment.sh
+	@PYTHON="$(PYTHON)" sh scripts/make_environment.sh .venv $(PIP_ARGS)
+	@touch $@
+
+clean:
+	rm -rf .venv .mypy_cache .ruff_cache .import_linter_cache .hypothesis .pytest_cache build dist
+	find services tests migrations -name __pycache__ -prune -exec rm -rf {} +
+	rm -rf services/*.egg-info

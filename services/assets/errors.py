@@ -1,0 +1,23 @@
+"""What can be wrong with a file or folder that a user named.
+
+AssetError
+├── ModelFolderError   a model folder that is missing, incomplete or not a causal language model
+├── DataFileError      a data file that is missing, or a row in it that cannot be read
+└── TensorFileError    bytes that are not a safetensors file
+"""
+
+
+class AssetError(ValueError):
+    """Base of this package's errors. The message names the path, what was expected and what was found."""
+
+
+class ModelFolderError(AssetError):
+    """The folder or hub name does not give a causal language model."""
+
+
+class DataFileError(AssetError):
+    """A data file that cannot be read; `path:line` comes first in the message where there is a line."""
+
+
+class TensorFileError(AssetError):
+    """The bytes are not a well-formed safetensors file."""

@@ -1,0 +1,130 @@
+"""Answers with a file of the blob store, or the range of it that is wanted, and counts what was sent.
+
+The file is read in threads, piece by piece: memory does not grow with the file, and the event loop never waits for the
+disk.
+"""
+
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import anyio
+from fastapi import Request, Response
+from starlette.concurrency import run_in_threadpool
+from starlette.types import Receive, Scope, Send
+
+from cloud_api.artifacts.ranges import ByteRange, any_matches, parse_range
+from cloud_api.cloud import Cloud
+from persistence import traffic
+from persistence.artifacts import Artifact
+from protocol.headers import CONTENT_DIGEST_HEADER, content_digest
+
+CHUNK_BYTES = 256 * 1024
+REPR_DIGEST_HEADER = "Repr-Digest"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The conditional and range headers of a request, None where absent."""
+
+    range: str | None = None
+    if_range: str | None = None
+    if_none_match: str | None = None
+
+
+async def file_response(
+    request: Request, cloud: Cloud, artifact: Artifact, wanted: Wanted, *, device_id: str | None = None
+) -> Response:
+    """Return the answer for a file: whole (200), a range (206) or not changed (304).
+
+    Args:
+        device_id: whose traffic it is; None counts nothing.
+
+    Raises:
+        RangeNotSatisfiable: 416.
+        DomainError: ARTIFACT_NOT_FOUND, the store has lost it.
+    """
+    size = await run_in_threadpool(cloud.blobs.size, artifact.sha256)
+    etag = f'"{artifact.sha256}"'
+    digest = content_digest(artifact.sha256)
+    headers = {
+        "ETag": etag,
+        "Accept-Ranges": "bytes",
+        "Cache-Control": "private, max-age=31536000, immutable",
+        REPR_DIGEST_HEADER: digest,
+    }
+    if wanted.if_none_match is not None and any_matches(wanted.if_none_match, etag):
+        return Response(status_code=304, headers=headers)
+    part = None
+    if wanted.range is not None and wanted.if_range in {None, etag}:
+        part = parse_range(wanted.range, size)
+    if part is not None:
+        headers["Content-Range"] = f"bytes {part.start}-{part.stop - 1}/{size}"
+    elif request.method == "GET":
+        # RFC 9530: of this message's content, so not of a range and not for HEAD; `Repr-Digest` is of the whole file.
+        headers[CONTENT_DIGEST_HEADER] = digest
+    headers["Content-Type"] = "application/octet-stream"
+    return _FileResponse(
+        cloud,
+        artifact,
+        part or ByteRange(0, size),
+        status_code=200 if part is None else 206,
+        headers=headers,
+        device_id=device_id,
+    )
+
+
+class _FileResponse(Response):
+    """Streams the bytes of a range; sends only the headers for HEAD."""
+
+    def __init__(
+        self,
+        cloud: Cloud,
+        artifact: Artifact,
+        part: ByteRange,
+        *,
+        status_code: int,
+        headers: dict[str, str],
+        device_id: str | None,
+    ) -> None:
+        super().__init__(status_code=status_code, headers=headers | {"Content-Length": str(part.size)})
+        self._cloud = cloud
+        self._artifact = artifact
+        self._part = part
+        self._device_id = device_id
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send."""
+        if scope["method"] == "HEAD":
+            await super().__call__(scope, receive, send)
+            return
+        file = await run_in_threadpool(self._cloud.blobs.open, self._artifact.sha256)
+        sent = 0
+        try:
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            await run_in_threadpool(file.seek, self._part.start)
+            request = Request(scope, receive)
+            while sent < self._part.size and not await request.is_disconnected():
+                chunk = await self._read(file, self._part.size - sent)
+                sent += len(chunk)
+                more = sent < self._part.size
+                await send({"type": "http.response.body", "body": chunk, "more_body": more})
+            if self._part.size == 0:
+                await send({"type": "http.response.body", "body": b""})
+        finally:
+            file.close()
+            with anyio.CancelScope(shield=True):
+                await self._count(sent)
+
+    @staticmethod
+    async def _read(file: BinaryIO, left: int) -> bytes:
+        chunk = await run_in_threadpool(file.read, min(CHUNK_BYTES, left))
+        if not chunk:
+            raise EOFError(f"a stored file is {left} bytes shorter than it was")
+        return chunk
+
+    async def _count(self, num_bytes: int) -> None:
+        device_id, artifact = self._device_id, self._artifact
+        if device_id is not None and num_bytes > 0:
+            await self._cloud.transactions.write(
+                lambda session: traffic.add(session, artifact.run_id, device_id, "down", artifact.kind, num_bytes)
+            )

@@ -1,0 +1,1 @@
+"""A device's share of a round: asking for it by long poll, reporting, refusing."""

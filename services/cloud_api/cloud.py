@@ -1,0 +1,127 @@
+"""What the endpoints work with: one `Cloud` a process, made at the start and passed down."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TypeVar
+
+from fastapi.concurrency import contextmanager_in_threadpool
+from sqlalchemy.orm import Session
+from sqlalchemy.pool import QueuePool
+from starlette.concurrency import run_in_threadpool
+
+from cloud_api.dispatch import Dispatcher
+from cloud_api.feed import Feed
+from cloud_api.settings import Settings
+from persistence import events
+from persistence.blobs import FolderBlobStore
+from persistence.database import Database
+from protocol.events import Event
+
+Result = TypeVar("Result")
+
+FEED_PAGE = 500
+"""Events that the feed reads at once."""
+
+
+def utc_now() -> datetime:
+    """Return the time that everything this process does is stamped with."""
+    return datetime.now(UTC)
+
+
+class Transactions:
+    """Database work in threads, never more at a time than the pool has connections.
+
+    Without that bound, requests that hold a connection would wait for a thread while every thread waits for a
+    connection. Waiting for a turn here costs neither.
+    """
+
+    def __init__(self, database: Database) -> None:
+        pool = database.engine.pool
+        self._database = database
+        self._turns = asyncio.Semaphore(pool.size() if isinstance(pool, QueuePool) else 1)
+
+    @asynccontextmanager
+    async def writing(self) -> AsyncIterator[Session]:
+        """Open a transaction that may write; it is committed on exit."""
+        async with self._turns, contextmanager_in_threadpool(self._database.transaction()) as session:
+            yield session
+
+    @asynccontextmanager
+    async def reading(self) -> AsyncIterator[Session]:
+        """Open a session that only reads."""
+        async with self._turns, contextmanager_in_threadpool(self._database.reading()) as session:
+            yield session
+
+    async def write(self, work: Callable[[Session], Result]) -> Result:
+        """Run `work` in a transaction of its own and return what it returned, once that is committed."""
+
+        def call() -> Result:
+            with self._database.transaction() as session:
+                return work(session)
+
+        async with self._turns:
+            return await run_in_threadpool(call)
+
+    async def read(self, work: Callable[[Session], Result]) -> Result:
+        """Run `work` in a session that only reads."""
+
+        def call() -> Result:
+            with self._database.reading() as session:
+                return work(session)
+
+        async with self._turns:
+            return await run_in_threadpool(call)
+
+
+@dataclass(frozen=True)
+class Cloud:
+    """The settings and the connections of this process."""
+
+    settings: Settings
+    database: Database
+    transactions: Transactions
+    blobs: FolderBlobStore
+    dispatcher: Dispatcher
+    feed: Feed
+    now: Callable[[], datetime]
+
+    async def write(self, work: Callable[[Session], Result]) -> Result:
+        """Run `work` in a transaction; wake who waits for what it committed."""
+        result = await self.transactions.write(work)
+        self.feed.nudge()
+        return result
+
+    async def read(self, work: Callable[[Session], Result]) -> Result:
+        """Run `work` in a session that only reads."""
+        return await self.transactions.read(work)
+
+    def close(self) -> None:
+        """Let go of everything; the process ends."""
+        self.dispatcher.close()
+        self.database.dispose()
+
+
+def open_cloud(settings: Settings, *, now: Callable[[], datetime] = utc_now) -> Cloud:
+    """Connect to everything that the settings name. The database's schema must be there.
+
+    Raises:
+        StorageError: the database's address or the blobs' folder cannot be used.
+    """
+    blobs = FolderBlobStore(settings.blobs)
+    dispatcher = Dispatcher(settings.broker_url, settings.queue_prefix)
+    database = Database(settings.database_url, dispatch=dispatcher.send)
+    transactions = Transactions(database)
+
+    async def newest() -> int:
+        return await transactions.read(events.last_sequence)
+
+    async def after(sequence: int) -> list[Event]:
+        return await transactions.read(
+            lambda session: events.list_events(session, run_id=None, after=sequence, limit=FEED_PAGE)
+        )
+
+    feed = Feed(newest, after, interval_seconds=settings.feed_seconds)
+    return Cloud(settings, database, transactions, blobs, dispatcher, feed, now)

@@ -1,0 +1,80 @@
+"""Devices: for operators all of them, for a device itself."""
+
+from typing import Annotated
+
+from fastapi import APIRouter, Body, Path, Query
+
+from cloud_api.dependencies import CloudHere, Cursor, DeviceId, Limit, Now, OperatorOnly, ReadSession, WriteSession
+from cloud_api.devices import examples
+from cloud_api.documentation import DEVICE, OPERATOR, answers
+from cloud_api.strict_json import StrictJsonRoute
+from persistence import devices
+from protocol.devices import Device, Heartbeat, HeartbeatReceipt
+from protocol.errors import ErrorCode
+from protocol.pages import Page
+from protocol.statuses import DeviceStatus
+
+router = APIRouter(prefix="/v1/devices", tags=["devices"], route_class=StrictJsonRoute)
+
+DevicePath = Annotated[str, Path(max_length=64, description="The device's id.", examples=[examples.DEVICE_ID])]
+
+
+@router.get(
+    "",
+    summary="List devices",
+    dependencies=[OperatorOnly],
+    responses=answers(examples.DEVICES, OPERATOR),
+)
+def list_devices(
+    session: ReadSession,
+    cursor: Cursor = None,
+    limit: Limit = 50,
+    status: Annotated[DeviceStatus | None, Query(description="Only devices in this status.")] = None,
+) -> Page[Device]:
+    """Every device in the order of enrolment, page by page."""
+    return devices.list_devices(session, cursor=cursor, limit=limit, status=status)
+
+
+@router.get("/me", summary="Show the calling device", responses=answers(examples.DEVICE, DEVICE))
+def show_me(session: WriteSession, device_id: DeviceId) -> Device:
+    """The calling device as the server knows it: a check that its credential is still good."""
+    return devices.get_device(session, device_id)
+
+
+@router.post(
+    "/me/heartbeat",
+    summary="Say that the device is alive",
+    responses=answers(examples.HEARTBEAT_RECEIPT, DEVICE, body=True),
+)
+def heartbeat(
+    session: WriteSession,
+    device_id: DeviceId,
+    cloud: CloudHere,
+    now: Now,
+    heartbeat: Annotated[Heartbeat, Body(examples=[examples.HEARTBEAT.model_dump(mode="json")])],
+) -> HeartbeatReceipt:
+    """Tell the server what the device does, or why it does nothing. A poll for an assignment counts as well."""
+    devices.record_heartbeat(session, device_id, heartbeat, now)
+    return HeartbeatReceipt(server_time=now, next_within_seconds=cloud.settings.heartbeat_seconds)
+
+
+@router.get(
+    "/{device_id}",
+    summary="Show a device",
+    dependencies=[OperatorOnly],
+    responses=answers(examples.DEVICE, OPERATOR, ErrorCode.DEVICE_NOT_FOUND),
+)
+def show_device(session: ReadSession, device_id: DevicePath) -> Device:
+    """One device: its profile, whether it is heard from, and what it does."""
+    return devices.get_device(session, device_id)
+
+
+@router.post(
+    "/{device_id}/revoke",
+    summary="Revoke a device",
+    dependencies=[OperatorOnly],
+    responses=answers(examples.DEVICE, OPERATOR, ErrorCode.DEVICE_NOT_FOUND),
+)
+def revoke_device(session: WriteSession, now: Now, device_id: DevicePath) -> Device:
+    """Void the device's credential for ever, at once; what it has not had counted yet is not counted."""
+    return devices.revoke_device(session, device_id, now)

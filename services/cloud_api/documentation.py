@@ -1,0 +1,151 @@
+"""The OpenAPI document: what every operation says about its answers and errors, in one form.
+
+`answers(...)` is what an endpoint gives as `responses`: an example of the good answer and, by status, every error code
+that the operation can answer with. `install(app)` finishes the document.
+"""
+
+from collections.abc import Iterable, Mapping
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+
+from cloud_api.problems import problem_type, title
+from protocol.errors import HTTP_STATUS, PROBLEM_MEDIA_TYPE, ErrorCode, Problem
+
+TAGS = {
+    "enrolment": "How a device gets its identity: an operator makes a token, the device trades it for a credential.",
+    "devices": "Enrolled devices, as operators see them and as they see themselves.",
+    "assignments": "A device's share of a round: asking for it, telling how it goes, refusing it.",
+    "updates": "What a device hands in: its parts as safetensors files, then the submission.",
+    "artifacts": "Files by their SHA-256: proxy base, adapters, probe set. Ranges, ETags, digests.",
+    "runs": "Training jobs.",
+    "rounds": "The rounds of a run, with each device's share.",
+    "versions": "The model versions that rounds leave, and their adapters.",
+    "events": "The append-only feed of everything that happened, as a list and as a stream.",
+    "service": "Health and readiness. No credential needed.",
+}
+
+DESCRIPTION = f"""\
+Cotune co-tunes a large language model in the cloud with the small language models on many devices.
+
+**Who calls.** Operators send `Authorization: Bearer <operator key>`, devices `Authorization: Bearer <credential>`.
+
+**Errors** are `{PROBLEM_MEDIA_TYPE}` (RFC 9457). Switch on `code`: it is stable, `detail` is for people.
+Every answer has `X-Request-ID`, which is also in the server's log; send your own to find a request again.
+
+**Repeating.** Uploads and submissions are idempotent: the same content gets the same receipt, other content gets 409.
+After `503`, wait for `Retry-After` and repeat.
+
+**Versions.** Clients may send `Cotune-Protocol: 1`. Fields are only ever added: ignore those that you do not know.
+"""
+
+_WITH_BODY = (ErrorCode.MALFORMED_REQUEST, ErrorCode.BODY_TOO_LARGE)
+_ALWAYS = (ErrorCode.INVALID_FIELD, ErrorCode.UNSUPPORTED_PROTOCOL, ErrorCode.INTERNAL_ERROR, ErrorCode.UNAVAILABLE)
+OPERATOR = (ErrorCode.UNAUTHENTICATED, ErrorCode.FORBIDDEN, ErrorCode.DEVICE_REVOKED)
+"""The codes of an operation for operators; a revoked device that tries it is told that it is revoked."""
+
+DEVICE = (ErrorCode.UNAUTHENTICATED, ErrorCode.FORBIDDEN, ErrorCode.DEVICE_REVOKED)
+"""The codes of an operation for devices."""
+
+CALLER = (ErrorCode.UNAUTHENTICATED, ErrorCode.DEVICE_REVOKED)
+"""The codes of an operation for both."""
+
+Responses = dict[int | str, dict[str, Any]]
+
+
+def answers(
+    example: BaseModel | list[BaseModel] | None,
+    *codes: ErrorCode | Iterable[ErrorCode],
+    status: int = 200,
+    description: str | None = None,
+    body: bool = False,
+    also: Mapping[int, dict[str, Any]] | None = None,
+) -> Responses:
+    """Return an operation's `responses`.
+
+    Args:
+        example: the good answer, as it could be; None where it is not JSON (then say it in `also`).
+        codes: every error code of this operation alone, or groups of them such as `OPERATOR`.
+        status: the good answer's status.
+        description: the good answer in words.
+        body: whether the operation takes a JSON body.
+        also: further answers that are not errors.
+    """
+    responses: Responses = {}
+    if example is not None:
+        responses[status] = {"content": {"application/json": {"example": _plain(example)}}}
+        if description:
+            responses[status]["description"] = description
+    for good, response in (also or {}).items():
+        responses[good] = response
+    possible: list[ErrorCode] = [*(_WITH_BODY if body else ()), *_ALWAYS]
+    for each in codes:
+        possible += [each] if isinstance(each, ErrorCode) else each
+    for error_status in sorted({HTTP_STATUS[code] for code in possible}):
+        here = [code for code in dict.fromkeys(possible) if HTTP_STATUS[code] == error_status]
+        responses[error_status] = _problem_answer(error_status, here)
+    return responses
+
+
+def _plain(example: BaseModel | list[BaseModel]) -> Any:
+    if isinstance(example, list):
+        return [each.model_dump(mode="json") for each in example]
+    return example.model_dump(mode="json")
+
+
+def _problem_answer(status: int, codes: list[ErrorCode]) -> dict[str, Any]:
+    names = ", ".join(f"`{code.value}`" for code in codes)
+    return {
+        "description": f"{HTTPStatus(status).phrase}: {names}.",
+        "content": {
+            PROBLEM_MEDIA_TYPE: {
+                "schema": {"$ref": "#/components/schemas/Problem"},
+                "examples": {code.value: {"summary": title(code), "value": _problem(code)} for code in codes},
+            }
+        },
+    }
+
+
+def _problem(code: ErrorCode) -> dict[str, Any]:
+    problem = Problem(
+        type=problem_type(code),
+        title=title(code),
+        status=HTTP_STATUS[code],
+        detail="what was expected, and what came",
+        code=code,
+        request_id="5f1c2a9e0b7d4c31",
+    )
+    return problem.model_dump(mode="json")
+
+
+def install(app: FastAPI) -> None:
+    """Make `app` serve the finished document, built once when it is first asked for."""
+
+    def document() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            app.openapi_schema = _document(app)
+        return app.openapi_schema
+
+    app.openapi = document  # type: ignore[method-assign]
+
+
+def _document(app: FastAPI) -> dict[str, Any]:
+    document = get_openapi(
+        title=app.title,
+        version=app.version,
+        summary=app.summary,
+        description=app.description,
+        routes=app.routes,
+        tags=app.openapi_tags,
+        license_info=app.license_info,
+        servers=app.servers,
+    )
+    schemas = document.setdefault("components", {}).setdefault("schemas", {})
+    problem = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
+    schemas.update(problem.pop("$defs", {}))
+    schemas["Problem"] = problem
+    document["components"]["schemas"] = dict(sorted(schemas.items()))
+    return document

@@ -1,0 +1,74 @@
+"""Whether the process lives, and whether it can work."""
+
+import os
+
+from fastapi import APIRouter
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import Response
+
+from cloud_api.cloud import Cloud
+from cloud_api.dependencies import CloudHere
+from cloud_api.documentation import answers
+from cloud_api.release import VERSION
+from protocol import PROTOCOL_VERSION
+from protocol.errors import DomainError
+from protocol.health import Health, Readiness
+
+router = APIRouter(tags=["service"])
+
+_HEALTH = Health(version=VERSION, protocol=PROTOCOL_VERSION)
+_READY = Readiness(status="ready", checks={"database": "ok", "blobs": "ok", "queue": "ok"})
+_NOT_READY = Readiness(
+    status="not_ready", checks={"database": "the database does not answer: timeout", "blobs": "ok", "queue": "ok"}
+)
+
+
+@router.get("/health", summary="Whether the process answers", responses=answers(_HEALTH))
+async def health() -> Health:
+    """Answers as long as the process lives, whatever becomes of its dependencies. For liveness probes."""
+    return _HEALTH
+
+
+@router.get(
+    "/ready",
+    summary="Whether the service can work",
+    responses=answers(
+        _READY,
+        also={
+            503: {
+                "description": "Not ready; `checks` says why. (A `Problem` where the server stops.)",
+                "model": Readiness,
+                "content": {"application/json": {"example": _NOT_READY.model_dump(mode="json")}},
+            }
+        },
+    ),
+)
+async def ready(cloud: CloudHere, response: Response) -> Readiness:
+    """Checks the database, the blob store and the queue. For readiness probes.
+
+    A queue that does not answer is named, and does not make the service unready: jobs wait in the database until it
+    answers again.
+    """
+    checks = {
+        "database": await run_in_threadpool(_database, cloud),
+        "blobs": await run_in_threadpool(_blobs, cloud),
+        "queue": await run_in_threadpool(cloud.dispatcher.check),
+    }
+    works = checks["database"] == "ok" and checks["blobs"] == "ok"
+    if not works:
+        response.status_code = 503
+        response.headers["Retry-After"] = "1"
+    return Readiness(status="ready" if works else "not_ready", checks=checks)
+
+
+def _database(cloud: Cloud) -> str:
+    try:
+        cloud.database.ping()
+    except DomainError as error:
+        return error.detail
+    return "ok"
+
+
+def _blobs(cloud: Cloud) -> str:
+    folder = cloud.blobs.incoming
+    return "ok" if os.access(folder, os.W_OK | os.X_OK) else f"{folder} cannot be written"

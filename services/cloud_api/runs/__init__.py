@@ -1,0 +1,1 @@
+"""Runs: creating, showing and stopping them, and the bytes that they cost."""

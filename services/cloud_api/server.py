@@ -1,0 +1,101 @@
+"""Runs the application under uvicorn: our socket, our logs, our way to stop."""
+
+import contextlib
+import errno
+import signal
+import socket
+import sys
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from cloud_api.cloud import Cloud
+
+GRACE_SECONDS = 2
+"""From the signal to the cut of requests that still run (uploads, downloads); waiting ends at once."""
+
+
+class CannotListen(Exception):
+    """The address cannot be listened on; the message says why."""
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Return a socket that holds the address. Nobody can connect before the server listens on it.
+
+    Raises:
+        CannotListen: it is in use, or it is not an address of this machine.
+    """
+    try:
+        [(family, kind, protocol, _, address), *_] = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+    except (socket.gaierror, UnicodeError) as error:
+        raise CannotListen(f"expected an address of this machine as --host, got {host!r}: {error}") from None
+    listener = socket.socket(family, kind, protocol)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if family == socket.AF_INET6:
+        listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+    try:
+        listener.bind(address)
+        # Linux lets two sockets that do not listen yet bind one address: only listening tells.
+        listener.listen(1)
+    except OSError as error:
+        listener.close()
+        if error.errno == errno.EADDRINUSE:
+            detail = "is in use by another process; stop it, or choose another with --port"
+            raise CannotListen(f"port {port} on {host} {detail}") from None
+        raise CannotListen(f"cannot listen on {host} port {port}: {error.strerror}") from None
+    return listener
+
+
+def address_of(listener: socket.socket) -> str:
+    """Return the address under which a browser finds a bound socket."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class Server(uvicorn.Server):
+    """Says its address when it is up, and ends what waits before it waits for what runs."""
+
+    def __init__(self, config: uvicorn.Config, cloud: Cloud) -> None:
+        super().__init__(config)
+        self._cloud = cloud
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Start, then print the address to standard output."""
+        await super().startup(sockets)
+        for listener in sockets or []:
+            sys.stdout.write(f"Cotune API on {address_of(listener)}, documentation on {address_of(listener)}/docs\n")
+        sys.stdout.flush()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """Wake long polls and event streams, then stop as uvicorn does."""
+        self._cloud.feed.stop()
+        await super().shutdown(sockets)
+
+
+def serve(app: FastAPI, cloud: Cloud, listener: socket.socket) -> None:
+    """Serve until SIGTERM or SIGINT."""
+    config = uvicorn.Config(
+        app,
+        loop="uvloop",
+        http="httptools",
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_keep_alive=75,  # longer than clients keep a connection, so that they close it, not we in their face
+        timeout_graceful_shutdown=GRACE_SECONDS,
+        backlog=2048,
+    )
+    # uvicorn handles both signals while it serves and raises them again at the end: then they are nothing new.
+    for each in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(each, _already_handled)
+    with contextlib.closing(listener):
+        Server(config, cloud).run([listener])
+
+
+def _already_handled(_signal: int, _frame: FrameType | None) -> None:
+    """Do nothing."""

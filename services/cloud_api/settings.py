@@ -1,0 +1,157 @@
+"""The API's settings, read once from the environment at the entry and passed down."""
+
+import os
+import secrets
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from protocol.queue import embedded_broker_url, queue_folder, queue_name
+from protocol.statuses import TRAINING_QUEUE, PartKind
+
+LogFormat = Literal["console", "json"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+Choice = TypeVar("Choice", bound=str)
+
+KEY_FILE = "operator.key"
+SHORTEST_KEY = 16
+"""Characters. A shorter operator key could be guessed over the network."""
+
+DEFAULT_UPLOAD_BYTES = 512 * 2**20
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Where everything is, and what the API allows."""
+
+    home: Path
+    """Embedded state: the default place of the database, the queue, the blobs and the operator key."""
+    database_url: str
+    broker_url: str
+    queue_prefix: str
+    blobs: Path
+    operator_key: str = field(repr=False)
+    log_format: LogFormat = "console"
+    log_level: LogLevel = "info"
+    upload_limits: Mapping[PartKind, int] = field(default_factory=lambda: dict.fromkeys(PartKind, DEFAULT_UPLOAD_BYTES))
+    """Largest size of each part of an update, bytes."""
+    heartbeat_seconds: int = 30
+    """How often a device is asked to be heard from."""
+    feed_seconds: float = 0.25
+    """How often the event table is looked at for what other processes committed."""
+    stream_heartbeat_seconds: float = 15.0
+    """Silence on an event stream after which a comment is sent, so that proxies keep it open."""
+    upload_idle_seconds: float = 60.0
+    """An upload of which nothing comes for so long is given up."""
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str]) -> "Settings":
+        """Read `COTUNE_*`; where no operator key is set, read or make that of the home folder.
+
+        Raises:
+            ValueError: a value that cannot be used; the message names the variable, what was expected and what came.
+            OSError: a folder or file that cannot be made or read; the message names it.
+        """
+        home = _home(environment)
+        broker_url = environment.get("COTUNE_BROKER_URL") or embedded_broker_url(home)
+        queue_prefix = environment.get("COTUNE_QUEUE_PREFIX", "")
+        queue_name(TRAINING_QUEUE, queue_prefix)
+        prepare_folder(home)
+        if (folder := queue_folder(broker_url)) is not None:
+            prepare_folder(folder)
+        return cls(
+            home=home,
+            database_url=environment.get("COTUNE_DATABASE_URL") or f"sqlite:///{home / 'cotune.sqlite3'}",
+            broker_url=broker_url,
+            queue_prefix=queue_prefix,
+            blobs=Path(environment.get("COTUNE_BLOBS") or home / "blobs").expanduser().absolute(),
+            operator_key=_operator_key(environment, home),
+            log_format=_choice(environment, "COTUNE_LOG_FORMAT", ("console", "json"), "console"),
+            log_level=_choice(environment, "COTUNE_LOG_LEVEL", ("info", "debug", "warning", "error"), "info"),
+            upload_limits={kind: _upload_limit(environment, kind) for kind in PartKind},
+        )
+
+
+def prepare_folder(folder: Path) -> None:
+    """Make a folder that only this user can enter, if it is not there.
+
+    Raises:
+        OSError: it cannot be made or written; the message names it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise OSError(f"expected a folder that can be written, got {folder}: {error.strerror}") from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise OSError(f"expected a folder that can be written, got {folder}: no permission")
+
+
+def _home(environment: Mapping[str, str]) -> Path:
+    if configured := environment.get("COTUNE_HOME"):
+        return Path(configured).expanduser().absolute()
+    data = environment.get("XDG_DATA_HOME")
+    return (Path(data) if data else Path.home() / ".local" / "share") / "cotune"
+
+
+def _operator_key(environment: Mapping[str, str], home: Path) -> str:
+    if key := environment.get("COTUNE_OPERATOR_KEY"):
+        return _checked_key(key, "COTUNE_OPERATOR_KEY")
+    if named := environment.get("COTUNE_OPERATOR_KEY_FILE"):
+        return _read_key(Path(named).expanduser())
+    path = home / KEY_FILE
+    if not path.exists():
+        _make_key(path)
+    return _read_key(path)
+
+
+def _make_key(path: Path) -> None:
+    # Written under another name first: a reader must never see an empty key.
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}")
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with os.fdopen(descriptor, "w", encoding="ascii") as file:
+        file.write(secrets.token_urlsafe(32) + "\n")
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        pass
+    finally:
+        temporary.unlink()
+
+
+def _read_key(path: Path) -> str:
+    try:
+        key = path.read_text(encoding="ascii").strip()
+    except OSError as error:
+        raise OSError(f"expected an operator key in {path}, got: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"expected an operator key of ASCII characters in {path}") from None
+    return _checked_key(key, str(path))
+
+
+def _checked_key(key: str, where: str) -> str:
+    # The key itself is never part of a message.
+    if len(key) < SHORTEST_KEY or not key.isascii() or not key.isprintable() or " " in key:
+        raise ValueError(
+            f"{where}: expected an operator key of at least {SHORTEST_KEY} printable ASCII characters without spaces, "
+            f"got {len(key)} characters"
+        )
+    return key
+
+
+def _choice(environment: Mapping[str, str], name: str, choices: tuple[Choice, ...], default: Choice) -> Choice:
+    value = environment.get(name) or default
+    for choice in choices:
+        if value == choice:
+            return choice
+    raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+
+
+def _upload_limit(environment: Mapping[str, str], kind: PartKind) -> int:
+    name = f"COTUNE_MAX_{kind.name}_BYTES"
+    value = environment.get(name)
+    if not value:
+        return DEFAULT_UPLOAD_BYTES
+    if not value.isdecimal() or not 1 <= int(value) <= 2**40:
+        raise ValueError(f"{name}: expected bytes, a whole number from 1 to 2^40, got {value!r}")
+    return int(value)

@@ -1,0 +1,110 @@
+"""Takes a file's bytes from the network into the blob store: bounded before it is read, checked while it comes.
+
+Memory does not grow with the file. Nothing is kept of a file that is cut, too long, wrong or late.
+"""
+
+import asyncio
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass
+
+from fastapi import Request
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect
+
+from cloud_api.cloud import Cloud
+from cloud_api.updates.admission import HeaderGate
+from persistence.blobs import StoredBlob
+from protocol.errors import DomainError, ErrorCode
+from protocol.headers import CONTENT_DIGEST_HEADER, parse_content_digest
+
+BLOCK_BYTES = 256 * 1024
+"""Written and hashed at once, in a thread; small enough for a thousand uploads at a time."""
+
+
+@dataclass(frozen=True)
+class Announced:
+    """What a request's headers say about its body."""
+
+    size_bytes: int
+    sha256: str
+
+
+def announced(request: Request, limit: int) -> Announced:
+    """Read `Content-Length` and `Content-Digest`, both required.
+
+    Raises:
+        DomainError: LENGTH_REQUIRED, BODY_TOO_LARGE, or INVALID_FIELD for the digest.
+    """
+    length = request.headers.get("Content-Length", "")
+    if not (length.isascii() and length.isdigit()):
+        detail = "expected `Content-Length` with the size of the file; chunked uploads are not taken"
+        raise DomainError(ErrorCode.LENGTH_REQUIRED, detail)
+    if len(length) > 18 or int(length) > limit:
+        detail = f"expected at most {limit} bytes, `Content-Length` says {length[:40]}"
+        raise DomainError(ErrorCode.BODY_TOO_LARGE, detail, expected=limit, received=length[:40])
+    digest = request.headers.get(CONTENT_DIGEST_HEADER, "")
+    try:
+        return Announced(int(length), parse_content_digest(digest))
+    except ValueError as error:
+        detail = f"`{CONTENT_DIGEST_HEADER}`: {error}"
+        raise DomainError(
+            ErrorCode.INVALID_FIELD, detail, expected="sha-256=:<base64 of 32 bytes>:", received=digest[:120] or None
+        ) from None
+
+
+async def receive_file(request: Request, cloud: Cloud, body: Announced, gate: HeaderGate) -> StoredBlob:
+    """Store the request's body durably and return what was stored.
+
+    Raises:
+        DomainError: TRUNCATED_BODY, DIGEST_MISMATCH, UNAVAILABLE (the disk is full), or what the gate refuses.
+    """
+    with await run_in_threadpool(cloud.blobs.writer, body.size_bytes) as writer:
+
+        def take(block: bytes) -> None:
+            gate.take(block)
+            writer.write(block)
+
+        def finish() -> StoredBlob:
+            gate.finish()
+            return writer.commit(body.sha256)
+
+        async with aclosing(_blocks(request, body.size_bytes, cloud.settings.upload_idle_seconds)) as blocks:
+            async for block in blocks:
+                await run_in_threadpool(take, block)
+        return await run_in_threadpool(finish)
+
+
+async def _blocks(request: Request, size_bytes: int, idle_seconds: float) -> AsyncGenerator[bytes]:
+    """Yield the body in blocks of at least `BLOCK_BYTES`, but for the last."""
+    waiting: list[bytes] = []
+    size = received = 0
+    chunks = request.stream()
+    try:
+        while True:
+            async with asyncio.timeout(idle_seconds):
+                chunk = await anext(chunks, b"")
+            if not chunk:
+                break
+            received += len(chunk)
+            waiting.append(chunk)
+            size += len(chunk)
+            if size >= BLOCK_BYTES:
+                yield b"".join(waiting)
+                waiting.clear()
+                size = 0
+    except ClientDisconnect:
+        raise _truncated(size_bytes, received, "then the connection was closed") from None
+    except TimeoutError:
+        raise _truncated(size_bytes, received, f"then nothing for {idle_seconds:.0f} s") from None
+    finally:
+        await chunks.aclose()
+    if received < size_bytes:
+        raise _truncated(size_bytes, received, "then the body ended")
+    if waiting:
+        yield b"".join(waiting)
+
+
+def _truncated(expected: int, received: int, what: str) -> DomainError:
+    detail = f"`Content-Length` says {expected} bytes; {received} came, {what}. Nothing was kept"
+    return DomainError(ErrorCode.TRUNCATED_BODY, detail, expected=expected, received=received)

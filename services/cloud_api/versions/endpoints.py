@@ -1,0 +1,83 @@
+"""Model versions, for operators."""
+
+from enum import StrEnum
+from typing import Annotated
+
+from fastapi import APIRouter, Path, Request, Response
+
+from cloud_api.artifacts.endpoints import DOWNLOAD_ERRORS, DOWNLOADS, IfNoneMatch, IfRange, RangeHeader
+from cloud_api.artifacts.files import Wanted, file_response
+from cloud_api.dependencies import CloudHere, Cursor, Limit, OperatorOnly, ReadSession
+from cloud_api.documentation import OPERATOR, answers
+from cloud_api.runs.endpoints import RunPath
+from cloud_api.strict_json import StrictJsonRoute
+from cloud_api.versions import examples
+from persistence import artifacts, versions
+from protocol.errors import DomainError, ErrorCode
+from protocol.pages import Page
+from protocol.runs import ModelVersion
+
+router = APIRouter(
+    prefix="/v1/runs/{run_id}/versions", tags=["versions"], route_class=StrictJsonRoute, dependencies=[OperatorOnly]
+)
+
+NumberPath = Annotated[int, Path(ge=0, description="The version's number; 0 is the state before the first round.")]
+
+
+class AdapterName(StrEnum):
+    """Which of a version's adapters."""
+
+    PROXY = "proxy"
+    LLM = "llm"
+
+
+@router.get("", summary="List versions", responses=answers(examples.VERSIONS, OPERATOR, ErrorCode.RUN_NOT_FOUND))
+def list_versions(
+    session: ReadSession, run_id: RunPath, cursor: Cursor = None, limit: Limit = 50
+) -> Page[ModelVersion]:
+    """The run's versions, the newest first, with their scores and whether they were promoted."""
+    return versions.list_versions(session, run_id, cursor=cursor, limit=limit)
+
+
+@router.get(
+    "/{number}",
+    summary="Show a version",
+    responses=answers(examples.VERSION, OPERATOR, ErrorCode.RUN_NOT_FOUND, ErrorCode.VERSION_NOT_FOUND),
+)
+def show_version(session: ReadSession, run_id: RunPath, number: NumberPath) -> ModelVersion:
+    """One version: where it comes from, its adapters by hash, its scores."""
+    return versions.get_version(session, run_id, number)
+
+
+@router.get(
+    "/{number}/adapters/{adapter}",
+    summary="Download an adapter of a version",
+    response_class=Response,
+    responses=answers(
+        None,
+        OPERATOR,
+        DOWNLOAD_ERRORS,
+        ErrorCode.RUN_NOT_FOUND,
+        ErrorCode.VERSION_NOT_FOUND,
+        also=DOWNLOADS,
+    ),
+)
+async def download_adapter(
+    *,
+    request: Request,
+    cloud: CloudHere,
+    run_id: RunPath,
+    number: NumberPath,
+    adapter: Annotated[AdapterName, Path(description="`proxy`: theta, shared by all devices; `llm`: omega.")],
+    range_header: RangeHeader = None,
+    if_range: IfRange = None,
+    if_none_match: IfNoneMatch = None,
+) -> Response:
+    """The adapter's safetensors file, as `/v1/artifacts/{sha256}` serves it."""
+    version = await cloud.read(lambda session: versions.get_version(session, run_id, number))
+    sha256 = version.proxy_adapter_sha256 if adapter is AdapterName.PROXY else version.llm_adapter_sha256
+    if sha256 is None:
+        detail = f"version {number} of run {run_id} has no {adapter.value} adapter"
+        raise DomainError(ErrorCode.ARTIFACT_NOT_FOUND, detail, received=adapter.value)
+    artifact = await cloud.read(lambda session: artifacts.get(session, sha256))
+    return await file_response(request, cloud, artifact, Wanted(range_header, if_range, if_none_match))

@@ -1,0 +1,63 @@
+"""`cotune device`: let devices in, and see them."""
+
+from typing import Annotated
+
+import typer
+
+from command_line.connection import Format, Server, connect
+from command_line.output import OutputFormat, console, print_json, print_table
+from protocol.devices import Device, EnrolmentTokenCreate
+
+app = typer.Typer(no_args_is_help=True, help="Let devices in, and see them.")
+
+
+@app.command("token")
+def token(
+    uses: Annotated[int, typer.Option(min=1, max=100_000, help="How many devices may enrol with it.")] = 1,
+    expires_in_seconds: Annotated[
+        int, typer.Option("--expires-in", min=60, max=31_536_000, help="Seconds until it is void.")
+    ] = 86_400,
+    note: Annotated[str, typer.Option(help="A note for yourself; devices never see it.")] = "",
+    server: Server = None,
+    output: Format = OutputFormat.TABLE,
+) -> None:
+    """Make an enrolment token. Give it to the owner of a device; it is shown this once."""
+    request = EnrolmentTokenCreate(uses=uses, expires_in_seconds=expires_in_seconds, note=note)
+    with connect(server) as client:
+        created = client.create_token(request)
+        address = client.server
+    if output is OutputFormat.JSON:
+        print_json(created)
+        return
+    out = console()
+    out.print(f"Token, shown this once: [bold]{created.token}[/bold]", soft_wrap=True)
+    out.print(f"It lets {created.uses} device(s) in until {created.expires_at:%Y-%m-%d %H:%M} UTC. On the device:")
+    out.print(
+        f"  cotune-agent enroll --server {address} --token {created.token}"
+        " --name NAME --model FOLDER --data FILE.jsonl",
+        soft_wrap=True,
+        markup=False,
+    )
+
+
+@app.command("list")
+def list_devices(server: Server = None, output: Format = OutputFormat.TABLE) -> None:
+    """List every device: what it runs on, what it does, when it was last heard from."""
+    with connect(server) as client:
+        devices = client.list_devices()
+    if output is OutputFormat.JSON:
+        print_json(devices)
+        return
+    columns = ["Device", "Name", "Status", "Does", "Model", "Domain", "#Rows", "Last seen (UTC)"]
+    print_table(console(), f"{len(devices)} device(s)", columns, [_row(device) for device in devices])
+
+
+def _row(device: Device) -> list[str]:
+    profile = device.profile
+    activity = f"{device.activity}: {device.reason}" if device.reason else device.activity
+    model = f"{profile.model_architecture}, {profile.model_parameters / 1e6:.1f} M"
+    seen = f"{device.last_seen_at:%Y-%m-%d %H:%M:%S}"
+    return [
+        device.device_id, device.name, device.status, activity, model, profile.domain or "-",
+        str(profile.num_examples), seen,
+    ]  # fmt: skip

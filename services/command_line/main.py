@@ -1,0 +1,58 @@
+"""`cotune`: the command line of operators and newcomers."""
+
+import sys
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+from command_line import demo_command, device_commands, run_commands, up_command
+from command_line.errors import CommandError
+from command_line.exit_codes import ExitCode
+from command_line.output import print_error
+
+EPILOG = (
+    "Exit codes: 0 done; 1 the run failed; 2 no connection or not allowed; 3 timed out; 4 wrong input; 130 interrupted."
+)
+
+app = typer.Typer(
+    name="cotune",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    epilog=EPILOG,
+    help="Co-tune a large language model in the cloud with the small language models on people's devices."
+    " New here? Run [bold]cotune demo[/bold].",
+)
+app.command("demo")(demo_command.demo)
+app.command("up")(up_command.up)
+app.add_typer(run_commands.app, name="run")
+app.add_typer(device_commands.app, name="device")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(version("cotune"))
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    _: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> None:
+    """Run the command line and exit with one of `ExitCode`."""
+    try:
+        app()
+    except CommandError as error:
+        print_error(error)
+        sys.exit(error.exit_code)
+    except SystemExit as ended:
+        # Typer ends a wrong command line with 2, which here means "no connection"; no command of ours exits with 2.
+        sys.exit(ExitCode.BAD_INPUT if ended.code == 2 else ended.code)

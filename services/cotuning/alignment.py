@@ -1,0 +1,162 @@
+"""Structure-agnostic alignment: where two tokenizations of one response meet, in bytes.
+
+Names: B rows, T tokens, P byte positions, S span starts, one for each span that both models can be scored on.
+
+Where both tokenizations end a token is a common boundary; a span between two neighbouring ones holds the same text on
+both sides. At its start both models have read exactly the same bytes, so their next-token distributions are about the
+same event; inside it they have not, and no distribution is matched there. Groups equal those of TRL's GOLD walker
+(`_align_by_byte_offsets`), but the incomplete tail after the last common boundary is dropped, not glued, and a span's
+distribution is read at its first token's position *minus one*: the logits at a position predict the next token.
+
+Everything is a handful of tensor operations for a whole batch, linear in bytes, on whatever device the batches are.
+End of turn is one more shared event: a span of no bytes after the last one, when neither side was truncated.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cotuning.encoding import IGNORED_LABEL, EncodedBatch, encode_batch, response_digest
+from cotuning.token_tables import TokenTable, token_table
+
+__all__ = [
+    "IGNORED_LABEL",
+    "Alignment",
+    "EncodedBatch",
+    "TokenTable",
+    "align",
+    "encode_batch",
+    "response_digest",
+    "token_spans",
+    "token_table",
+]
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """The span starts of a batch, ordered by row and byte.
+
+    Attributes:
+        sample_S: the row of the batch.
+        row_a_S, row_b_S: position whose logits predict the span's first token (that token's position minus one).
+        first_token_a_S, first_token_b_S: id of the span's first observed token.
+        byte_start_S, byte_end_S: the span's bytes in the response; equal for END.
+        is_end_S: the span is the end of turn.
+        covered_bytes: bytes in spans; 0-dim.
+        total_bytes: bytes of the responses as far as both sides hold them (whole, for rows not aligned); 0-dim.
+        skipped_B: rows left out because a side's byte ends are unknown.
+    """
+
+    sample_S: Tensor
+    row_a_S: Tensor
+    row_b_S: Tensor
+    first_token_a_S: Tensor
+    first_token_b_S: Tensor
+    byte_start_S: Tensor
+    byte_end_S: Tensor
+    is_end_S: Tensor
+    covered_bytes: Tensor
+    total_bytes: Tensor
+    skipped_B: Tensor
+
+    @property
+    def num_spans(self) -> int:
+        """S."""
+        return len(self.sample_S)
+
+    @property
+    def num_skipped(self) -> int:
+        """Rows left out."""
+        return int(self.skipped_B.sum())
+
+    @property
+    def coverage(self) -> float:
+        """Share of the response bytes that lie in spans; 1 where there are no bytes."""
+        total = int(self.total_bytes)
+        return int(self.covered_bytes) / total if total else 1.0
+
+
+def align(a: EncodedBatch, b: EncodedBatch) -> Alignment:
+    """Find the common boundaries of two encodings of the same responses, row by row.
+
+    Args:
+        a: one model's batch.
+        b: the other's; the same responses in the same order, on the same device.
+
+    Raises:
+        ValueError: the batches hold different responses.
+    """
+    _require_same_responses(a, b)
+    skipped_B = ~(a.aligned_B & b.aligned_B)
+    position_a_P, position_b_P = a.closing_positions(), b.closing_positions()
+    place_J = ((position_a_P >= -1) & (position_b_P >= -1)).nonzero().flatten()  # the common boundaries
+    first_B = a.first_bytes()
+    sample_J = torch.searchsorted(first_B, place_J, right=True) - 1
+    byte_J = place_J - first_B[sample_J]
+    row_a_J, row_b_J = position_a_P[place_J], position_b_P[place_J]
+    is_last_J = torch.ones_like(sample_J, dtype=torch.bool)
+    is_last_J[:-1] = sample_J[1:] != sample_J[:-1]
+    following_J = torch.where(is_last_J, byte_J, byte_J.roll(-1))
+    whole_B = (a.end_position_B >= 0) & (b.end_position_B >= 0)
+    is_end_J = is_last_J & (byte_J == a.num_bytes_B[sample_J]) & whole_B[sample_J]
+    usable_J = ~skipped_B[sample_J] & (is_end_J | ~is_last_J)
+    # Text that one side drops is in a span without a token there; with no row before it nothing predicts a token.
+    predicts_J = (row_a_J >= 0) & (row_b_J >= 0) & (row_a_J != row_a_J.roll(-1)) & (row_b_J != row_b_J.roll(-1))
+    kept_J = usable_J & (predicts_J | (is_end_J & (row_a_J >= 0) & (row_b_J >= 0)))
+    sample_S, row_a_S, row_b_S = sample_J[kept_J], row_a_J[kept_J], row_b_J[kept_J]
+    seen_B = torch.minimum(_bytes_seen(a), _bytes_seen(b))
+    return Alignment(
+        sample_S=sample_S,
+        row_a_S=row_a_S,
+        row_b_S=row_b_S,
+        first_token_a_S=a.input_ids_BT[sample_S, row_a_S + 1],
+        first_token_b_S=b.input_ids_BT[sample_S, row_b_S + 1],
+        byte_start_S=byte_J[kept_J],
+        byte_end_S=following_J[kept_J],
+        is_end_S=is_end_J[kept_J],
+        covered_bytes=((following_J - byte_J) * usable_J).sum(),
+        total_bytes=torch.where(skipped_B, a.num_bytes_B, seen_B).sum(),
+        skipped_B=skipped_B,
+    )
+
+
+def _bytes_seen(batch: EncodedBatch) -> Tensor:
+    """Bytes of each response that the row holds, [B]: fewer than all where it was truncated."""
+    if not batch.byte_ends_BT.shape[1]:
+        return batch.num_bytes_B
+    return torch.where(batch.end_position_B >= 0, batch.num_bytes_B, batch.byte_ends_BT.amax(1))
+
+
+def token_spans(batch: EncodedBatch, alignment: Alignment) -> Tensor:
+    """Which span each content token of one side lies in.
+
+    Returns:
+        int64 [B, T]: the index among the S spans, -1 for tokens in none (outside the response, in the seam, after the
+        last common boundary) and for END.
+    """
+    nowhere_BT = torch.full_like(batch.byte_ends_BT, -1)
+    index_S = (~alignment.is_end_S).nonzero().flatten()
+    if not len(index_S):
+        return nowhere_BT
+    first_B = batch.first_bytes()
+    # A token that ends at byte e lies in the last span that starts before e, if it lies in one at all.
+    starts_S = first_B[alignment.sample_S[index_S]] + alignment.byte_start_S[index_S]
+    place_BT = first_B[:, None] + batch.byte_ends_BT
+    span_BT = index_S[(torch.searchsorted(starts_S, place_BT) - 1).clamp(min=0)]
+    rows_B1 = torch.arange(len(first_B), device=first_B.device)[:, None]
+    inside_BT = (
+        batch.content_mask_BT
+        & (alignment.sample_S[span_BT] == rows_B1)
+        & (batch.byte_ends_BT > alignment.byte_start_S[span_BT])
+        & (batch.byte_ends_BT <= alignment.byte_end_S[span_BT])
+    )
+    return span_BT.where(inside_BT, nowhere_BT)
+
+
+def _require_same_responses(a: EncodedBatch, b: EncodedBatch) -> None:
+    if a.digest_B.shape != b.digest_B.shape:
+        raise ValueError(f"expected as many rows on both sides, got {len(a.digest_B)} and {len(b.digest_B)}")
+    different = (a.digest_B != b.digest_B).nonzero().flatten().tolist()
+    if different:
+        raise ValueError(f"expected the same responses on both sides; rows {different[:10]} differ")

@@ -1,0 +1,185 @@
+"""The proxy's distributions on the public probe set: what a device computes, and what the server makes of it.
+
+A probe row that a device answers well is worth learning from: FedMKT (arXiv 2406.02224) keeps, for each row, the client
+with the least cross-entropy, and only if it is below the model's own. The alternative here, a mixture weighted by
+`softmax(-CE)`, is ours. Distributions are over the proxy's own token ids, at the starts of its own tokens and at END.
+
+Names: N probe rows, S span starts, B rows of a batch.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cotuning.alignment import align
+from cotuning.cross_entropy import cross_entropy, response_tokens
+from cotuning.encoded_rows import EncodedRows
+from cotuning.examples import Example, rows_digest
+from cotuning.language_model import LanguageModel, hidden_states, output_head
+from cotuning.mutual_learning import Teacher
+from cotuning.payload import PayloadError, PayloadRows, TopClasses, build_payload, parse_payload, top_classes
+
+_ROWS_AT_ONCE = 32
+
+
+@torch.no_grad()
+def row_losses(lm: LanguageModel, examples: Sequence[Example], *, max_length: int) -> Tensor:
+    """The cross-entropy per response token of each row, nats: float32 [N], CPU."""
+    rows = EncodedRows(lm, examples, max_length=max_length)
+    head = output_head(lm)
+    losses: list[Tensor] = []
+    for start in range(0, len(examples), _ROWS_AT_ONCE):
+        chosen = range(start, min(start + _ROWS_AT_ONCE, len(examples)))
+        batch = rows.batch(chosen)
+        tokens = response_tokens(batch)
+        hidden_BTD = hidden_states(lm, batch.input_ids_BT)
+        _, losses_S = cross_entropy(hidden_BTD[tokens.sample_N, tokens.position_N], head, tokens.target_N)
+        losses.append(_mean_by_row(losses_S, tokens.sample_N, len(chosen)))
+    return torch.cat(losses) if losses else torch.zeros(0)
+
+
+@torch.no_grad()
+def probe_payload(
+    proxy: LanguageModel, probe: Sequence[Example], *, top_k: int, temperature: float, max_length: int
+) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The top classes of the proxy, as it stands, at every token start of the probe rows' responses.
+
+    Args:
+        proxy: with the adapters on that shall speak.
+        probe: public rows; never private ones.
+
+    Returns:
+        Tensors and header as `payload.build_payload` gives them.
+
+    Raises:
+        ValueError: no probe rows.
+    """
+    if not probe:
+        raise ValueError("expected at least one probe row, got none")
+    rows = EncodedRows(proxy, probe, max_length=max_length)
+    head = output_head(proxy)
+    tops: list[TopClasses] = []
+    samples: list[Tensor] = []
+    starts: list[Tensor] = []
+    for start in range(0, len(probe), _ROWS_AT_ONCE):
+        batch = rows.batch(range(start, min(start + _ROWS_AT_ONCE, len(probe))))
+        spans = align(batch, batch)
+        hidden_BTD = hidden_states(proxy, batch.input_ids_BT)
+        hidden_SD = hidden_BTD[spans.sample_S, spans.row_a_S]
+        tops.append(top_classes(hidden_SD, head, k=top_k, temperature=temperature))
+        samples.append(spans.sample_S + start)
+        starts.append(spans.byte_start_S)
+    top = TopClasses(
+        torch.cat([each.ids_SK for each in tops]),
+        torch.cat([each.log_probs_SK for each in tops]),
+        torch.cat([each.tail_S for each in tops]),
+    )
+    return build_payload(
+        top,
+        sample_S=torch.cat(samples),
+        byte_start_S=torch.cat(starts),
+        responses=[example.output for example in probe],
+        num_classes=proxy.table.num_tokens,
+        fingerprint=proxy.table.fingerprint,
+        probe_set=rows_digest(probe),
+        temperature=temperature,
+        losses_N=row_losses(proxy, probe, max_length=max_length),
+    )
+
+
+def parse_probe_payload(
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    *,
+    proxy: LanguageModel,
+    probe: Sequence[Example],
+    top_k: int,
+    temperature: float,
+) -> PayloadRows:
+    """Check a device's payload against what it was asked for.
+
+    Raises:
+        PayloadError: see `payload.parse_payload`; or another K or temperature than asked for.
+    """
+    payload = parse_payload(
+        tensors,
+        metadata,
+        fingerprint=proxy.table.fingerprint,
+        num_classes=proxy.table.num_tokens,
+        probe_set=rows_digest(probe),
+        responses=[example.output for example in probe],
+    )
+    expected = min(top_k, proxy.table.num_tokens)
+    if payload.ids_SK.shape[1] != expected:
+        raise PayloadError("classes kept of each distribution", expected, payload.ids_SK.shape[1])
+    if payload.temperature != temperature:
+        raise PayloadError("temperature", temperature, payload.temperature)
+    return payload
+
+
+def choose_teachers(
+    payloads: Sequence[PayloadRows], own_losses_N: Tensor, mode: Literal["least_ce", "ce_weighted", "off"]
+) -> Tensor:
+    """How much each device teaches one student on each probe row.
+
+    Args:
+        payloads: one a device.
+        own_losses_N: the student's cross-entropy of each row.
+        mode: `least_ce`: the best device; `ce_weighted`: every device that beats the student, by softmax(-CE).
+
+    Returns:
+        Weights [devices, N]: of each row they sum to one, or to zero where no device beats the student.
+    """
+    num_rows = len(own_losses_N)
+    if mode == "off" or not payloads:
+        return torch.zeros(len(payloads), num_rows)
+    losses_DN = torch.stack([payload.losses_N for payload in payloads]).float()
+    answered_DN = torch.stack([torch.bincount(each.sample_S, minlength=num_rows) > 0 for each in payloads])
+    beats_DN = (losses_DN < own_losses_N) & answered_DN  # NaN, a row without a loss, beats nothing
+    losses_DN = losses_DN.where(beats_DN, torch.inf)
+    taught_N = beats_DN.any(0)
+    if mode == "ce_weighted":
+        weights_DN = torch.softmax(-losses_DN, 0)
+    else:
+        weights_DN = torch.nn.functional.one_hot(losses_DN.argmin(0), len(payloads)).T.float()
+    return torch.where(taught_N, weights_DN, torch.zeros_like(weights_DN))
+
+
+def make_teacher(
+    payloads: Sequence[PayloadRows], weights_DN: Tensor, row_of_sample: Mapping[int, int], *, weight: float
+) -> Teacher | None:
+    """One teacher of all devices' rows that have a weight; None if there are none.
+
+    Args:
+        payloads: one a device, of the same K.
+        weights_DN: from `choose_teachers`.
+        row_of_sample: probe row -> index of the training row.
+        weight: of the term in the student's objective.
+    """
+    kept = [(weights_DN[place][payload.sample_S] > 0).nonzero().flatten() for place, payload in enumerate(payloads)]
+    parts = [payload.take(index_S) for payload, index_S in zip(payloads, kept, strict=True)]
+    weights_S = torch.cat([weights_DN[place][part.sample_S] for place, part in enumerate(parts)] or [torch.zeros(0)])
+    if not len(weights_S):
+        return None
+    sample_S = torch.cat([part.sample_S for part in parts])
+    order_S = sample_S.argsort(stable=True)
+    merged = replace(
+        parts[0],
+        sample_S=sample_S,
+        byte_start_S=torch.cat([part.byte_start_S for part in parts]),
+        ids_SK=torch.cat([part.ids_SK for part in parts]),
+        log_probs_SK=torch.cat([part.log_probs_SK for part in parts]),
+        tail_S=torch.cat([part.tail_S for part in parts]),
+    )
+    taught = {row_of_sample[sample]: sample for sample in sorted(set(sample_S.tolist()))}
+    return Teacher(merged.take(order_S), weights_S[order_S], taught, weight)
+
+
+def _mean_by_row(losses_S: Tensor, sample_S: Tensor, num_rows: int) -> Tensor:
+    sums_B = torch.zeros(num_rows, dtype=torch.float64, device=losses_S.device)
+    counts_B = torch.bincount(sample_S, minlength=num_rows)
+    sums_B = sums_B.index_add_(0, sample_S, losses_S.double())
+    return (sums_B / counts_B.clamp(min=1)).where(counts_B > 0, torch.nan).float().cpu()

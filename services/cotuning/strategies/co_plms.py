@@ -1,0 +1,399 @@
+"""Co-PLMs (arXiv 2511.11678): domain-specific tuning (DST), then structure-agnostic mutual learning (SAML), on the
+device and on the server; only the proxy's shared adapter and its logits on public text cross the network.
+
+Symbols: theta the shared adapter, phi_i the domain adapter, psi_i the SLM's, omega the LLM's.
+
+Ours, where the paper leaves it open: phi_i is trained from its state of the last round and stays frozen during SAML;
+alpha weighs what a model learns from the proxy (the SLM on a device, the LLM on the server) and beta what the proxy
+learns from it; the probe rows that a device's logits teach are a set share of the server's batches.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from cotuning.adapters import activate, adapted, adapter_state, lora_config, subtract
+from cotuning.encoded_rows import EncodedRows
+from cotuning.examples import Example
+from cotuning.language_model import LanguageModel
+from cotuning.mutual_learning import CoverageTooLow, Party, SharedRows, Teacher, learn_mutually, share_rows
+from cotuning.payload import PayloadRows
+from cotuning.probe_logits import choose_teachers, make_teacher, parse_probe_payload, probe_payload, row_losses
+from cotuning.seeding import derive_seed
+from cotuning.strategies.results import DeviceResult, ServerResult, TeacherRows
+from cotuning.training import OnProgress, draw_batches, row_sizes, tune_adapter
+from protocol.strategies import CoPlmsSettings
+
+__all__ = [
+    "DOMAIN_STAGE",
+    "MUTUAL_STAGE",
+    "SERVER_STAGE",
+    "CoverageTooLow",
+    "DeviceResult",
+    "ServerResult",
+    "TeacherRows",
+    "device_step",
+    "parse_logits",
+    "server_step",
+]
+
+DOMAIN_STAGE = "domain_tuning"
+MUTUAL_STAGE = "mutual_learning"
+SERVER_STAGE = "server_mutual_learning"
+
+
+def device_step(
+    *,
+    slm: LanguageModel,
+    proxy: LanguageModel,
+    private: Sequence[Example],
+    probe: Sequence[Example],
+    shared_adapter: Mapping[str, Tensor],
+    domain_adapter: Mapping[str, Tensor] | None,
+    slm_adapter: Mapping[str, Tensor] | None,
+    settings: CoPlmsSettings,
+    round_number: int,
+    seed: int,
+    on_progress: OnProgress,
+) -> DeviceResult:
+    """One device's round: DST (phi_i), SAML (theta and psi_i), the delta of theta, and logits on the probe set.
+
+    Args:
+        slm: without adapters; given back so.
+        proxy: without adapters; given back so.
+        private: D_i.
+        probe: Q, public.
+        shared_adapter: theta_t.
+        domain_adapter: phi_i after the last round, None in the first.
+        slm_adapter: psi_i after the last round, None in the first.
+        settings: of the strategy.
+        round_number: from 1.
+        seed: the run's; equal arguments give equal bits.
+        on_progress: see `training.OnProgress`.
+
+    Raises:
+        CoverageTooLow: the tokenizers cannot be aligned on this data; no adapter was trained by SAML.
+        AdapterMismatch: an adapter is not of this model and these settings.
+    """
+    proxy_config = lora_config(proxy, **settings.proxy_lora.model_dump())
+    slm_config = lora_config(slm, **settings.slm_lora.model_dump())
+    phi = derive_seed(seed, "domain_adapter") if domain_adapter is None else domain_adapter
+    psi = derive_seed(seed, "slm_adapter") if slm_adapter is None else slm_adapter
+    with (
+        adapted(proxy, proxy_config, {"shared": shared_adapter, "domain": phi}) as lent_proxy,
+        adapted(slm, slm_config, {"slm": psi}) as lent_slm,
+    ):
+        # Aligned before any training: a pair of tokenizers that does not fit is refused with nothing spent.
+        shared = _shared_rows(
+            lent_slm,
+            lent_proxy,
+            private=private,
+            probe=probe,
+            settings=settings,
+            seed=derive_seed(seed, "rows", round_number),
+        )
+        losses = _tune_domain(
+            lent_proxy,
+            shared.rows_b,
+            num_private=len(private),
+            settings=settings,
+            seed=derive_seed(seed, DOMAIN_STAGE, round_number),
+            on_progress=on_progress,
+        )
+        losses |= _learn_on_device(
+            lent_slm,
+            lent_proxy,
+            shared,
+            settings=settings,
+            seed=derive_seed(seed, MUTUAL_STAGE, round_number),
+            on_progress=on_progress,
+        )
+        logits, metadata = probe_payload(
+            lent_proxy,
+            probe,
+            top_k=settings.top_k,
+            temperature=settings.temperature,
+            max_length=settings.server.max_length,
+        )
+        return DeviceResult(
+            delta=subtract(adapter_state(lent_proxy, "shared"), shared_adapter),
+            logits=logits,
+            logits_metadata=metadata,
+            domain_adapter=adapter_state(lent_proxy, "domain"),
+            slm_adapter=adapter_state(lent_slm, "slm"),
+            num_examples=len(private),
+            losses=losses,
+            alignment=shared.alignment,
+        )
+
+
+def parse_logits(
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    *,
+    proxy: LanguageModel,
+    probe: Sequence[Example],
+    settings: CoPlmsSettings,
+) -> PayloadRows:
+    """Check what a device sent as logits; the server's next step takes the result.
+
+    Raises:
+        PayloadError: another proxy, probe set, K or temperature, or values that cannot be distributions.
+    """
+    return parse_probe_payload(
+        tensors, metadata, proxy=proxy, probe=probe, top_k=settings.top_k, temperature=settings.temperature
+    )
+
+
+def server_step(
+    *,
+    llm: LanguageModel,
+    proxy: LanguageModel,
+    public: Sequence[Example],
+    probe: Sequence[Example],
+    shared_adapter: Mapping[str, Tensor],
+    llm_adapter: Mapping[str, Tensor] | None,
+    device_logits: Sequence[PayloadRows],
+    settings: CoPlmsSettings,
+    round_number: int,
+    seed: int,
+    on_progress: OnProgress,
+) -> ServerResult:
+    """The cloud's round: SAML between the LLM (omega) and the proxy (theta_bar) on public rows.
+
+    On probe rows where a device does better than the student itself, its logits are one more teacher: of the proxy, and
+    of the LLM if it has the proxy's tokenizer (else the LLM learns the same through the proxy).
+
+    Args:
+        llm: without adapters; given back so.
+        proxy: without adapters; given back so.
+        public: D_pub without the probe rows.
+        probe: Q.
+        shared_adapter: theta_bar, the aggregate.
+        llm_adapter: omega after the last round, None in the first.
+        device_logits: from `parse_logits`, one a device.
+        settings: of the strategy.
+        round_number: from 1.
+        seed: the run's.
+        on_progress: see `training.OnProgress`.
+
+    Raises:
+        CoverageTooLow: nothing was trained.
+        AdapterMismatch: an adapter is not of this model and these settings.
+    """
+    server = settings.server
+    proxy_config = lora_config(proxy, **settings.proxy_lora.model_dump())
+    llm_config = lora_config(llm, **settings.llm_lora.model_dump())
+    llm_start = derive_seed(seed, "llm_adapter") if llm_adapter is None else llm_adapter
+    with (
+        adapted(proxy, proxy_config, {"shared": shared_adapter}) as lent_proxy,
+        adapted(llm, llm_config, {"llm": llm_start}) as lent_llm,
+    ):
+        if not server.steps:
+            return ServerResult(adapter_state(lent_proxy, "shared"), adapter_state(lent_llm, "llm"))
+        teachers, taught = _teachers(
+            lent_llm, lent_proxy, num_public=len(public), probe=probe, payloads=device_logits, settings=settings
+        )
+        examples = [*public, *probe]
+        shared = share_rows(
+            EncodedRows(lent_llm, examples, max_length=server.max_length),
+            EncodedRows(lent_proxy, examples, max_length=server.max_length),
+            _server_batches(
+                public,
+                probe,
+                teachers=teachers,
+                settings=settings,
+                seed=derive_seed(seed, "rows", round_number),
+            ),
+            min_coverage=settings.min_coverage,
+        )
+        losses = _learn_on_server(
+            lent_llm,
+            lent_proxy,
+            shared,
+            teachers,
+            settings=settings,
+            seed=derive_seed(seed, SERVER_STAGE, round_number),
+            on_progress=on_progress,
+        )
+        return ServerResult(
+            adapter_state(lent_proxy, "shared"), adapter_state(lent_llm, "llm"), losses, shared.alignment, taught
+        )
+
+
+def _shared_rows(
+    slm: LanguageModel,
+    proxy: LanguageModel,
+    *,
+    private: Sequence[Example],
+    probe: Sequence[Example],
+    settings: CoPlmsSettings,
+    seed: int,
+) -> SharedRows:
+    """Rows of each SAML step: private ones, and a set share of public ones."""
+    training = settings.training
+    examples = [*private, *probe]
+    from_probe = min(round(training.batch_size * settings.public_fraction), training.batch_size - 1) if probe else 0
+    sizes = row_sizes(private), row_sizes(probe)
+    return share_rows(
+        EncodedRows(slm, examples, max_length=training.max_length),
+        EncodedRows(proxy, examples, max_length=training.max_length),
+        _mixed_batches(*sizes, batch_size=training.batch_size, from_second=from_probe, steps=training.steps, seed=seed),
+        min_coverage=settings.min_coverage,
+    )
+
+
+def _tune_domain(
+    proxy: LanguageModel,
+    rows: EncodedRows,
+    *,
+    num_private: int,
+    settings: CoPlmsSettings,
+    seed: int,
+    on_progress: OnProgress,
+) -> dict[str, float]:
+    """DST: phi_i learns D_i, the first `num_private` of `rows`, by cross-entropy, with theta active and frozen."""
+    training = settings.training
+    activate(proxy, ["shared", "domain"], trainable=["domain"])
+    batches = draw_batches(
+        row_sizes(rows.examples[:num_private]),
+        batch_size=training.batch_size,
+        steps=settings.domain_steps,
+        seed=derive_seed(seed, "rows"),
+    )
+    losses = tune_adapter(
+        proxy,
+        "domain",
+        rows,
+        batches,
+        learning_rate=settings.proxy_learning_rate,
+        weight_decay=training.weight_decay,
+        gradient_clip=training.gradient_clip,
+        precision=training.precision,
+        seed=seed,
+        stage=DOMAIN_STAGE,
+        on_progress=on_progress,
+    )
+    return {"domain_ce": losses["cross_entropy"]} if losses else {}
+
+
+def _learn_on_device(
+    slm: LanguageModel,
+    proxy: LanguageModel,
+    shared: SharedRows,
+    *,
+    settings: CoPlmsSettings,
+    seed: int,
+    on_progress: OnProgress,
+) -> dict[str, float]:
+    """SAML: theta and psi_i learn, phi_i speaks and is frozen."""
+    training = settings.training
+    activate(proxy, ["shared", "domain"], trainable=["shared"])
+    activate(slm, ["slm"], trainable=["slm"])
+    return learn_mutually(
+        Party("slm", slm, "slm", training.learning_rate, settings.alpha),
+        Party("proxy", proxy, "shared", settings.proxy_learning_rate, settings.beta),
+        shared,
+        weight_decay=training.weight_decay,
+        gradient_clip=training.gradient_clip,
+        temperature=settings.temperature,
+        divergence=settings.divergence,
+        jsd_beta=settings.jsd_beta,
+        precision=training.precision,
+        seed=seed,
+        stage=MUTUAL_STAGE,
+        on_progress=on_progress,
+    )
+
+
+def _learn_on_server(
+    llm: LanguageModel,
+    proxy: LanguageModel,
+    shared: SharedRows,
+    teachers: Mapping[str, Teacher | None],
+    *,
+    settings: CoPlmsSettings,
+    seed: int,
+    on_progress: OnProgress,
+) -> dict[str, float]:
+    """SAML: theta and omega learn; there is no domain adapter here."""
+    server = settings.server
+    activate(proxy, ["shared"], trainable=["shared"])
+    activate(llm, ["llm"], trainable=["llm"])
+    return learn_mutually(
+        Party("llm", llm, "llm", server.llm_learning_rate, settings.alpha, teachers["llm"]),
+        Party("proxy", proxy, "shared", server.proxy_learning_rate, settings.beta, teachers["proxy"]),
+        shared,
+        gradient_clip=server.gradient_clip,
+        temperature=settings.temperature,
+        divergence=settings.divergence,
+        jsd_beta=settings.jsd_beta,
+        precision=server.precision,
+        seed=seed,
+        stage=SERVER_STAGE,
+        on_progress=on_progress,
+    )
+
+
+def _server_batches(
+    public: Sequence[Example],
+    probe: Sequence[Example],
+    *,
+    teachers: Mapping[str, Teacher | None],
+    settings: CoPlmsSettings,
+    seed: int,
+) -> list[list[int]]:
+    """Rows of each server step: public ones, and a set share of the probe rows that some device teaches."""
+    server = settings.server
+    taught = sorted({index for teacher in teachers.values() if teacher is not None for index in teacher.sample_of_row})
+    from_taught = min(round(server.batch_size * server.probe_fraction), server.batch_size - 1) if taught else 0
+    batches = _mixed_batches(
+        row_sizes(public),
+        row_sizes([probe[index - len(public)] for index in taught]),
+        batch_size=server.batch_size,
+        from_second=from_taught,
+        steps=server.steps,
+        seed=seed,
+    )
+    rows = [*range(len(public)), *taught]
+    return [[rows[index] for index in batch] for batch in batches]
+
+
+def _mixed_batches(
+    first: Sequence[int], second: Sequence[int], *, batch_size: int, from_second: int, steps: int, seed: int
+) -> list[list[int]]:
+    """Batches of two pools of rows, given by their sizes; indices of the second pool follow those of the first."""
+    batches = draw_batches(first, batch_size=batch_size - from_second, steps=steps, seed=seed)
+    if not from_second:
+        return batches
+    others = draw_batches(second, batch_size=from_second, steps=steps, seed=derive_seed(seed, "second"))
+    return [[*batch, *(index + len(first) for index in other)] for batch, other in zip(batches, others, strict=True)]
+
+
+def _teachers(
+    llm: LanguageModel,
+    proxy: LanguageModel,
+    *,
+    num_public: int,
+    probe: Sequence[Example],
+    payloads: Sequence[PayloadRows],
+    settings: CoPlmsSettings,
+) -> tuple[dict[str, Teacher | None], TeacherRows]:
+    """The devices' logits as a teacher of each model."""
+    server = settings.server
+    row_of_sample = {sample: num_public + sample for sample in range(len(probe))}
+    teachers: dict[str, Teacher | None] = {"llm": None, "proxy": None}
+    counts = {"llm": [0] * len(payloads), "proxy": [0] * len(payloads)}
+    for name, student in (("llm", llm), ("proxy", proxy)):
+        same_ids = student.table.fingerprint == proxy.table.fingerprint
+        if not payloads or server.device_teacher == "off" or not server.device_teacher_weight or not same_ids:
+            continue
+        own_losses_N = row_losses(student, probe, max_length=server.max_length)
+        weights_DN = choose_teachers(payloads, own_losses_N, server.device_teacher)
+        placed = [payload.to(student.device) for payload in payloads]
+        teachers[name] = make_teacher(
+            placed, weights_DN.to(student.device), row_of_sample, weight=server.device_teacher_weight
+        )
+        counts[name] = torch.count_nonzero(weights_DN, 1).tolist()
+    return teachers, TeacherRows(len(probe), counts["proxy"], counts["llm"])

@@ -1,0 +1,67 @@
+"""What a strategy's steps give back."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from cotuning.adapters import AdapterState
+from cotuning.mutual_learning import AlignmentStats
+
+
+@dataclass(frozen=True)
+class DeviceResult:
+    """One device's share of a round. Only `delta` and `logits` (and numbers) may leave the device.
+
+    Attributes:
+        delta: trained minus received shared adapter; empty where the strategy sends none.
+        logits: the proxy's probe-set payload; empty where the strategy sends none.
+        logits_metadata: its header.
+        domain_adapter: phi_i, for the next round; never leaves.
+        slm_adapter: psi_i, likewise.
+        num_examples: weight of the update: private rows trained on.
+        losses: means of the last tenth of the steps, nats.
+        alignment: of the private rows, None where nothing was aligned.
+    """
+
+    delta: AdapterState
+    logits: dict[str, Tensor]
+    logits_metadata: dict[str, str]
+    domain_adapter: AdapterState | None
+    slm_adapter: AdapterState
+    num_examples: int
+    losses: dict[str, float]
+    alignment: AlignmentStats | None
+
+
+@dataclass(frozen=True)
+class TeacherRows:
+    """How much of the devices' logits became a teacher.
+
+    Attributes:
+        num_probe_rows: rows that every device answered.
+        proxy_rows: for each device, in the order given, the rows on which it teaches the proxy.
+        llm_rows: likewise for the LLM; none where its tokenizer is not the proxy's.
+    """
+
+    num_probe_rows: int
+    proxy_rows: list[int]
+    llm_rows: list[int]
+
+
+@dataclass(frozen=True)
+class ServerResult:
+    """The cloud's share of a round.
+
+    Attributes:
+        shared_adapter: theta after mutual learning with the LLM.
+        llm_adapter: omega.
+        losses: means of the last tenth of the steps, nats.
+        alignment: of the rows used, None for no steps.
+        teacher: what the devices' logits were used for.
+    """
+
+    shared_adapter: AdapterState
+    llm_adapter: AdapterState
+    losses: dict[str, float] = field(default_factory=dict)
+    alignment: AlignmentStats | None = None
+    teacher: TeacherRows | None = None

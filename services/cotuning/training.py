@@ -1,0 +1,231 @@
+"""The one training loop, the order in which rows are drawn, and tuning by cross-entropy.
+
+Everything random here is a pure function of a seed: the same inputs give the same bits on the same machine. The loop
+knows nothing of models: it is given, for every step, an objective for each learner.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from cotuning.adapters import adapter_parameters
+from cotuning.cross_entropy import cross_entropy, response_tokens
+from cotuning.encoded_rows import EncodedRows
+from cotuning.examples import Example
+from cotuning.language_model import LanguageModel, hidden_states, output_head
+from cotuning.seeding import derive_seed, isolated_generators
+
+OnProgress = Callable[[str, int, int, dict[str, float]], None]
+"""Called after every step with stage, steps done, steps in all, and that step's losses. What it raises ends the
+training there, with models as they were lent and nothing half-written."""
+
+Precision = Literal["float32", "bfloat16"]
+WARM_UP_SHARE = 0.1
+_POOL_BATCHES = 8
+_REPORTED_SHARE = 0.1
+
+
+class TrainingDiverged(ValueError):
+    """A loss or gradient is not a number any more; the message names stage, step and loss."""
+
+
+@dataclass(frozen=True)
+class Learner:
+    """What one optimizer moves.
+
+    Attributes:
+        parameters: tensors that require gradients.
+        learning_rate: after warm-up.
+        weight_decay: AdamW's.
+        gradient_clip: greatest L2 norm of all gradients together.
+    """
+
+    parameters: Sequence[Tensor]
+    learning_rate: float
+    weight_decay: float = 0.0
+    gradient_clip: float = 1.0
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step computes: an objective (0-dim, with gradient) by learner, and numbers to report."""
+
+    objectives: Mapping[str, Tensor]
+    report: Mapping[str, Tensor]
+
+
+@dataclass
+class _Report:
+    """Losses of the last tenth of the steps."""
+
+    first_step: int
+    values: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(self, step: int, losses: Mapping[str, float]) -> None:
+        if step >= self.first_step:
+            for name, value in losses.items():
+                self.values.setdefault(name, []).append(value)
+
+    def means(self) -> dict[str, float]:
+        return {name: sum(values) / len(values) for name, values in self.values.items()}
+
+
+def train(
+    learners: Mapping[str, Learner],
+    step_at: Callable[[int], Step],
+    *,
+    steps: int,
+    stage: str,
+    on_progress: OnProgress,
+    decay: bool = False,
+) -> dict[str, float]:
+    """Take `steps` AdamW steps for every learner; linear warm-up over the first tenth, then a constant rate.
+
+    The warm-up is taken every time, because the optimizers start without moments every time.
+
+    Args:
+        decay: fall from the full rate towards none in a straight line, for training that is not continued. Without it
+            the last steps of a model whose weights all learn undo much of what it had.
+
+    Returns:
+        Mean of each reported number over the last tenth of the steps (at least one).
+
+    Raises:
+        TrainingDiverged: an objective or a gradient is not finite; the parameters keep their last finite values.
+        Exception: whatever `on_progress` raises.
+    """
+    optimizers = {
+        name: torch.optim.AdamW(
+            learner.parameters, lr=learner.learning_rate, weight_decay=learner.weight_decay, fused=True
+        )
+        for name, learner in learners.items()
+    }
+    warm_up = max(1, round(steps * WARM_UP_SHARE))
+    report = _Report(first_step=steps - max(1, round(steps * _REPORTED_SHARE)))
+    for step in range(steps):
+        result = step_at(step)
+        losses = {name: float(value) for name, value in result.report.items()}
+        for name, learner in learners.items():
+            optimizer = optimizers[name]
+            for group in optimizer.param_groups:
+                group["lr"] = learner.learning_rate * min(1.0, (step + 1) / warm_up) * (1.0 - decay * step / steps)
+            optimizer.zero_grad(set_to_none=True)
+            result.objectives[name].backward()  # type: ignore[no-untyped-call]
+            norm = float(torch.nn.utils.clip_grad_norm_(learner.parameters, learner.gradient_clip))
+            objective = float(result.objectives[name].detach())
+            if not (math.isfinite(norm) and math.isfinite(objective)):
+                raise TrainingDiverged(
+                    f"{stage}, step {step + 1} of {steps}: expected a finite loss and gradient for {name}, "
+                    f"got loss {objective} and gradient norm {norm}"
+                )
+            optimizer.step()
+        report.add(step, losses)
+        on_progress(stage, step + 1, steps, losses)
+    return report.means()
+
+
+def draw_batches(sizes: Sequence[int], *, batch_size: int, steps: int, seed: int) -> list[list[int]]:
+    """Which rows each step reads: `steps` lists of `batch_size` indices.
+
+    Every row is drawn once before any is drawn again. Rows of like size come together, which saves padding: a pool of
+    eight batches is cut in order of size, and its batches are shuffled.
+
+    Args:
+        sizes: of each row, any unit; characters do for every tokenizer.
+        batch_size: rows a step.
+        steps: lists to return.
+        seed: the only randomness.
+
+    Raises:
+        ValueError: no rows.
+    """
+    if not sizes:
+        raise ValueError("expected at least one row to train on, got none")
+    generator = torch.Generator().manual_seed(seed)
+    stream: list[int] = []
+    while len(stream) < steps * batch_size:
+        stream.extend(torch.randperm(len(sizes), generator=generator).tolist())
+    batches: list[list[int]] = []
+    for start in range(0, steps * batch_size, _POOL_BATCHES * batch_size):
+        stop = min(start + _POOL_BATCHES * batch_size, steps * batch_size)
+        pool = sorted(stream[start:stop], key=lambda index: (sizes[index], index))
+        cut = [pool[first : first + batch_size] for first in range(0, len(pool), batch_size)]
+        batches.extend(cut[place] for place in torch.randperm(len(cut), generator=generator).tolist())
+    return batches
+
+
+def row_sizes(examples: Sequence[Example]) -> list[int]:
+    """Characters of each row."""
+    return [len(row.instruction) + len(row.input) + len(row.output) for row in examples]
+
+
+@contextmanager
+def training_mode(lm: LanguageModel) -> Iterator[None]:
+    """Inside, the adapters' own dropout acts and nothing else does.
+
+    The base is frozen, so its dropout would be noise without a purpose; and in mutual learning every forward pass is
+    also a teacher's.
+    """
+    dropouts = [module for name, module in lm.model.named_modules() if ".lora_dropout." in name]
+    lm.model.eval()
+    for module in dropouts:
+        module.train()
+    try:
+        yield
+    finally:
+        lm.model.eval()
+
+
+def autocast(lm: LanguageModel, precision: Precision) -> torch.autocast:
+    """The forward pass in bfloat16, or as the model is."""
+    return torch.autocast(lm.device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
+
+
+def tune_adapter(
+    lm: LanguageModel,
+    name: str,
+    rows: EncodedRows,
+    batches: Sequence[Sequence[int]],
+    *,
+    learning_rate: float,
+    weight_decay: float = 0.0,
+    gradient_clip: float = 1.0,
+    precision: Precision = "float32",
+    seed: int,
+    stage: str,
+    on_progress: OnProgress,
+) -> dict[str, float]:
+    """Train one adapter by cross-entropy on responses; everything else is frozen. Changes it in place.
+
+    Args:
+        lm: with the adapter on, and activated so that it alone learns (`adapters.activate`).
+        name: of the adapter.
+        rows: to learn, as `lm` reads them.
+        batches: indices of the rows of each step, for example from `draw_batches`.
+        seed: of dropout.
+
+    Returns:
+        `{"cross_entropy": mean of the last tenth of the steps}`, nats a token; empty for no steps.
+    """
+    if not batches:
+        return {}
+    rows.encode(index for batch in batches for index in batch)
+    head = output_head(lm)
+    parameters = list(adapter_parameters(lm, name).values())
+
+    def step_at(step: int) -> Step:
+        batch = rows.batch(batches[step])
+        with autocast(lm, precision):
+            hidden_BTD = hidden_states(lm, batch.input_ids_BT)
+            tokens = response_tokens(batch)
+            loss, _ = cross_entropy(hidden_BTD[tokens.sample_N, tokens.position_N], head, tokens.target_N)
+        return Step({name: loss}, {"cross_entropy": loss.detach()})
+
+    with isolated_generators(derive_seed(seed, "dropout"), lm.device), training_mode(lm):
+        learner = Learner(parameters, learning_rate, weight_decay, gradient_clip)
+        return train({name: learner}, step_at, steps=len(batches), stage=stage, on_progress=on_progress)

@@ -1,0 +1,267 @@
+"""Speaks to the cloud: one method a call, errors mapped once, every body that leaves entered in the ledger.
+
+Retries are not here: a method makes one attempt and says how it ended (`CloudUnavailable`: again later; `CloudRefused`:
+no). Redirects are not followed, as a credential must not travel to another host.
+"""
+
+import hashlib
+import json
+import threading
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+import httpx
+from pydantic import BaseModel, ValidationError
+
+from edge_agent.errors import CloudRefused, CloudUnavailable, NotAuthorised, Stopped
+from edge_agent.interruption import call_until_stopped
+from edge_agent.ledger import Ledger, Purpose
+from protocol import PROTOCOL_VERSION
+from protocol.assignments import (
+    Assignment,
+    AssignmentProgress,
+    AssignmentRefusal,
+    Part,
+    PartReceipt,
+    Submission,
+    SubmissionReceipt,
+)
+from protocol.devices import Device, EnrolmentReceipt, EnrolmentRequest, Heartbeat, HeartbeatReceipt
+from protocol.errors import ErrorCode
+from protocol.headers import CONTENT_DIGEST_HEADER, PROTOCOL_HEADER, content_digest
+
+Schema = TypeVar("Schema", bound=BaseModel)
+
+CHUNK_BYTES = 256 * 1024
+LONGEST_RETRY_AFTER_SECONDS = 3600.0
+"""A wrong `Retry-After` must not put a device to sleep for days."""
+
+LATER = frozenset({ErrorCode.DEVICE_NOT_APPROVED, ErrorCode.DIGEST_MISMATCH, ErrorCode.TRUNCATED_BODY})
+"""Problems that go away by themselves: an operator approves; bytes that the network spoilt are sent again."""
+
+TIMEOUT = httpx.Timeout(connect=5.0, read=30.0, write=30.0, pool=5.0)
+LONG_POLL_MARGIN_SECONDS = 15.0
+
+
+class CloudClient:
+    """One device's connection to the cloud. Thread-safe. Every call ends soon after `stop` is set."""
+
+    def __init__(
+        self,
+        server_url: str,
+        credential: str | None,
+        ledger: Ledger,
+        stop: threading.Event,
+        *,
+        now: Callable[[], datetime],
+        timeout: httpx.Timeout = TIMEOUT,
+    ) -> None:
+        headers = {PROTOCOL_HEADER: PROTOCOL_VERSION, "User-Agent": "cotune-agent"}
+        if credential is not None:
+            headers["Authorization"] = f"Bearer {credential}"
+        # A proxy of the environment is for the outside; a server on this machine is reached directly.
+        local = urlsplit(server_url).hostname in ("127.0.0.1", "localhost", "::1")
+        self._http = httpx.Client(base_url=server_url, headers=headers, timeout=timeout, trust_env=not local)
+        self._server_url = server_url
+        self._ledger = ledger
+        self._stop = stop
+        self._now = now
+        self._timeout = timeout
+
+    def __enter__(self) -> "CloudClient":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._http.close()
+
+    def enrol(self, request: EnrolmentRequest) -> EnrolmentReceipt:
+        """Trade a one-time token for an identity."""
+        return self._post("/v1/devices", request, Purpose("enrolment"), EnrolmentReceipt)
+
+    def whoami(self) -> Device:
+        """Return this device as the server sees it."""
+        return _parse(self._send("GET", "/v1/devices/me"), Device)
+
+    def heartbeat(self, heartbeat: Heartbeat) -> HeartbeatReceipt:
+        """Say that the device is alive."""
+        return self._post("/v1/devices/me/heartbeat", heartbeat, Purpose("heartbeat"), HeartbeatReceipt)
+
+    def next_assignment(self, wait_seconds: int) -> Assignment | None:
+        """Ask for work; the server answers when there is some, or with None after `wait_seconds`."""
+        parts = self._timeout.as_dict() | {"read": wait_seconds + LONG_POLL_MARGIN_SECONDS}
+        timeout = httpx.Timeout(**parts)
+        path = f"/v1/devices/me/assignment?wait_seconds={wait_seconds}"
+        response = self._send("GET", path, timeout=timeout)
+        return None if response.status_code == httpx.codes.NO_CONTENT else _parse(response, Assignment)
+
+    def report_progress(self, assignment: Assignment, progress: AssignmentProgress) -> None:
+        """Say where the device is with an assignment."""
+        body = progress.model_dump_json().encode()
+        path = f"/v1/assignments/{assignment.assignment_id}/progress"
+        self._send("POST", path, body=body, purpose=purpose_of(assignment, "progress"))
+
+    def refuse(self, assignment: Assignment, refusal: AssignmentRefusal) -> None:
+        """Say that this device cannot do an assignment."""
+        body = refusal.model_dump_json().encode()
+        path = f"/v1/assignments/{assignment.assignment_id}/refusal"
+        self._send("POST", path, body=body, purpose=purpose_of(assignment, "refusal"))
+
+    def upload_part(self, assignment: Assignment, part: Part, file: Path) -> PartReceipt:
+        """Send one file of an update. Sending it again is harmless."""
+        headers = {
+            "Content-Type": "application/octet-stream",
+            "Content-Length": str(part.size_bytes),
+            CONTENT_DIGEST_HEADER: content_digest(part.sha256),
+        }
+        self._ledger.record(purpose_of(assignment, part.kind.value), part.size_bytes, part.sha256, durable=True)
+        request = self._http.build_request(
+            "PUT",
+            f"/v1/assignments/{assignment.assignment_id}/parts/{part.kind.value}",
+            headers=headers,
+            content=self._chunks(file),
+        )
+        return _parse(self._exchange(request), PartReceipt)
+
+    def submit(self, assignment: Assignment, submission: Submission) -> SubmissionReceipt:
+        """Hand the update in. Handing in the same one again answers with the same receipt."""
+        path = f"/v1/assignments/{assignment.assignment_id}/submission"
+        return self._post(path, submission, purpose_of(assignment, "submission"), SubmissionReceipt, durable=True)
+
+    def download(self, sha256: str, offset: int, write: Callable[[bytes, int], None]) -> None:
+        """Fetch an artifact from byte `offset` on; `write(chunk, position)` is given the pieces in order.
+
+        The position starts at `offset`, or at 0 if the server sends the whole file all the same.
+
+        Raises:
+            CloudUnavailable: it broke off; `progressed` says whether something came.
+        """
+        headers = {"Accept-Encoding": "identity"}
+        if offset:
+            headers |= {"Range": f"bytes={offset}-", "If-Range": f'"{sha256}"'}
+        request = self._http.build_request("GET", f"/v1/artifacts/{sha256}", headers=headers)
+        call_until_stopped(lambda: self._download(request, offset, write), self._stop)
+
+    def _download(self, request: httpx.Request, offset: int, write: Callable[[bytes, int], None]) -> None:
+        progressed = False
+        try:
+            response = self._http.send(request, stream=True)
+            try:
+                if not response.is_success:
+                    response.read()
+                    raise self._error(response)
+                position = offset if response.status_code == httpx.codes.PARTIAL_CONTENT else 0
+                for chunk in response.iter_bytes(CHUNK_BYTES):
+                    if self._stop.is_set():
+                        raise Stopped
+                    write(chunk, position)
+                    position += len(chunk)
+                    progressed = True
+            finally:
+                response.close()
+        except httpx.TransportError as error:
+            raise self._unreachable(error, progressed=progressed) from None
+
+    def _chunks(self, file: Path) -> Iterator[bytes]:
+        with open(file, "rb") as stream:
+            while chunk := stream.read(CHUNK_BYTES):
+                if self._stop.is_set():
+                    raise Stopped
+                yield chunk
+
+    def _post(
+        self, path: str, body: BaseModel, purpose: Purpose, answer: type[Schema], *, durable: bool = False
+    ) -> Schema:
+        encoded = body.model_dump_json().encode()
+        return _parse(self._send("POST", path, body=encoded, purpose=purpose, durable=durable), answer)
+
+    def _send(
+        self,
+        method: str,
+        path: str,
+        *,
+        body: bytes | None = None,
+        purpose: Purpose | None = None,
+        durable: bool = False,
+        timeout: httpx.Timeout | None = None,
+    ) -> httpx.Response:
+        headers = {}
+        if body is not None and purpose is not None:
+            headers["Content-Type"] = "application/json"
+            self._ledger.record(purpose, len(body), hashlib.sha256(body).hexdigest(), durable=durable)
+        request = self._http.build_request(
+            method, path, content=body, headers=headers, timeout=timeout or self._timeout
+        )
+        return self._exchange(request)
+
+    def _exchange(self, request: httpx.Request) -> httpx.Response:
+        try:
+            response = call_until_stopped(lambda: self._http.send(request), self._stop)
+        except httpx.TransportError as error:
+            raise self._unreachable(error) from None
+        if not response.is_success:
+            raise self._error(response)
+        return response
+
+    def _unreachable(self, error: httpx.TransportError, *, progressed: bool = False) -> CloudUnavailable:
+        text = str(error) or type(error).__name__
+        return CloudUnavailable(f"{self._server_url} does not answer: {text}", progressed=progressed)
+
+    def _error(self, response: httpx.Response) -> CloudRefused | CloudUnavailable:
+        """Map an answer that is not a success. Whatever is not a problem of ours is somebody else's: try again."""
+        code, detail = _problem(response)
+        status = response.status_code
+        if status in (408, 425, 429) or status >= 500 or code is None or code in LATER:
+            return CloudUnavailable(
+                f"{self._server_url} answered {status}: {detail}",
+                retry_after_seconds=retry_after_seconds(response.headers.get("Retry-After"), self._now()),
+            )
+        kind = NotAuthorised if status in (401, 403) else CloudRefused
+        return kind(status, str(code), detail)
+
+
+def purpose_of(assignment: Assignment, kind: str) -> Purpose:
+    """Return the ledger's purpose of something sent for an assignment."""
+    return Purpose(kind, assignment.run_id, assignment.round_number, assignment.assignment_id)
+
+
+def retry_after_seconds(value: str | None, now: datetime) -> float | None:
+    """Read a `Retry-After` header, seconds or an HTTP date; None if absent or unreadable; at most an hour."""
+    if value is None:
+        return None
+    try:
+        seconds = float(value) if value.strip().isdigit() else _seconds_until(parsedate_to_datetime(value), now)
+    except ValueError:
+        return None
+    return min(max(seconds, 0.0), LONGEST_RETRY_AFTER_SECONDS)
+
+
+def _seconds_until(moment: datetime, now: datetime) -> float:
+    return ((moment if moment.tzinfo else moment.replace(tzinfo=UTC)) - now).total_seconds()
+
+
+def _problem(response: httpx.Response) -> tuple[str | None, str]:
+    try:
+        problem: Any = json.loads(response.content)
+    except (ValueError, httpx.ResponseNotRead):
+        problem = None
+    if isinstance(problem, dict) and isinstance(problem.get("code"), str):
+        return problem["code"], str(problem.get("detail", ""))[:400]
+    return None, f"not an answer of a Cotune server ({response.headers.get('Content-Type', 'no content type')})"
+
+
+def _parse(response: httpx.Response, schema: type[Schema]) -> Schema:
+    try:
+        return schema.model_validate_json(response.content)
+    except ValidationError as error:
+        first = error.errors(include_input=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise CloudUnavailable(
+            f"{response.request.url.path}: expected a {schema.__name__}, got another body: {where}: {first['msg']}"
+        ) from None

@@ -1,0 +1,308 @@
+"""One cycle, aloud: deliver what waits, ask for work, fetch what is missing, train, store, deliver.
+
+`run_once` is the whole of it. It holds no state of its own: whatever a cycle must remember is on disk before it counts,
+so a cycle may be killed anywhere and the next one goes on.
+"""
+
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import partial
+from pathlib import Path
+from typing import Protocol
+
+import structlog
+
+from edge_agent.backoff import Backoff, Retrier
+from edge_agent.cache import ArtifactCache
+from edge_agent.client import CloudClient
+from edge_agent.errors import AgentError, Cancelled, CannotTrain, CloudRefused, NotAuthorised
+from edge_agent.local_state import LocalState, LocalStates
+from edge_agent.outbox import Outbox, OutboxEntry
+from edge_agent.reporting import GONE, TrainingReporter
+from protocol.assignments import Assignment, AssignmentProgress, AssignmentRefusal, Part, Submission, SubmissionReceipt
+from protocol.errors import ErrorCode
+from protocol.runs import DeviceMetrics
+from protocol.statuses import AssignmentStatus, PartKind
+from protocol.strategies import STRATEGIES
+
+POLL_WAIT_SECONDS = 20
+"""How long the server may hold a poll open. Shorter would mean more polls, not sooner work."""
+
+log = structlog.get_logger(__name__)
+
+
+class Outcome(StrEnum):
+    """How a cycle ended."""
+
+    IDLE = "idle"  # There is no work.
+    SUBMITTED = "submitted"  # The server has an update, durably.
+    LATE = "late"  # The round had closed, or the run had ended.
+    REFUSED = "refused"  # This device could not do it, or the server would not have what it did.
+
+
+@dataclass(frozen=True)
+class RoundFiles:
+    """What was downloaded for a round."""
+
+    proxy_folder: Path | None
+    adapter: Path | None
+    probe_set: Path | None
+
+
+@dataclass(frozen=True)
+class TrainedUpdate:
+    """What training gives back: bytes to upload, numbers, and a way to write down what stays here."""
+
+    parts: dict[PartKind, bytes]
+    num_examples: int
+    metrics: DeviceMetrics
+    write_state: Callable[[Path], None]
+
+
+class Trainer(Protocol):
+    """Trains one assignment. Implemented in `edge_agent.training`, which imports torch."""
+
+    def train(
+        self,
+        assignment: Assignment,
+        files: RoundFiles,
+        start: LocalState | None,
+        on_progress: Callable[[str, int, int, dict[str, float]], None],
+    ) -> TrainedUpdate:
+        """Train from the local state `start`; the same arguments give the same bytes.
+
+        Raises:
+            CannotTrain: this device cannot do it.
+            AgentError: whatever `on_progress` raises.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Agent:
+    """Everything a cycle works with."""
+
+    client: CloudClient
+    retrier: Retrier
+    new_backoff: Callable[[], Backoff]
+    stop: threading.Event
+    cache: ArtifactCache
+    outbox: Outbox
+    states: LocalStates
+    trainer: Callable[[], Trainer]
+
+
+def run_once(agent: Agent, *, wait_seconds: int = POLL_WAIT_SECONDS) -> Outcome:
+    """Do one cycle.
+
+    Raises:
+        Stopped: the process shall stop.
+        CloudUnavailable: the poll was not answered; ask again later.
+        NotAuthorised: the server does not accept this device.
+    """
+    waiting = agent.outbox.pending()
+    if waiting:
+        return [deliver(agent, entry, again=True) for entry in waiting][-1]
+    assignment = agent.client.next_assignment(wait_seconds)
+    if assignment is None:
+        return Outcome.IDLE
+    with structlog.contextvars.bound_contextvars(
+        run_id=assignment.run_id, round_number=assignment.round_number, assignment_id=assignment.assignment_id
+    ):
+        return work_on(agent, assignment)
+
+
+def work_on(agent: Agent, assignment: Assignment) -> Outcome:
+    """Accept, fetch, train, store and deliver one assignment."""
+    log.info("assignment_received", strategy=assignment.strategy.name, deadline_at=assignment.deadline_at.isoformat())
+    try:
+        if assignment.status is AssignmentStatus.OFFERED:
+            report(agent, assignment, AssignmentStatus.ACCEPTED)
+        check_assignment(assignment)
+        entry = train(agent, assignment)
+    except CannotTrain as error:
+        return refuse(agent, assignment, error)
+    except Cancelled as error:
+        log.warning("training_cancelled", reason=str(error))
+        return Outcome.LATE
+    except NotAuthorised:
+        raise
+    except CloudRefused as error:
+        if error.status in GONE:
+            log.warning("assignment_gone", reason=str(error))
+            return Outcome.LATE
+        return refuse(agent, assignment, CannotTrain(error.code, error.detail))
+    return deliver(agent, entry)
+
+
+def check_assignment(assignment: Assignment) -> None:
+    """Raise `CannotTrain` if the assignment asks for something that its strategy must not or cannot give."""
+    spec = STRATEGIES[assignment.strategy.name]
+    undeclared = set(assignment.uploads) - spec.uploads
+    if undeclared:
+        raise CannotTrain("undeclared_upload", f"strategy {assignment.strategy.name} must not upload {undeclared}")
+    needed = (assignment.proxy_manifest, assignment.adapter, assignment.probe_set)
+    if spec.needs_proxy and None in needed:
+        raise CannotTrain("incomplete_assignment", "expected a proxy manifest, an adapter and a probe set")
+
+
+def train(agent: Agent, assignment: Assignment) -> OutboxEntry:
+    """Fetch what is missing, train, and store the update durably."""
+    started = time.monotonic()
+    files = fetch(agent, assignment)
+    seconds = {"download": round(time.monotonic() - started, 3)}
+    start = agent.states.before(assignment.run_id, assignment.round_number)
+    log.info("training_started", from_round=start.record.round_number if start else None)
+    reporter = TrainingReporter(agent.client, assignment, agent.stop, backoff=agent.new_backoff(), clock=time.monotonic)
+    with reporter:
+        update = trained(agent, assignment, files, start, reporter)
+    metrics = update.metrics.model_copy(update={"seconds_by_stage": seconds | update.metrics.seconds_by_stage})
+    check_sizes(assignment, update)
+
+    def submission(parts: list[Part]) -> Submission:
+        base = assignment.adapter.sha256 if assignment.adapter else None
+        return Submission(base_sha256=base, num_examples=update.num_examples, parts=parts, metrics=metrics)
+
+    entry = agent.outbox.put(assignment, update.parts, update.write_state, submission)
+    log.info("training_done", num_examples=update.num_examples, seconds=metrics.seconds_by_stage)
+    return entry
+
+
+def trained(
+    agent: Agent, assignment: Assignment, files: RoundFiles, start: LocalState | None, reporter: TrainingReporter
+) -> TrainedUpdate:
+    """Train; whatever goes wrong in there becomes a reason that the server can be told."""
+    try:
+        reporter.check()
+        return agent.trainer().train(assignment, files, start, reporter.on_progress)
+    except AgentError:
+        raise
+    except Exception as error:
+        # The edge of foreign code: one bad model or row must not end the agent. A message may quote data, so neither
+        # the log nor the server gets it; the kind of error and its place are enough to find it.
+        frames = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]
+        log.error("training_failed", error=type(error).__name__, frames=frames[-8:])
+        log.debug("training_failed_message", message=str(error))
+        code = "out_of_memory" if is_out_of_memory(error) else "training_failed"
+        raise CannotTrain(code, f"{type(error).__name__} at {frames[-1]}") from error
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Say whether an error means that memory ran out: torch's CPU allocator raises a plain `RuntimeError`."""
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or "not enough memory" in str(error)
+        or "can't allocate memory" in str(error)
+    )
+
+
+def fetch(agent: Agent, assignment: Assignment) -> RoundFiles:
+    """Download what this device lacks of the round's files."""
+    manifest, adapter, probe_set = assignment.proxy_manifest, assignment.adapter, assignment.probe_set
+    return RoundFiles(
+        proxy_folder=agent.cache.fetch_model(agent.client, manifest) if manifest else None,
+        adapter=agent.cache.fetch(agent.client, adapter) if adapter else None,
+        probe_set=agent.cache.fetch(agent.client, probe_set, ".jsonl") if probe_set else None,
+    )
+
+
+def check_sizes(assignment: Assignment, update: TrainedUpdate) -> None:
+    """Raise `CannotTrain` if the update is not what the server will take."""
+    if set(update.parts) != set(assignment.uploads):
+        raise CannotTrain(
+            "update_incomplete", f"expected {sorted(assignment.uploads)}, training gave {sorted(update.parts)}"
+        )
+    for kind, content in update.parts.items():
+        limit = assignment.upload_limits.get(kind)
+        if limit is not None and len(content) > limit:
+            raise CannotTrain("body_too_large", f"{kind.value}: expected at most {limit} bytes, got {len(content)}")
+
+
+def deliver(agent: Agent, entry: OutboxEntry, *, again: bool = False) -> Outcome:
+    """Upload and submit an update that is on disk, then make its local state the current one.
+
+    `again` says that an earlier process may have sent some or all of it.
+    """
+    assignment = entry.assignment
+    with structlog.contextvars.bound_contextvars(
+        run_id=assignment.run_id, round_number=assignment.round_number, assignment_id=assignment.assignment_id
+    ):
+        if entry.receipt is None:
+            try:
+                send(agent, entry, again=again)
+            except NotAuthorised:
+                raise
+            except CloudRefused as error:
+                agent.outbox.drop(entry)
+                if error.status in GONE and error.code != ErrorCode.UPDATE_CONFLICT:
+                    log.warning("update_late", reason=str(error))
+                    return Outcome.LATE
+                return refuse(agent, assignment, CannotTrain(error.code, error.detail))
+        replaced = agent.states.adopt(entry.state_folder)
+        agent.outbox.drop(entry)
+        for record in replaced:
+            if record.adapter_sha256 and record.adapter_sha256 != entry.submission.base_sha256:
+                agent.cache.discard(record.adapter_sha256)
+        return Outcome.SUBMITTED
+
+
+def send(agent: Agent, entry: OutboxEntry, *, again: bool) -> None:
+    """Upload every part, submit, and keep the receipt."""
+    assignment, submission = entry.assignment, entry.submission
+
+    def submit() -> SubmissionReceipt:
+        return agent.retrier.call("submit", lambda: agent.client.submit(assignment, submission))
+
+    receipt = submitted_before(submit) if again else None
+    if receipt is None:
+        announce_upload(agent, assignment)
+        for part in submission.parts:
+            upload = partial(agent.client.upload_part, assignment, part, entry.file(part))
+            agent.retrier.call("upload", upload)
+        receipt = submit()
+    entry.keep_receipt(receipt)
+    log.info("update_submitted", update_sha256=receipt.update_sha256, parts=len(submission.parts))
+
+
+def submitted_before(submit: Callable[[], SubmissionReceipt]) -> SubmissionReceipt | None:
+    """Return the receipt if the parts had all arrived before the agent was restarted, and None if some have not."""
+    try:
+        return submit()
+    except CloudRefused as error:
+        if error.code == ErrorCode.UPDATE_INCOMPLETE:
+            return None
+        raise
+
+
+def announce_upload(agent: Agent, assignment: Assignment) -> None:
+    """Say that the upload begins. Only the upload itself decides, so a no is only noted."""
+    try:
+        report(agent, assignment, AssignmentStatus.UPLOADING)
+    except NotAuthorised:
+        raise
+    except CloudRefused as error:
+        log.warning("report_refused", error=str(error))
+
+
+def report(agent: Agent, assignment: Assignment, status: AssignmentStatus) -> None:
+    """Report a change of status, and wait until the server knows it."""
+    progress = AssignmentProgress.model_validate({"status": status})
+    agent.retrier.call("progress", lambda: agent.client.report_progress(assignment, progress))
+
+
+def refuse(agent: Agent, assignment: Assignment, error: CannotTrain) -> Outcome:
+    """Tell the server that and why this device does not do an assignment."""
+    log.error("assignment_refused", code=error.code, reason=error.reason)
+    refusal = AssignmentRefusal(code=error.code, reason=error.reason)
+    try:
+        agent.retrier.call("refusal", lambda: agent.client.refuse(assignment, refusal))
+    except NotAuthorised:
+        raise
+    except CloudRefused as refused:
+        log.warning("refusal_refused", reason=str(refused))
+    return Outcome.REFUSED

@@ -1,0 +1,114 @@
+"""Who this device is: enrolment, once, and the check of what the owner configured."""
+
+import threading
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+
+from assets.data import read_examples
+from assets.errors import AssetError
+from edge_agent import profile
+from edge_agent.client import CloudClient
+from edge_agent.errors import AlreadyEnrolled, ConfigurationError
+from edge_agent.ledger import Ledger
+from edge_agent.profile import ModelDescription
+from edge_agent.settings import (
+    CONFIG_FILE,
+    CREDENTIAL_FILE,
+    Config,
+    read_credential,
+    validate,
+    write_config,
+    write_credential,
+)
+from protocol.devices import DeviceProfile, EnrolmentRequest
+
+UNASSIGNED = "unassigned"
+"""Stands for the device id until the server has given one."""
+
+
+def enrol(
+    home: Path,
+    *,
+    server: str,
+    token: str,
+    name: str,
+    model: str,
+    data: str,
+    test: str | None,
+    domain: str | None,
+    now: Callable[[], datetime],
+) -> Config:
+    """Give this home folder an identity. Everything is checked before the token is spent.
+
+    An enrolment that was cut off after the server had answered is finished without spending a token.
+
+    Raises:
+        AlreadyEnrolled: it has one; it never changes.
+        ConfigurationError: something given is wrong; all problems at once.
+        CloudError: the server did not answer, or refused the token.
+    """
+    if (home / CONFIG_FILE).exists():
+        raise AlreadyEnrolled(f"{home} is enrolled already; a second device needs another --home")
+    problems: list[str] = []
+    values = {
+        "server": {"url": server},
+        "device": {"id": UNASSIGNED, "name": name, "domain": domain},
+        "model": {"path": absolute(model)},
+        "data": {"train": absolute(data), "test": absolute(test) if test else None},
+    }
+    config = validate(values, "enroll", problems)
+    request = None
+    if not 8 <= len(token) <= 256:
+        problems.append(f"enroll: token: expected 8 to 256 characters, got {len(token)}")
+    if config is not None:
+        device = check_inputs(config, problems)
+        if device is not None and not problems:
+            request = EnrolmentRequest(token=token, name=name, profile=device)
+    if config is None or request is None:
+        raise ConfigurationError(problems)
+    device_id = _interrupted_enrolment(home) or _ask_for_identity(home, config, request, now)
+    config = config.model_copy(update={"device": config.device.model_copy(update={"id": device_id})})
+    write_config(home, config)
+    return config
+
+
+def check_inputs(config: Config, problems: list[str]) -> DeviceProfile | None:
+    """Look at the model and the data files; add what is wrong to `problems`, else return the device's profile."""
+    model: ModelDescription | None = profile.describe_model(config.model.path, problems)
+    num_examples = _count_rows(config.data.train, problems)
+    if config.data.test is not None:
+        _count_rows(config.data.test, problems)
+    return None if problems or model is None else profile.build(config, model, num_examples)
+
+
+def absolute(path_or_name: str) -> str:
+    """Return an existing path made absolute, so that the agent may start in any folder; a hub name stays as it is."""
+    path = Path(path_or_name).expanduser()
+    return str(path.resolve()) if path.exists() else path_or_name
+
+
+def _count_rows(path: Path, problems: list[str]) -> int:
+    try:
+        rows = len(read_examples(path))
+    except AssetError as error:
+        problems.append(str(error))
+        return 0
+    if rows == 0:
+        problems.append(f"{path}: expected at least one row, found none")
+    return rows
+
+
+def _interrupted_enrolment(home: Path) -> str | None:
+    path = home / CREDENTIAL_FILE
+    problems: list[str] = []
+    credential = read_credential(path, problems) if path.exists() else ""
+    return credential.partition(".")[0] if credential and not problems else None
+
+
+def _ask_for_identity(home: Path, config: Config, request: EnrolmentRequest, now: Callable[[], datetime]) -> str:
+    ledger = Ledger(home / "ledger.jsonl", now)
+    with CloudClient(config.server.url, None, ledger, threading.Event(), now=now) as client:
+        receipt = client.enrol(request)
+    write_credential(home, receipt.credential)
+    return receipt.device_id

@@ -1,0 +1,249 @@
+"""Trains one assignment with the pure strategies of `cotuning`. The only module of the agent that imports torch.
+
+What owns models and files is here; the mathematics is not. Models stay loaded between rounds: a strategy gives them
+back as they came. Everything random follows from the assignment's seed, so training the same assignment again from the
+same local state gives the same bytes.
+"""
+
+import re
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from torch import Tensor
+from transformers.utils.logging import disable_progress_bar
+
+from assets.adapters import read_adapter, save_adapter
+from assets.data import read_examples
+from assets.errors import AssetError, ModelFolderError
+from assets.models import load_language_model
+from assets.tensors import read_tensors, tensors_to_bytes
+from cotuning.adapters import AdapterMismatch, adapted, lora_config
+from cotuning.evaluation import evaluate
+from cotuning.language_model import LanguageModel, UnknownHead
+from cotuning.mutual_learning import CoverageTooLow
+from cotuning.strategies import co_plms, standalone
+from cotuning.strategies.results import DeviceResult
+from cotuning.training import OnProgress, TrainingDiverged
+from edge_agent.cycle import RoundFiles, TrainedUpdate
+from edge_agent.errors import CannotTrain
+from edge_agent.local_state import DOMAIN_ADAPTER, SLM_ADAPTER, LocalState, StateRecord, write_record
+from edge_agent.settings import Config
+from protocol.assignments import Assignment
+from protocol.errors import ErrorCode
+from protocol.headers import ADAPTER_FORMAT, METADATA_BASE, METADATA_FORMAT, METADATA_PROBE_SET, METADATA_PROXY
+from protocol.runs import AlignmentMetrics, DeviceMetrics, Scores
+from protocol.statuses import PartKind
+from protocol.strategies import CoPlmsSettings
+
+
+class Stopwatch:
+    """Seconds by stage; a stage lasts until the next one is entered."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+        self._stage: str | None = None
+        self._entered = time.monotonic()
+
+    def enter(self, stage: str | None) -> None:
+        """Begin `stage`, or with None only end the last one."""
+        now = time.monotonic()
+        if self._stage is not None:
+            self._seconds[self._stage] = self._seconds.get(self._stage, 0.0) + now - self._entered
+        self._stage, self._entered = stage, now
+
+    def seconds(self) -> dict[str, float]:
+        """End the last stage and return all of them, rounded to milliseconds."""
+        self.enter(None)
+        return {stage: round(seconds, 3) for stage, seconds in self._seconds.items()}
+
+
+class LocalTrainer:
+    """Implements `edge_agent.cycle.Trainer`."""
+
+    def __init__(self, config: Config) -> None:
+        torch.set_num_threads(config.training.torch_threads)
+        disable_progress_bar()  # a log is no terminal
+        self._config = config
+        self._slm: LanguageModel | None = None
+        self._proxy: tuple[Path, LanguageModel] | None = None
+
+    def train(
+        self, assignment: Assignment, files: RoundFiles, start: LocalState | None, on_progress: OnProgress
+    ) -> TrainedUpdate:
+        """Train the small model, and with `co_plms` the proxy, on this device's rows.
+
+        Raises:
+            CannotTrain: the model, the data or the alignment of the two tokenizers will not do.
+            AgentError: whatever `on_progress` raises.
+        """
+        try:
+            return self._train(assignment, files, start, on_progress)
+        except CoverageTooLow as error:
+            raise CannotTrain(ErrorCode.COVERAGE_TOO_LOW, str(error)) from None
+        except TrainingDiverged as error:
+            raise CannotTrain(ErrorCode.NON_FINITE_VALUES, str(error)) from None
+        except (AdapterMismatch, UnknownHead) as error:
+            raise CannotTrain("model_unsuitable", str(error)) from None
+        except ModelFolderError as error:
+            raise CannotTrain(ErrorCode.MODEL_FOLDER_MISSING, str(error)) from None
+        except AssetError as error:
+            raise CannotTrain(ErrorCode.DATA_FILE_INVALID, _without_data(error)) from None
+
+    def _train(
+        self, assignment: Assignment, files: RoundFiles, start: LocalState | None, on_progress: OnProgress
+    ) -> TrainedUpdate:
+        watch = Stopwatch()
+
+        def note(stage: str, step: int, steps: int, losses: Mapping[str, float]) -> None:
+            watch.enter(stage)
+            on_progress(stage, step, steps, dict(losses))
+
+        watch.enter("load")
+        slm = self._load_slm()
+        before = self._scores("evaluation_before", slm, None, assignment, note) if assignment.evaluate_before else None
+        watch.enter("load")
+        result = self._device_step(assignment, files, start, slm, note)
+        config = lora_config(slm, **assignment.strategy.slm_lora.model_dump())
+        tuned = (config, result.slm_adapter)
+        after = self._scores("evaluation_after", slm, tuned, assignment, note) if assignment.evaluate_after else None
+
+        def write_state(folder: Path) -> None:
+            save_adapter(folder / SLM_ADAPTER, result.slm_adapter, config, self._config.model.path)
+            if result.domain_adapter is not None:
+                (folder / DOMAIN_ADAPTER).write_bytes(tensors_to_bytes(result.domain_adapter, {}))
+            write_record(folder, _record(assignment, result.num_examples))
+
+        metrics = DeviceMetrics(
+            before=before,
+            after=after,
+            losses=result.losses,
+            alignment=AlignmentMetrics(**asdict(result.alignment)) if result.alignment else None,
+            seconds_by_stage=watch.seconds(),
+            peak_memory_bytes=_peak_memory_bytes(),
+        )
+        return TrainedUpdate(_parts(assignment, result), result.num_examples, metrics, write_state)
+
+    def _device_step(
+        self,
+        assignment: Assignment,
+        files: RoundFiles,
+        start: LocalState | None,
+        slm: LanguageModel,
+        on_progress: OnProgress,
+    ) -> DeviceResult:
+        private = read_examples(self._config.data.train)
+        slm_adapter = read_adapter(start.slm_adapter)[0] if start else None
+        strategy = assignment.strategy
+        if not isinstance(strategy, CoPlmsSettings):
+            return standalone.device_step(
+                slm=slm,
+                private=private,
+                slm_adapter=slm_adapter,
+                settings=strategy,
+                round_number=assignment.round_number,
+                seed=assignment.seed,
+                on_progress=on_progress,
+            )
+        if files.proxy_folder is None or files.adapter is None or files.probe_set is None:
+            raise CannotTrain("incomplete_assignment", "expected a proxy, an adapter and a probe set")
+        phi = start.domain_adapter if start else None
+        return co_plms.device_step(
+            slm=slm,
+            proxy=self._load_proxy(files.proxy_folder),
+            private=private,
+            probe=read_examples(files.probe_set),
+            shared_adapter=read_tensors(files.adapter)[0],
+            domain_adapter=read_tensors(phi)[0] if phi else None,
+            slm_adapter=slm_adapter,
+            settings=strategy,
+            round_number=assignment.round_number,
+            seed=assignment.seed,
+            on_progress=on_progress,
+        )
+
+    def _scores(
+        self,
+        stage: str,
+        slm: LanguageModel,
+        tuned: tuple[LoraConfig, Mapping[str, Tensor]] | None,
+        assignment: Assignment,
+        on_progress: OnProgress,
+    ) -> Scores | None:
+        """Measure the SLM, as it is or with an adapter, on the owner's test rows; None if there are none."""
+        limit, path = assignment.evaluation.test_rows, self._config.data.test
+        if not limit or path is None:
+            return None
+        rows = read_examples(path, limit=limit)
+        settings = self._config.training
+        on_progress(stage, 0, len(rows), {})
+        with adapted(slm, tuned[0], {"slm": tuned[1]}) if tuned else nullcontext(slm) as lent:
+            scores = evaluate(
+                lent,
+                rows,
+                max_new_tokens=assignment.evaluation.max_new_tokens,
+                batch_size=settings.evaluation_batch_size,
+                max_length=settings.evaluation_max_length,
+            )
+        on_progress(stage, len(rows), len(rows), {})
+        return Scores(**asdict(scores))
+
+    def _load_slm(self) -> LanguageModel:
+        if self._slm is None:
+            self._slm = load_language_model(self._config.model.path)
+        return self._slm
+
+    def _load_proxy(self, folder: Path) -> LanguageModel:
+        if self._proxy is None or self._proxy[0] != folder:
+            self._proxy = None  # before loading the next, so that two never lie in memory
+            self._proxy = (folder, load_language_model(str(folder)))
+        return self._proxy[1]
+
+
+def _without_data(error: AssetError) -> str:
+    """Name the file and the line only: the message quotes the row, for the owner's eyes and nobody else's."""
+    place = re.match(r"(.*?:\d+):", str(error))
+    where = Path(place[1]).name if place else "a data file"
+    return f"{where} cannot be read; `cotune-agent start` shows its owner why"
+
+
+def _parts(assignment: Assignment, result: DeviceResult) -> dict[PartKind, bytes]:
+    """What will leave the device: the delta of theta and the logits on public rows, and nothing else of the result."""
+    if assignment.adapter is None or assignment.proxy_manifest is None or assignment.probe_set is None:
+        return {}
+    delta_header = {
+        METADATA_FORMAT: ADAPTER_FORMAT,
+        METADATA_BASE: assignment.adapter.sha256,
+        METADATA_PROXY: assignment.proxy_manifest.sha256,
+    }
+    logits_header = result.logits_metadata | {
+        METADATA_PROBE_SET: assignment.probe_set.sha256,
+        METADATA_PROXY: assignment.proxy_manifest.sha256,
+    }
+    return {
+        PartKind.ADAPTER_DELTA: tensors_to_bytes(result.delta, delta_header),
+        PartKind.LOGITS: tensors_to_bytes(result.logits, logits_header),
+    }
+
+
+def _record(assignment: Assignment, num_examples: int) -> StateRecord:
+    return StateRecord(
+        run_id=assignment.run_id,
+        run_name=assignment.run_name,
+        round_number=assignment.round_number,
+        assignment_id=assignment.assignment_id,
+        adapter_sha256=assignment.adapter.sha256 if assignment.adapter else None,
+        num_examples=num_examples,
+    )
+
+
+def _peak_memory_bytes() -> int:
+    """Most resident memory of this process so far; Linux counts it in KiB, macOS in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024

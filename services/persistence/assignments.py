@@ -1,0 +1,272 @@
+"""Assignments: a device asks for work, says where it is, or refuses."""
+
+import math
+from collections.abc import Mapping
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Select, exists, func, select, update
+from sqlalchemy.orm import Session
+
+from persistence import artifacts, devices
+from persistence.identifiers import new_id
+from persistence.round_lifecycle import SUBMITTED, lock_round, settle
+from persistence.tables import AssignmentRow, RoundRow, RunRow, shorten
+from persistence.transitions import TAKES_UPDATES, UNDELIVERED, move
+from protocol.assignments import Assignment, AssignmentProgress, AssignmentRefusal
+from protocol.errors import DomainError, ErrorCode
+from protocol.runs import RunCreate
+from protocol.statuses import AssignmentStatus, PartKind, RoundStatus, RunStatus
+from protocol.strategies import STRATEGIES
+
+_ORDER = list(AssignmentStatus)
+
+
+def work_waits(session: Session, device_id: str, now: datetime) -> bool:
+    """Return whether `next_assignment` would find something. Two statements, which only read: for a long poll.
+
+    It may be wrong for a moment, when another device takes the last place; `next_assignment` decides.
+    """
+    if session.scalar(_unfinished(device_id, now).with_only_columns(AssignmentRow.id)) is not None:
+        return True
+    return bool(_candidates(session, device_id, now))
+
+
+def next_assignment(
+    session: Session, device_id: str, now: datetime, upload_limits: Mapping[PartKind, int]
+) -> Assignment | None:
+    """Return the device's unfinished assignment, else a new one in the oldest run that has a place, else None.
+
+    The device counts as seen. Asking twice returns the same assignment: there is one a round and device.
+
+    Args:
+        upload_limits: largest size of each kind of part, bytes; passed on.
+
+    Raises:
+        DomainError: DEVICE_NOT_APPROVED, DEVICE_REVOKED or DEVICE_NOT_FOUND.
+    """
+    device = devices.may_work(session, device_id)
+    assignment = _unfinished_or_new(session, device_id, now, upload_limits)
+    devices.touch(session, device, now)  # Last, so that the device is not locked while the round's lock is waited for.
+    return assignment
+
+
+def _unfinished_or_new(
+    session: Session, device_id: str, now: datetime, upload_limits: Mapping[PartKind, int]
+) -> Assignment | None:
+    found = session.execute(_unfinished(device_id, now)).first()
+    if found is not None:
+        return _assignment(session, *found, upload_limits)
+    for round_id in _candidates(session, device_id, now):
+        run, round_row = lock_round(session, round_id)
+        # Decided again under the lock: the same device may have asked twice at once, or another took the last place.
+        found = session.execute(_unfinished(device_id, now)).first()
+        if found is not None:
+            return _assignment(session, *found, upload_limits)
+        if round_id in _candidates(session, device_id, now):
+            row = AssignmentRow(
+                id=new_id("asg", now),
+                run_id=run.id,
+                round_id=round_row.id,
+                device_id=device_id,
+                status=AssignmentStatus.OFFERED,
+                losses={},
+                metrics={},
+                offered_at=now,
+            )
+            session.add(row)
+            session.flush()
+            return _assignment(session, row, round_row, run, upload_limits)
+    return None
+
+
+def get_assignment(
+    session: Session, device_id: str, assignment_id: str, upload_limits: Mapping[PartKind, int]
+) -> Assignment:
+    """Return one of the device's assignments. Raises DomainError ASSIGNMENT_NOT_FOUND."""
+    row = owned(session, device_id, assignment_id)
+    round_row, run = session.execute(
+        select(RoundRow, RunRow).join(RunRow, RunRow.id == RoundRow.run_id).where(RoundRow.id == row.round_id)
+    ).one()
+    return _assignment(session, row, round_row, run, upload_limits)
+
+
+def report_progress(
+    session: Session, device_id: str, assignment_id: str, progress: AssignmentProgress, now: datetime
+) -> AssignmentStatus:
+    """Remember where the device is; return the assignment's status, which may be ahead of the report.
+
+    The status only moves forward: a device that starts again after a crash reports an earlier one, and then only its
+    stage, step and losses are noted. Losses that are not finite are left out. The round starts to collect with the
+    first report.
+
+    Raises:
+        DomainError: ASSIGNMENT_NOT_FOUND; ROUND_CLOSED, it is too late, and training on is a waste;
+            ILLEGAL_TRANSITION, the assignment was rejected.
+    """
+    row = owned(session, device_id, assignment_id)
+    if row.status in SUBMITTED:
+        return row.status
+    status = session.scalar(select(RoundRow.status).where(RoundRow.id == row.round_id))
+    if status is RoundStatus.OPEN:
+        status = start_collecting(session, lock_round(session, row.round_id)[1], now)
+    row = owned(session, device_id, assignment_id, lock=True)
+    if row.status not in UNDELIVERED or status not in TAKES_UPDATES:
+        raise _not_workable(row, status)
+    values = {
+        "stage": progress.stage,
+        "step": progress.step,
+        "steps": progress.steps,
+        "losses": {name: loss for name, loss in progress.losses.items() if math.isfinite(loss)},
+    }
+    to = AssignmentStatus(progress.status)
+    if _ORDER.index(to) > _ORDER.index(row.status):
+        move(session, row, to, now=now, values=values)
+    else:
+        statement = update(AssignmentRow).where(AssignmentRow.id == row.id).values(values)
+        session.execute(statement, execution_options={"synchronize_session": False})
+    return row.status
+
+
+def refuse_assignment(
+    session: Session, device_id: str, assignment_id: str, refusal: AssignmentRefusal, now: datetime
+) -> AssignmentStatus:
+    """Take the device's no. Repeating it, or saying it when the round is over anyway, changes nothing.
+
+    The device's own words are kept in the assignment, for the operator; the event feed gets its code only.
+
+    Raises:
+        DomainError: ASSIGNMENT_NOT_FOUND; ILLEGAL_TRANSITION, the update is submitted.
+    """
+    round_id = owned(session, device_id, assignment_id).round_id
+    run, round_row = lock_round(session, round_id)
+    row = owned(session, device_id, assignment_id, lock=True)
+    if row.status in (AssignmentStatus.REJECTED, AssignmentStatus.LOST, AssignmentStatus.LATE):
+        return row.status
+    if row.status in SUBMITTED:
+        detail = f"assignment {row.id} is {row.status.value}; it is too late to refuse it"
+        raise DomainError(ErrorCode.ILLEGAL_TRANSITION, detail, received=row.status.value)
+    known = refusal.code in set(ErrorCode) or refusal.code.replace("_", "").isalpha()
+    reason = f"refused by the device: {refusal.code if known else 'other'}"
+    kept = shorten(f"refused by the device: {refusal.code}: {refusal.reason}")
+    start_collecting(session, round_row, now)
+    move(session, row, AssignmentStatus.REJECTED, now=now, reason=reason, values={"reason": kept})
+    settle(session, run, round_row, now)
+    return row.status
+
+
+def owned(session: Session, device_id: str, assignment_id: str, *, lock: bool = False) -> AssignmentRow:
+    """Return a device's assignment as it is now. Raises DomainError ASSIGNMENT_NOT_FOUND, also if it is another's."""
+    query = select(AssignmentRow).where(AssignmentRow.id == assignment_id, AssignmentRow.device_id == device_id)
+    if lock:
+        query = query.with_for_update(key_share=True)
+    row = session.scalar(query.execution_options(populate_existing=True))
+    if row is None:
+        detail = f"this device has no assignment {assignment_id!r}"
+        raise DomainError(ErrorCode.ASSIGNMENT_NOT_FOUND, detail, received=assignment_id)
+    return row
+
+
+def start_collecting(session: Session, round_row: RoundRow, now: datetime) -> RoundStatus:
+    """Move a locked round from open to collecting, if it is open; return its status."""
+    if round_row.status is RoundStatus.OPEN:
+        move(session, round_row, RoundStatus.COLLECTING, now=now, reason="the first device works on it")
+    return round_row.status
+
+
+def _not_workable(row: AssignmentRow, round_status: RoundStatus | None) -> DomainError:
+    if row.status is AssignmentStatus.REJECTED:
+        detail = f"assignment {row.id} is rejected: {row.reason}"
+        return DomainError(ErrorCode.ILLEGAL_TRANSITION, detail, received=row.status)
+    detail = f"the round of assignment {row.id} is {round_status}; an update would come too late"
+    return DomainError(ErrorCode.ROUND_CLOSED, detail, expected=["open", "collecting"], received=round_status)
+
+
+def _unfinished(device_id: str, now: datetime) -> Select[AssignmentRow, RoundRow, RunRow]:
+    return (
+        select(AssignmentRow, RoundRow, RunRow)
+        .join(RoundRow, RoundRow.id == AssignmentRow.round_id)
+        .join(RunRow, RunRow.id == RoundRow.run_id)
+        .where(
+            AssignmentRow.device_id == device_id,
+            AssignmentRow.status.in_(UNDELIVERED),
+            RoundRow.status.in_(TAKES_UPDATES),
+            RoundRow.deadline_at > now,
+            RunRow.status == RunStatus.RUNNING,
+        )
+        .order_by(AssignmentRow.id)
+        .limit(1)
+    )
+
+
+def _candidates(session: Session, device_id: str, now: datetime) -> list[str]:
+    """Return the open rounds that the device has no assignment of and is meant for, the oldest run's first."""
+    taken = exists().where(AssignmentRow.round_id == RoundRow.id, AssignmentRow.device_id == device_id)
+    rows = session.execute(
+        select(RoundRow.id, RunRow.device_ids)
+        .join(RunRow, RunRow.id == RoundRow.run_id)
+        .where(
+            RoundRow.status.in_(TAKES_UPDATES),
+            RoundRow.deadline_at > now,
+            RunRow.status == RunStatus.RUNNING,
+            ~taken,
+            (RunRow.max_updates.is_(None)) | (RunRow.max_updates > _places_taken()),
+        )
+        .order_by(RunRow.id)
+    )
+    return [round_id for round_id, device_ids in rows if device_ids is None or device_id in device_ids]
+
+
+def _places_taken() -> Any:
+    takes_place = UNDELIVERED | SUBMITTED
+    return (
+        select(func.count())
+        .select_from(AssignmentRow)
+        .where(AssignmentRow.round_id == RoundRow.id, AssignmentRow.status.in_(takes_place))
+        .correlate(RoundRow)
+        .scalar_subquery()
+    )
+
+
+def _assignment(
+    session: Session,
+    row: AssignmentRow,
+    round_row: RoundRow,
+    run: RunRow,
+    upload_limits: Mapping[PartKind, int],
+) -> Assignment:
+    config = RunCreate.model_validate(run.config)
+    uploads = sorted(STRATEGIES[config.strategy.name].uploads)
+    hashes = (run.proxy_manifest_sha256, round_row.base_adapter_sha256, run.probe_set_sha256)
+    files = artifacts.references(session, hashes)
+    tuned_before = session.scalar(
+        select(AssignmentRow.id)
+        .where(
+            AssignmentRow.device_id == row.device_id,
+            AssignmentRow.run_id == run.id,
+            AssignmentRow.id != row.id,
+            AssignmentRow.status.in_(SUBMITTED),
+        )
+        .limit(1)
+    )
+    return Assignment(
+        assignment_id=row.id,
+        run_id=run.id,
+        run_name=run.name,
+        round_id=round_row.id,
+        round_number=round_row.number,
+        rounds=config.rounds,
+        status=row.status,
+        strategy=config.strategy,
+        seed=config.seed,
+        base_version=round_row.base_version,
+        proxy_manifest=files.get(run.proxy_manifest_sha256 or ""),
+        adapter=files.get(round_row.base_adapter_sha256 or ""),
+        probe_set=files.get(run.probe_set_sha256 or ""),
+        uploads=uploads,
+        upload_limits={kind: upload_limits[kind] for kind in uploads},
+        evaluation=config.evaluation,
+        evaluate_before=tuned_before is None,
+        evaluate_after=round_row.number == config.rounds,
+        deadline_at=round_row.deadline_at,
+    )

@@ -1,0 +1,152 @@
+"""The connection to the database, and the one place that commits.
+
+SQLite: write-ahead log, foreign keys, full synchronisation (a device deletes its copy after our answer, so a commit
+must survive a power cut), and `BEGIN IMMEDIATE` for writers, since a transaction that reads first and writes later
+could otherwise fail in the middle. PostgreSQL: psycopg 3, read committed; decisions take row locks.
+"""
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import Connection, Engine, create_engine, event, exc, make_url, text
+from sqlalchemy.orm import Session, sessionmaker
+
+from persistence import events
+from persistence.errors import CommittedRefusal, StorageError
+from protocol.errors import DomainError, ErrorCode
+from protocol.statuses import JobKind
+
+logger = logging.getLogger(__name__)
+
+BUSY_TIMEOUT_SECONDS = 20
+"""How long a SQLite writer waits for another one."""
+
+_BEGIN = "cotune_begin"
+_JOBS = "cotune_queued_jobs"
+
+
+@dataclass(frozen=True)
+class JobMessage:
+    """What is sent to the queue: a hint that a job may be claimed."""
+
+    job_id: str
+    kind: JobKind
+
+
+def queue_message(session: Session, message: JobMessage) -> None:
+    """Remember a message that `Database.transaction` sends once the session's transaction is committed."""
+    session.info.setdefault(_JOBS, []).append(message)
+
+
+def connect(url: str, **options: Any) -> Engine:
+    """Return an engine for `sqlite:///<file>` or `postgresql://...`, set up as the module's docstring says.
+
+    Raises:
+        StorageError: another database, or not an address.
+    """
+    try:
+        address = make_url(url)
+    except exc.ArgumentError:
+        raise StorageError("the database's address is not one: expected sqlite:///<file> or postgresql://...") from None
+    backend = address.get_backend_name()
+    if backend == "postgresql":
+        return create_engine(address.set(drivername="postgresql+psycopg"), pool_pre_ping=True, **options)
+    if backend != "sqlite" or not address.database or address.database == ":memory:":
+        raise StorageError(f"expected sqlite:///<file> or postgresql://..., got {address.render_as_string()}")
+    engine = create_engine(address, connect_args={"timeout": BUSY_TIMEOUT_SECONDS}, **options)
+    event.listen(engine, "connect", _configure_sqlite)
+    event.listen(engine, "begin", _begin_sqlite)
+    return engine
+
+
+def _configure_sqlite(connection: Any, _record: Any) -> None:
+    connection.isolation_level = None  # The driver begins nothing by itself; `_begin_sqlite` does.
+    cursor = connection.cursor()
+    cursor.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_SECONDS * 1000}")
+    cursor.execute("PRAGMA journal_mode = WAL")
+    cursor.execute("PRAGMA synchronous = FULL")
+    cursor.execute("PRAGMA foreign_keys = ON")
+    cursor.close()
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    connection.exec_driver_sql(f"BEGIN {connection.get_execution_options().get(_BEGIN, 'IMMEDIATE')}")
+
+
+class Database:
+    """Transactions on one database.
+
+    Args:
+        url: `sqlite:///<file>` or `postgresql://user@host/name`.
+        dispatch: sends a job's message to the queue; called after the commit that queued it. What it raises is logged
+            and no more: the sweep sends again what the queue did not get.
+    """
+
+    def __init__(self, url: str, dispatch: Callable[[JobMessage], None] | None = None) -> None:
+        self.engine = connect(url)
+        self._dispatch = dispatch
+        self._writing = sessionmaker(self.engine, expire_on_commit=False)
+        self._reading = sessionmaker(self.engine.execution_options(**{_BEGIN: "DEFERRED"}), expire_on_commit=False)
+
+    @contextmanager
+    def transaction(self) -> Iterator[Session]:
+        """Open a session that may write; commit on exit, roll back on an error, then send the jobs it queued.
+
+        A `CommittedRefusal` commits and is raised again.
+
+        Raises:
+            DomainError: UNAVAILABLE, the database does not answer or is busy for too long (safe to repeat);
+                INVALID_FIELD, it cannot hold a value (for example a NUL character in a text).
+        """
+        session = self._writing()
+        refusal: CommittedRefusal | None = None
+        with _translate_errors(), session:
+            try:
+                yield session
+            except CommittedRefusal as error:
+                refusal = error
+            session.flush()
+            events.write_pending(session)
+            session.commit()
+        for message in session.info.pop(_JOBS, []):
+            self._send(message)
+        if refusal is not None:
+            raise refusal
+
+    @contextmanager
+    def reading(self) -> Iterator[Session]:
+        """Open a session that only reads: on SQLite it waits for no writer. Nothing is committed."""
+        with _translate_errors(), self._reading() as session:
+            yield session
+
+    def ping(self) -> None:
+        """Ask the database for nothing. Raises DomainError UNAVAILABLE if it does not answer."""
+        with self.reading() as session:
+            session.execute(text("SELECT 1"))
+
+    def dispose(self) -> None:
+        """Close the pool's connections."""
+        self.engine.dispose()
+
+    def _send(self, message: JobMessage) -> None:
+        if self._dispatch is None:
+            return
+        try:
+            self._dispatch(message)
+        except Exception as error:  # The queue is a hint; whatever its library raises, the commit stands.
+            logger.warning("job_not_sent job_id=%s kind=%s error=%s", message.job_id, message.kind, error)
+
+
+@contextmanager
+def _translate_errors() -> Iterator[None]:
+    try:
+        yield
+    except (exc.OperationalError, exc.InterfaceError, exc.TimeoutError) as error:
+        cause = str(getattr(error, "orig", error)).strip().splitlines()
+        detail = f"the database does not answer: {cause[0] if cause else type(error).__name__}"
+        raise DomainError(ErrorCode.UNAVAILABLE, detail) from error
+    except exc.DataError as error:
+        raise DomainError(ErrorCode.INVALID_FIELD, f"a value cannot be stored: {error.orig}") from error

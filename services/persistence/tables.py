@@ -1,0 +1,258 @@
+"""The tables. Written once here, built by `migrations/`; a test keeps the two equal.
+
+A status is never assigned: `persistence.transitions.move` changes it, and the listener at the end of this file refuses
+anything else. There are no relationships: every query says what it joins.
+"""
+
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    Boolean,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    UniqueConstraint,
+    event,
+    inspect,
+)
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from persistence.column_types import BigInt, FiniteJson, UtcDateTime, status_type
+from protocol.errors import ErrorCode
+from protocol.events import EventType
+from protocol.statuses import AssignmentStatus, DeviceStatus, JobKind, JobStatus, PartKind, RoundStatus, RunStatus
+
+ID = String(64)
+SHA256 = String(64)
+REASON = String(2000)
+"""Longest reason that is kept, characters; `shorten` cuts to it."""
+
+
+def shorten(reason: str | None) -> str | None:
+    """Cut a reason to what the column holds: PostgreSQL refuses longer text, SQLite does not."""
+    return reason if reason is None or len(reason) <= 2000 else reason[:1999] + "…"
+
+
+class Table(DeclarativeBase):
+    """Base of every table; constraint names follow from it, so that migrations can name them."""
+
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_N_name)s_%(referred_table_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+
+
+class EnrolmentTokenRow(Table):
+    """A token that lets `uses` devices enrol until `expires_at`. Only its hash is kept."""
+
+    __tablename__ = "enrolment_tokens"
+
+    id: Mapped[str] = mapped_column(ID, primary_key=True)
+    token_sha256: Mapped[str] = mapped_column(SHA256, unique=True)
+    uses: Mapped[int] = mapped_column(Integer)
+    used: Mapped[int] = mapped_column(Integer, default=0)
+    note: Mapped[str] = mapped_column(String(200), default="")
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    expires_at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
+class DeviceRow(Table):
+    """An enrolled device. Only the hash of its credential's secret is kept."""
+
+    __tablename__ = "devices"
+    __table_args__ = (Index(None, "status", "last_seen_at"),)
+
+    id: Mapped[str] = mapped_column(ID, primary_key=True)
+    name: Mapped[str] = mapped_column(String(64))
+    status: Mapped[DeviceStatus] = mapped_column(status_type(DeviceStatus))
+    credential_sha256: Mapped[str] = mapped_column(SHA256)
+    token_id: Mapped[str] = mapped_column(ID, ForeignKey("enrolment_tokens.id"))
+    profile: Mapped[dict[str, Any]] = mapped_column(FiniteJson)
+    activity: Mapped[str] = mapped_column(String(64), default="idle")
+    reason: Mapped[str | None] = mapped_column(String(400))
+    enrolled_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    last_seen_at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
+class ArtifactRow(Table):
+    """A file of the blob store, by content."""
+
+    __tablename__ = "artifacts"
+
+    sha256: Mapped[str] = mapped_column(SHA256, primary_key=True)
+    size_bytes: Mapped[int] = mapped_column(BigInteger)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
+class RunRow(Table):
+    """A run. `config` never changes; `proxy_*`, `probe_set_sha256` and `expected_tensors` come from its preparation."""
+
+    __tablename__ = "runs"
+    __table_args__ = (Index(None, "status"),)
+
+    id: Mapped[str] = mapped_column(ID, primary_key=True)
+    name: Mapped[str] = mapped_column(String(64))
+    status: Mapped[RunStatus] = mapped_column(status_type(RunStatus))
+    status_reason: Mapped[str | None] = mapped_column(REASON)
+    error_code: Mapped[ErrorCode | None] = mapped_column(status_type(ErrorCode))
+    config: Mapped[dict[str, Any]] = mapped_column(FiniteJson)
+    device_ids: Mapped[list[str] | None] = mapped_column(FiniteJson)
+    max_updates: Mapped[int | None] = mapped_column(BigInteger)
+    current_round: Mapped[int] = mapped_column(Integer, default=0)
+    latest_version: Mapped[int | None] = mapped_column(Integer)
+    proxy_manifest_sha256: Mapped[str | None] = mapped_column(SHA256, ForeignKey("artifacts.sha256"))
+    probe_set_sha256: Mapped[str | None] = mapped_column(SHA256, ForeignKey("artifacts.sha256"))
+    expected_tensors: Mapped[dict[str, Any] | None] = mapped_column(FiniteJson)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    finished_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+
+
+class RunArtifactRow(Table):
+    """Which run uses a file, and as what."""
+
+    __tablename__ = "run_artifacts"
+
+    sha256: Mapped[str] = mapped_column(SHA256, ForeignKey("artifacts.sha256"), primary_key=True)
+    run_id: Mapped[str] = mapped_column(ID, ForeignKey("runs.id"), primary_key=True)
+    kind: Mapped[str] = mapped_column(String(32), primary_key=True)
+
+
+class RoundRow(Table):
+    """A round: what it started from, what each stage made, and until when it waits."""
+
+    __tablename__ = "rounds"
+    __table_args__ = (UniqueConstraint("run_id", "number"), Index(None, "status"))
+
+    id: Mapped[str] = mapped_column(ID, primary_key=True)
+    run_id: Mapped[str] = mapped_column(ID, ForeignKey("runs.id"))
+    number: Mapped[int] = mapped_column(Integer)
+    status: Mapped[RoundStatus] = mapped_column(status_type(RoundStatus))
+    status_reason: Mapped[str | None] = mapped_column(REASON)
+    base_version: Mapped[int] = mapped_column(Integer)
+    base_adapter_sha256: Mapped[str | None] = mapped_column(SHA256, ForeignKey("artifacts.sha256"))
+    base_llm_adapter_sha256: Mapped[str | None] = mapped_column(SHA256, ForeignKey("artifacts.sha256"))
+    aggregated_adapter_sha256: Mapped[str | None] = mapped_column(SHA256, ForeignKey("artifacts.sha256"))
+    candidate_adapter_sha256: Mapped[str | None] = mapped_column(SHA256, ForeignKey("artifacts.sha256"))
+    candidate_llm_adapter_sha256: Mapped[str | None] = mapped_column(SHA256, ForeignKey("artifacts.sha256"))
+    metrics: Mapped[dict[str, Any]] = mapped_column(FiniteJson, default=dict)
+    opened_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    deadline_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    grace_until: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    closed_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    finished_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+
+
+class AssignmentRow(Table):
+    """One device's share of one round, and its update once submitted."""
+
+    __tablename__ = "assignments"
+    __table_args__ = (UniqueConstraint("round_id", "device_id"), Index(None, "device_id", "status"))
+
+    id: Mapped[str] = mapped_column(ID, primary_key=True)
+    run_id: Mapped[str] = mapped_column(ID, ForeignKey("runs.id"))
+    round_id: Mapped[str] = mapped_column(ID, ForeignKey("rounds.id"))
+    device_id: Mapped[str] = mapped_column(ID, ForeignKey("devices.id"))
+    status: Mapped[AssignmentStatus] = mapped_column(status_type(AssignmentStatus))
+    reason: Mapped[str | None] = mapped_column(REASON)
+    stage: Mapped[str | None] = mapped_column(String(64))
+    step: Mapped[int | None] = mapped_column(BigInteger)
+    steps: Mapped[int | None] = mapped_column(BigInteger)
+    losses: Mapped[dict[str, float]] = mapped_column(FiniteJson, default=dict)
+    num_examples: Mapped[int | None] = mapped_column(BigInteger)
+    metrics: Mapped[dict[str, Any]] = mapped_column(FiniteJson, default=dict)
+    update_sha256: Mapped[str | None] = mapped_column(SHA256)
+    offered_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    submitted_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+
+
+class UpdatePartRow(Table):
+    """One received file of an update."""
+
+    __tablename__ = "update_parts"
+
+    assignment_id: Mapped[str] = mapped_column(ID, ForeignKey("assignments.id"), primary_key=True)
+    kind: Mapped[PartKind] = mapped_column(status_type(PartKind), primary_key=True)
+    sha256: Mapped[str] = mapped_column(SHA256, ForeignKey("artifacts.sha256"))
+    size_bytes: Mapped[int] = mapped_column(BigInteger)
+    received_at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
+class VersionRow(Table):
+    """A model version. Number n comes from round n; 0 from the preparation."""
+
+    __tablename__ = "versions"
+
+    run_id: Mapped[str] = mapped_column(ID, ForeignKey("runs.id"), primary_key=True)
+    number: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    round_id: Mapped[str | None] = mapped_column(ID, ForeignKey("rounds.id"), unique=True)
+    promoted: Mapped[bool] = mapped_column(Boolean)
+    proxy_adapter_sha256: Mapped[str | None] = mapped_column(SHA256, ForeignKey("artifacts.sha256"))
+    llm_adapter_sha256: Mapped[str | None] = mapped_column(SHA256, ForeignKey("artifacts.sha256"))
+    num_updates: Mapped[int] = mapped_column(Integer)
+    metrics: Mapped[dict[str, Any]] = mapped_column(FiniteJson, default=dict)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
+class JobRow(Table):
+    """The outbox: work for a worker. One job a kind and subject (a round, or a run for the preparation)."""
+
+    __tablename__ = "jobs"
+    __table_args__ = (UniqueConstraint("kind", "subject_id"), Index(None, "status", "sent_at"), Index(None, "run_id"))
+
+    id: Mapped[str] = mapped_column(ID, primary_key=True)
+    kind: Mapped[JobKind] = mapped_column(status_type(JobKind))
+    subject_id: Mapped[str] = mapped_column(ID)
+    run_id: Mapped[str] = mapped_column(ID, ForeignKey("runs.id"))
+    round_id: Mapped[str | None] = mapped_column(ID, ForeignKey("rounds.id"))
+    status: Mapped[JobStatus] = mapped_column(status_type(JobStatus))
+    reason: Mapped[str | None] = mapped_column(REASON)
+    owner: Mapped[str | None] = mapped_column(String(200))
+    lease_until: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    attempts: Mapped[int] = mapped_column(Integer, default=0)
+    queued_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    sent_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    finished_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+
+
+class EventRow(Table):
+    """The append-only feed. `sequence` is given in commit order: see `persistence.events`."""
+
+    __tablename__ = "events"
+    __table_args__ = (Index(None, "run_id", "sequence"),)
+
+    sequence: Mapped[int] = mapped_column(BigInt, primary_key=True)
+    type: Mapped[EventType] = mapped_column(status_type(EventType))
+    time: Mapped[datetime] = mapped_column(UtcDateTime)
+    run_id: Mapped[str | None] = mapped_column(ID, ForeignKey("runs.id"))
+    round_id: Mapped[str | None] = mapped_column(ID, ForeignKey("rounds.id"))
+    device_id: Mapped[str | None] = mapped_column(ID, ForeignKey("devices.id"))
+    data: Mapped[dict[str, Any]] = mapped_column(FiniteJson, default=dict)
+
+
+class TrafficRow(Table):
+    """Bytes of bodies between one device and the cloud for one run."""
+
+    __tablename__ = "traffic"
+
+    run_id: Mapped[str] = mapped_column(ID, ForeignKey("runs.id"), primary_key=True)
+    device_id: Mapped[str] = mapped_column(ID, ForeignKey("devices.id"), primary_key=True)
+    direction: Mapped[str] = mapped_column(String(8), primary_key=True)
+    kind: Mapped[str] = mapped_column(String(32), primary_key=True)
+    num_bytes: Mapped[int] = mapped_column(BigInteger)
+
+
+def _refuse_assignment_to_status(row: Table, value: object, old: object, _initiator: object) -> None:
+    if inspect(row).persistent:
+        raise AttributeError(f"a status is changed by transitions.move, not by assignment ({old} to {value})")
+
+
+for _table in (DeviceRow, RunRow, RoundRow, AssignmentRow, JobRow):
+    event.listen(_table.status, "set", _refuse_assignment_to_status)

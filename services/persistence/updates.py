@@ -1,0 +1,292 @@
+"""Updates: the parts that a device uploads, its submission, and what the worker reads and refuses.
+
+Everything a device sends may come twice. The same content gets the same receipt, also when the round has long been
+closed; other content is a conflict. What comes too late raises `RoundClosed`, which `Database.transaction` commits: the
+assignment is `late` from then on, and nothing else has changed.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from persistence import artifacts, events
+from persistence.assignments import owned, start_collecting
+from persistence.errors import RoundClosed
+from persistence.round_lifecycle import SUBMITTED, lock_round, settle
+from persistence.tables import AssignmentRow, RoundRow, RunRow, UpdatePartRow, shorten
+from persistence.transitions import TAKES_UPDATES, UNDELIVERED, move
+from protocol.assignments import PartReceipt, Submission, SubmissionReceipt
+from protocol.errors import DomainError, ErrorCode
+from protocol.events import EventType
+from protocol.runs import RunCreate
+from protocol.safetensors_header import TensorInfo
+from protocol.statuses import AssignmentStatus, PartKind, RunStatus
+from protocol.strategies import STRATEGIES
+
+
+@dataclass(frozen=True)
+class UpdateRecord:
+    """A submitted update, as the worker reads it. `parts` maps a kind to the SHA-256 of its file."""
+
+    assignment_id: str
+    device_id: str
+    num_examples: int
+    parts: dict[PartKind, str]
+    metrics: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class PartAdmission:
+    """What a part must agree with; None where there is nothing to agree with."""
+
+    run_id: str
+    round_id: str
+    base_sha256: str | None
+    proxy_manifest_sha256: str | None
+    probe_set_sha256: str | None
+    expected_tensors: dict[str, TensorInfo] | None
+
+
+def admit_part(session: Session, device_id: str, assignment_id: str, kind: PartKind, now: datetime) -> PartAdmission:
+    """Say, before a byte of it is read, whether a part may come, and what it must agree with.
+
+    Raises:
+        DomainError: as `record_part`, but for UPDATE_CONFLICT.
+    """
+    row = owned(session, device_id, assignment_id)
+    if row.status not in SUBMITTED:
+        run, round_row, row = _lock_taking(session, device_id, assignment_id, now)
+    else:
+        run, round_row = lock_round(session, row.round_id)
+    _check_kind(run, kind)
+    return PartAdmission(
+        run_id=run.id,
+        round_id=round_row.id,
+        base_sha256=round_row.base_adapter_sha256,
+        proxy_manifest_sha256=run.proxy_manifest_sha256,
+        probe_set_sha256=run.probe_set_sha256,
+        expected_tensors=_tensors(run) if kind is PartKind.ADAPTER_DELTA else None,
+    )
+
+
+def record_part(  # noqa: PLR0917
+    session: Session, device_id: str, assignment_id: str, kind: PartKind, sha256: str, size: int, now: datetime
+) -> PartReceipt:
+    """Remember that the store holds a part of the device's update.
+
+    Raises:
+        DomainError: ASSIGNMENT_NOT_FOUND; INVALID_FIELD, the strategy has no such part; UPDATE_CONFLICT, another file
+            came for it before; ILLEGAL_TRANSITION, the assignment was rejected.
+        RoundClosed: too late; the assignment is `late`, which the transaction commits.
+    """
+    row = owned(session, device_id, assignment_id)
+    if (known := _part(session, assignment_id, kind)) is not None:
+        return _same_part(known, sha256)
+    if row.status in SUBMITTED:
+        _check_kind(session.get_one(RunRow, row.run_id), kind)
+    run, round_row, row = _lock_taking(session, device_id, assignment_id, now)
+    _check_kind(run, kind)
+    if (known := _part(session, assignment_id, kind)) is not None:
+        return _same_part(known, sha256)
+    artifacts.register(session, sha256, size, kind.value, run.id, now)
+    part = UpdatePartRow(assignment_id=row.id, kind=kind, sha256=sha256, size_bytes=size, received_at=now)
+    session.add(part)
+    start_collecting(session, round_row, now)
+    if row.status in UNDELIVERED and row.status is not AssignmentStatus.UPLOADING:
+        move(session, row, AssignmentStatus.UPLOADING, now=now)
+    return _same_part(part, sha256)
+
+
+def submit(
+    session: Session, device_id: str, assignment_id: str, submission: Submission, now: datetime
+) -> SubmissionReceipt:
+    """Accept an update whose parts are all here, and close the round if it was the last one to wait for.
+
+    Raises:
+        DomainError: ASSIGNMENT_NOT_FOUND; UPDATE_CONFLICT, another submission came before; UPDATE_INCOMPLETE, parts
+            are missing, too many, or not the uploaded ones; WRONG_BASE_VERSION; ILLEGAL_TRANSITION, the assignment was
+            rejected.
+        RoundClosed: too late; the assignment is `late`, which the transaction commits.
+    """
+    digest = _identity(submission)
+    row = owned(session, device_id, assignment_id)
+    if row.update_sha256 is not None:
+        return _same_submission(row, digest)
+    run, round_row, row = _lock_taking(session, device_id, assignment_id, now)
+    if row.update_sha256 is not None:
+        return _same_submission(row, digest)
+    _check_base(round_row, submission)
+    _check_parts(session, run, row, submission)
+    start_collecting(session, round_row, now)
+    values = {
+        "num_examples": submission.num_examples,
+        "metrics": submission.metrics.model_dump(mode="json"),
+        "update_sha256": digest,
+        "submitted_at": now,
+    }
+    move(session, row, AssignmentStatus.SUBMITTED, now=now, values=values)
+    data = {"assignment_id": row.id, "update_sha256": digest, "num_examples": submission.num_examples}
+    events.append(
+        session, EventType.UPDATE_SUBMITTED, now, run_id=run.id, round_id=row.round_id, device_id=device_id, data=data
+    )
+    settle(session, run, round_row, now)
+    return _same_submission(row, digest)
+
+
+def submitted_updates(session: Session, round_id: str) -> list[UpdateRecord]:
+    """Return the round's updates, submitted or already counted, in the order of the device ids.
+
+    The order is part of the result: a mean of floats depends on it in its last bits, and a stage that is done again
+    must give the same bytes.
+    """
+    rows = session.scalars(
+        select(AssignmentRow)
+        .where(AssignmentRow.round_id == round_id, AssignmentRow.status.in_(SUBMITTED))
+        .order_by(AssignmentRow.device_id)
+        .execution_options(populate_existing=True)
+    ).all()
+    parts: dict[str, dict[PartKind, str]] = {row.id: {} for row in rows}
+    stored = session.execute(
+        select(UpdatePartRow.assignment_id, UpdatePartRow.kind, UpdatePartRow.sha256)
+        .join(AssignmentRow, AssignmentRow.id == UpdatePartRow.assignment_id)
+        .where(AssignmentRow.round_id == round_id, AssignmentRow.status.in_(SUBMITTED))
+        .order_by(UpdatePartRow.kind)
+    )
+    for assignment_id, kind, sha256 in stored:
+        parts[assignment_id][kind] = sha256
+    return [UpdateRecord(row.id, row.device_id, row.num_examples or 0, parts[row.id], row.metrics) for row in rows]
+
+
+def reject_update(session: Session, assignment_id: str, code: ErrorCode, reason: str, now: datetime) -> None:
+    """Refuse a submitted update whose values are wrong; the device and the operator can read why. Again: no change.
+
+    Raises:
+        DomainError: ASSIGNMENT_NOT_FOUND; ILLEGAL_TRANSITION, it was counted or never submitted.
+    """
+    row = session.scalar(
+        select(AssignmentRow)
+        .where(AssignmentRow.id == assignment_id)
+        .with_for_update(key_share=True)
+        .execution_options(populate_existing=True)
+    )
+    if row is None:
+        raise DomainError(ErrorCode.ASSIGNMENT_NOT_FOUND, f"no assignment {assignment_id!r}", received=assignment_id)
+    if row.status is AssignmentStatus.REJECTED:
+        return
+    kept = shorten(f"{code.value}: {reason}")
+    if row.status is not AssignmentStatus.SUBMITTED:
+        detail = f"assignment {row.id} is {row.status.value}; only a submitted update can be rejected"
+        raise DomainError(ErrorCode.ILLEGAL_TRANSITION, detail, expected="submitted", received=row.status.value)
+    move(session, row, AssignmentStatus.REJECTED, now=now, reason=kept, values={"reason": kept})
+    events.append(
+        session,
+        EventType.UPDATE_REJECTED,
+        now,
+        run_id=row.run_id,
+        round_id=row.round_id,
+        device_id=row.device_id,
+        data={"assignment_id": row.id, "code": code.value, "reason": kept},
+    )
+
+
+def expected_tensors(session: Session, round_id: str) -> dict[str, TensorInfo] | None:
+    """Return the tensors that a delta of this round must have, by name; None where the strategy sends none."""
+    run = session.scalar(select(RunRow).join(RoundRow, RoundRow.run_id == RunRow.id).where(RoundRow.id == round_id))
+    return _tensors(run) if run is not None else None
+
+
+def _tensors(run: RunRow) -> dict[str, TensorInfo] | None:
+    if run.expected_tensors is None:
+        return None
+    return {name: TensorInfo(item["dtype"], tuple(item["shape"])) for name, item in run.expected_tensors.items()}
+
+
+def _lock_taking(
+    session: Session, device_id: str, assignment_id: str, now: datetime
+) -> tuple[RunRow, RoundRow, AssignmentRow]:
+    """Lock the assignment and its round, and see that the round still takes it; else mark it late and raise."""
+    run, round_row = lock_round(session, owned(session, device_id, assignment_id).round_id)
+    row = owned(session, device_id, assignment_id, lock=True)
+    if row.status is AssignmentStatus.REJECTED:
+        detail = f"assignment {row.id} is rejected: {row.reason}"
+        raise DomainError(ErrorCode.ILLEGAL_TRANSITION, detail, received=row.status.value)
+    if now >= round_row.deadline_at:
+        settle(session, run, round_row, now)
+        row = owned(session, device_id, assignment_id)
+    taking = round_row.status in TAKES_UPDATES and run.status in (RunStatus.RUNNING, RunStatus.PAUSED)
+    if taking or row.status in SUBMITTED:
+        return run, round_row, row
+    detail = f"round {round_row.number} is {round_row.status.value} and takes no more updates"
+    if row.status is not AssignmentStatus.LATE:
+        move(session, row, AssignmentStatus.LATE, now=now, reason=detail, values={"reason": detail})
+    raise RoundClosed(detail, received=round_row.status.value)
+
+
+def _check_kind(run: RunRow, kind: PartKind) -> None:
+    uploads = STRATEGIES[run.config["strategy"]["name"]].uploads
+    if kind not in uploads:
+        expected = sorted(uploads)
+        detail = (
+            f"strategy {run.config['strategy']['name']} takes {', '.join(expected) or 'no files'}, not {kind.value}"
+        )
+        raise DomainError(ErrorCode.INVALID_FIELD, detail, expected=expected, received=kind.value)
+
+
+def _part(session: Session, assignment_id: str, kind: PartKind) -> UpdatePartRow | None:
+    return session.get(UpdatePartRow, (assignment_id, kind), populate_existing=True)
+
+
+def _same_part(part: UpdatePartRow, sha256: str) -> PartReceipt:
+    if part.sha256 != sha256:
+        detail = f"part {part.kind.value} was received with SHA-256 {part.sha256}; now {sha256} came"
+        raise DomainError(ErrorCode.UPDATE_CONFLICT, detail, expected=part.sha256, received=sha256)
+    return PartReceipt(
+        assignment_id=part.assignment_id,
+        kind=part.kind,
+        sha256=part.sha256,
+        size_bytes=part.size_bytes,
+        received_at=part.received_at,
+    )
+
+
+def _same_submission(row: AssignmentRow, digest: str) -> SubmissionReceipt:
+    assert row.update_sha256 is not None
+    assert row.submitted_at is not None
+    if row.update_sha256 != digest:
+        detail = f"update {row.update_sha256} was received for this assignment; now {digest} came"
+        raise DomainError(ErrorCode.UPDATE_CONFLICT, detail, expected=row.update_sha256, received=digest)
+    return SubmissionReceipt(
+        assignment_id=row.id, round_id=row.round_id, update_sha256=digest, received_at=row.submitted_at
+    )
+
+
+def _check_base(round_row: RoundRow, submission: Submission) -> None:
+    if submission.base_sha256 != round_row.base_adapter_sha256:
+        expected, received = round_row.base_adapter_sha256, submission.base_sha256
+        detail = f"round {round_row.number} starts from adapter {expected}, the update from {received}"
+        raise DomainError(ErrorCode.WRONG_BASE_VERSION, detail, expected=expected, received=received)
+
+
+def _check_parts(session: Session, run: RunRow, row: AssignmentRow, submission: Submission) -> None:
+    needed = STRATEGIES[RunCreate.model_validate(run.config).strategy.name].uploads
+    stored = session.scalars(select(UpdatePartRow).where(UpdatePartRow.assignment_id == row.id))
+    uploaded = sorted(f"{part.kind.value} {part.sha256} {part.size_bytes}" for part in stored)
+    named = sorted(f"{part.kind.value} {part.sha256} {part.size_bytes}" for part in submission.parts)
+    if sorted(part.kind for part in submission.parts) != sorted(needed):
+        expected, received = sorted(needed), sorted(part.kind for part in submission.parts)
+        detail = f"expected the parts {', '.join(expected) or 'none'}, the update names {', '.join(received) or 'none'}"
+        raise DomainError(ErrorCode.UPDATE_INCOMPLETE, detail, expected=expected, received=received)
+    if uploaded != named:
+        detail = f"the uploaded parts are {uploaded or 'none'}; the submission names {named}"
+        raise DomainError(ErrorCode.UPDATE_INCOMPLETE, detail, expected=uploaded, received=named)
+
+
+def _identity(submission: Submission) -> str:
+    """Return the SHA-256 of the submission as JSON with sorted keys and no spaces."""
+    text = json.dumps(submission.model_dump(mode="json"), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,116 @@
+"""What a device is asked to do, and what it answers."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from protocol.base import MAX_COUNT, RequestModel, ResponseModel, Sha256, Timestamp
+from protocol.runs import DeviceMetrics, EvaluationSettings
+from protocol.statuses import AssignmentStatus, PartKind
+from protocol.strategies import Strategy
+
+
+class ArtifactRef(ResponseModel):
+    """A file to fetch from `/v1/artifacts/{sha256}`."""
+
+    sha256: Sha256
+    size_bytes: int
+
+
+class ModelFile(ResponseModel):
+    """One file of a model folder."""
+
+    path: str = Field(
+        max_length=255, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="File name; folders are flat."
+    )
+    sha256: Sha256
+    size_bytes: int
+
+
+class ModelManifest(ResponseModel):
+    """A Hugging Face model folder as a list of files. Its own SHA-256 identifies the model."""
+
+    files: list[ModelFile]
+
+
+class Assignment(ResponseModel):
+    """One device's share of one round: everything it needs, by hash."""
+
+    assignment_id: str
+    run_id: str
+    run_name: str
+    round_id: str
+    round_number: int
+    rounds: int
+    status: AssignmentStatus
+    strategy: Strategy
+    seed: int
+    base_version: int
+    proxy_manifest: ArtifactRef | None = Field(default=None, description="JSON of a `ModelManifest`.")
+    adapter: ArtifactRef | None = Field(default=None, description="theta_t, the shared adapter to start from.")
+    probe_set: ArtifactRef | None = Field(default=None, description="Public rows Q, JSONL.")
+    uploads: list[PartKind] = Field(description="The parts that the update must have, and no others.")
+    upload_limits: dict[PartKind, int] = Field(description="Largest size of each part, bytes.")
+    evaluation: EvaluationSettings
+    evaluate_before: bool
+    evaluate_after: bool
+    deadline_at: Timestamp
+
+
+class AssignmentProgress(RequestModel):
+    """Where a device is. `status` may only move forward."""
+
+    status: Literal[AssignmentStatus.ACCEPTED, AssignmentStatus.TRAINING, AssignmentStatus.UPLOADING]
+    stage: str | None = Field(default=None, max_length=64)
+    step: int | None = Field(default=None, ge=0, le=MAX_COUNT)
+    steps: int | None = Field(default=None, ge=0, le=MAX_COUNT)
+    losses: dict[str, float] = Field(default_factory=dict, max_length=16)
+
+
+class AssignmentState(ResponseModel):
+    """Where the assignment is now, which may be ahead of what was reported."""
+
+    status: AssignmentStatus
+
+
+class AssignmentRefusal(RequestModel):
+    """A device cannot do it."""
+
+    reason: str = Field(min_length=1, max_length=400)
+    code: str = Field(max_length=64, description="An `ErrorCode` or a device's own word, e.g. `out_of_memory`.")
+
+
+class Part(RequestModel):
+    """One uploaded file of an update."""
+
+    kind: PartKind
+    sha256: Sha256
+    size_bytes: int = Field(ge=1, le=MAX_COUNT)
+
+
+class Submission(RequestModel):
+    """An update, once its parts are uploaded."""
+
+    base_sha256: Sha256 | None = Field(description="SHA-256 of the shared adapter that the device started from.")
+    num_examples: int = Field(ge=1, le=MAX_COUNT, description="Weight of the update: private rows trained on.")
+    parts: list[Part] = Field(max_length=8)
+    metrics: DeviceMetrics
+
+
+class PartReceipt(ResponseModel):
+    """The server has the file, durably."""
+
+    assignment_id: str
+    kind: PartKind
+    sha256: Sha256
+    size_bytes: int
+    received_at: Timestamp
+
+
+class SubmissionReceipt(ResponseModel):
+    """The server has the update, durably; the device may delete its copy. The same for the same content."""
+
+    assignment_id: str
+    round_id: str
+    update_sha256: Sha256 = Field(description="Hash of the submission's canonical JSON: the update's identity.")
+    received_at: Timestamp

@@ -1,0 +1,45 @@
+"""Names of HTTP headers and of safetensors metadata keys that both sides must spell alike."""
+
+import base64
+import binascii
+
+PROTOCOL_HEADER = "Cotune-Protocol"
+REQUEST_ID_HEADER = "X-Request-ID"
+CONTENT_DIGEST_HEADER = "Content-Digest"
+
+ADAPTER_FORMAT = "cotune-adapter/1"
+"""Value of the metadata key `format` in adapter and delta files."""
+
+LOGITS_FORMAT = "cotune-logits/1"
+"""Value of the metadata key `format` in probe-logits files."""
+
+METADATA_FORMAT = "format"
+METADATA_BASE = "base_sha256"
+"""Metadata key: SHA-256 of the adapter file that a delta starts from."""
+METADATA_PROXY = "proxy_sha256"
+"""Metadata key: SHA-256 of the proxy's manifest."""
+METADATA_PROBE_SET = "probe_set_sha256"
+"""Metadata key: SHA-256 of the probe-set file that logits were computed on."""
+
+
+def content_digest(sha256_hex: str) -> str:
+    """Return the RFC 9530 header value, `sha-256=:<base64>:`, for a hexadecimal SHA-256."""
+    return f"sha-256=:{base64.b64encode(bytes.fromhex(sha256_hex)).decode()}:"
+
+
+def parse_content_digest(value: str) -> str:
+    """Return the hexadecimal SHA-256 that an RFC 9530 header value names.
+
+    Raises:
+        ValueError: no `sha-256=:<base64 of 32 bytes>:` in it.
+    """
+    for member in value.split(","):
+        name, _, encoded = member.strip().partition("=")
+        if name.lower() == "sha-256" and len(encoded) > 2 and encoded[0] == encoded[-1] == ":":
+            try:
+                digest = base64.b64decode(encoded[1:-1], validate=True)
+            except binascii.Error:
+                break
+            if len(digest) == 32:
+                return digest.hex()
+    raise ValueError(f"expected `sha-256=:<base64 of 32 bytes>:`, got {value[:120]!r}")

@@ -1,0 +1,220 @@
+"""Runs, rounds and model versions, as operators create and see them."""
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from protocol.base import MAX_COUNT, Name, RequestModel, ResponseModel, SettingsModel, Sha256, Timestamp
+from protocol.errors import ErrorCode
+from protocol.statuses import AssignmentStatus, RoundStatus, RunStatus
+from protocol.strategies import STRATEGIES, Strategy
+
+
+class ProxySettings(SettingsModel):
+    """How the distilled proxy model (DPM) is made from the LLM, once, before the first round."""
+
+    source: Literal["pretrained", "prune", "config"] = Field(
+        default="prune",
+        description="`pretrained`: the model in `path`; `prune`: every k-th layer of the LLM; `config`: a fresh one.",
+    )
+    path: str | None = Field(default=None, description="Only for `pretrained`.")
+    layers: int = Field(default=2, ge=1, description="`prune`, `config`: layers kept or made.")
+    hidden_size: int | None = Field(default=None, ge=8, description="`config`: width; default half of the LLM's.")
+    steps: int = Field(default=100, ge=0, description="Distillation steps on the public set.")
+    batch_size: int = Field(default=16, ge=1)
+    learning_rate: float = Field(default=2e-3, gt=0)
+    distillation_weight: float = Field(default=0.5, ge=0, le=1, description="lambda in (1-lambda) CE + lambda tau^2 D.")
+    temperature: float = Field(default=1.0, gt=0, le=20)
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    max_length: int = Field(default=256, ge=16)
+    precision: Literal["float32", "bfloat16"] = "float32"
+
+    @model_validator(mode="after")
+    def _path_only_for_pretrained(self) -> "ProxySettings":
+        if (self.source == "pretrained") != (self.path is not None):
+            raise ValueError("`path` is required for source `pretrained` and for no other")
+        return self
+
+
+class EvaluationSettings(SettingsModel):
+    """What is measured, and on how many rows. Greedy decoding."""
+
+    validation_rows: int = Field(
+        default=64, ge=1, description="Public rows held out to decide whether a version is promoted."
+    )
+    test_rows: int = Field(default=200, ge=0, description="At most so many rows a model before and after the run.")
+    max_new_tokens: int = Field(default=48, ge=1, le=4096)
+    tolerance_bits_per_byte: float = Field(
+        default=0.05, ge=0, description="A version worse than the last one by more than this is kept but not promoted."
+    )
+
+
+class RunCreate(SettingsModel):
+    """A training job. Paths are the worker's: a folder it can read, or a Hugging Face hub name."""
+
+    name: Name
+    strategy: Strategy
+    rounds: int = Field(ge=1, le=10_000)
+    llm: str | None = Field(default=None, max_length=1024, description="Folder or hub name. Not for `standalone`.")
+    public_data: str | None = Field(default=None, max_length=1024, description="JSONL file of public rows.")
+    evaluation_data: str | None = Field(
+        default=None, max_length=1024, description="JSONL file on which the LLM and the proxy are tested; optional."
+    )
+    probe_rows: int = Field(default=64, ge=1, le=100_000, description="Public rows that every device receives (Q).")
+    proxy: ProxySettings = ProxySettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    min_updates: int = Field(default=1, ge=1, description="A round is aggregated only with so many updates.")
+    max_updates: int | None = Field(
+        default=None, ge=1, le=1_000_000, description="No more devices than this work on a round."
+    )
+    grace_seconds: float = Field(
+        default=30.0, ge=0, le=31_536_000, description="Wait for stragglers after `min_updates` came."
+    )
+    round_deadline_seconds: float = Field(
+        default=3600.0, gt=0, le=31_536_000, description="From the round's opening to its closing."
+    )
+    device_ids: list[str] | None = Field(default=None, description="Only these devices; default: all registered.")
+    seed: int = Field(default=0, ge=0, lt=2**31)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "RunCreate":
+        needs_proxy = STRATEGIES[self.strategy.name].needs_proxy
+        if needs_proxy and not (self.llm and self.public_data):
+            raise ValueError(f"strategy `{self.strategy.name}` needs `llm` and `public_data`")
+        if self.max_updates is not None and self.max_updates < self.min_updates:
+            raise ValueError(f"`max_updates` ({self.max_updates}) is less than `min_updates` ({self.min_updates})")
+        return self
+
+
+class RunStop(RequestModel):
+    """End a run."""
+
+    reason: str = Field(default="stopped by an operator", min_length=1, max_length=400)
+
+
+class Scores(ResponseModel):
+    """Quality of one model on one set of rows."""
+
+    rouge_l: float = Field(description="Mean F-measure, 0-100.")
+    exact_match: float = Field(description="Share of answers equal to a reference, lower-cased and trimmed, 0-100.")
+    bits_per_byte: float = Field(description="Mean bits a byte of the response, tokenizer-independent.")
+    num_rows: int
+
+
+class Run(ResponseModel):
+    """A run as operators see it."""
+
+    run_id: str
+    name: str
+    status: RunStatus
+    status_reason: str | None = Field(default=None, description="Why it is in this status, or what it waits for.")
+    error_code: ErrorCode | None = None
+    config: RunCreate
+    current_round: int = Field(description="Number of the newest round; 0 before the first.")
+    latest_version: int | None = Field(default=None, description="The newest promoted model version.")
+    created_at: Timestamp
+    finished_at: Timestamp | None = None
+
+
+class RoundDevice(ResponseModel):
+    """One device's share of a round."""
+
+    assignment_id: str
+    device_id: str
+    device_name: str
+    status: AssignmentStatus
+    reason: str | None = None
+    stage: str | None = Field(default=None, description="What the device does: `domain_tuning`, `mutual_learning`, ...")
+    step: int | None = None
+    steps: int | None = None
+    losses: dict[str, float] = Field(default_factory=dict)
+    num_examples: int | None = None
+    metrics: dict[str, Any] = Field(default_factory=dict, description="A `DeviceMetrics` once submitted.")
+    offered_at: Timestamp
+    submitted_at: Timestamp | None = None
+
+
+class Round(ResponseModel):
+    """A round with the devices that work on it."""
+
+    round_id: str
+    run_id: str
+    number: int
+    status: RoundStatus
+    status_reason: str | None = None
+    base_version: int
+    devices: list[RoundDevice]
+    metrics: dict[str, Any] = Field(default_factory=dict, description="A `RoundMetrics`, growing by stage.")
+    opened_at: Timestamp
+    deadline_at: Timestamp
+    finished_at: Timestamp | None = None
+
+
+class AlignmentMetrics(ResponseModel):
+    """How well two tokenizations of the same text could be aligned (docs/method.md, alignment)."""
+
+    coverage: float = Field(ge=0, le=1, description="Share of response bytes inside aligned spans.")
+    class_agreement: float = Field(
+        ge=0, le=1, description="Share of spans whose first tokens fall into the same class."
+    )
+    num_spans: int = Field(ge=0, le=MAX_COUNT)
+    skipped_rows: int = Field(
+        ge=0, le=MAX_COUNT, description="Rows that could not be aligned and kept only their cross-entropy."
+    )
+
+
+class DeviceMetrics(ResponseModel):
+    """The numbers that a device sends with an update."""
+
+    before: Scores | None = Field(default=None, description="The SLM before any tuning; only in the first round.")
+    after: Scores | None = Field(default=None, description="The SLM after this round's training, when asked for.")
+    losses: dict[str, float] = Field(
+        default_factory=dict, description="Mean of the last tenth of the steps, nats a token."
+    )
+    alignment: AlignmentMetrics | None = None
+    seconds_by_stage: dict[str, float] = Field(default_factory=dict)
+    peak_memory_bytes: int = Field(default=0, ge=0, le=MAX_COUNT)
+
+
+class RoundMetrics(ResponseModel):
+    """What the server measured in one round. It grows stage by stage; what is not known yet is absent."""
+
+    num_updates: int | None = Field(default=None, description="Updates counted.")
+    num_examples: int | None = Field(default=None, description="Private rows behind them: the sum of the weights.")
+    update_norms: dict[str, float] = Field(default_factory=dict, description="Device -> L2 norm of its delta.")
+    rejected: dict[str, ErrorCode] = Field(default_factory=dict, description="Device -> why its update was refused.")
+    alignment: AlignmentMetrics | None = Field(default=None, description="The counted devices' reports together.")
+    losses: dict[str, float] = Field(default_factory=dict, description="The server's mutual learning, nats a token.")
+    teacher_rows: dict[str, dict[str, int]] = Field(
+        default_factory=dict, description="`llm`, `proxy`: device -> probe rows on which its logits taught that model."
+    )
+    validation: dict[str, Scores] = Field(default_factory=dict, description="`llm`, `proxy`: public validation rows.")
+    test: dict[str, Scores] = Field(default_factory=dict, description="`llm`, `proxy`: the run's evaluation data.")
+    promoted: bool | None = None
+    seconds_by_stage: dict[str, float] = Field(default_factory=dict, description="`aggregating`, `co_tuning`, ...")
+    peak_memory_bytes: dict[str, int] = Field(
+        default_factory=dict, description="Largest resident size of the worker's process until the stage's end."
+    )
+
+
+class ModelVersion(ResponseModel):
+    """A published pair of adapters: the proxy's theta and the LLM's omega."""
+
+    run_id: str
+    number: int = Field(description="0 is the state before the first round.")
+    round_id: str | None
+    promoted: bool
+    proxy_adapter_sha256: Sha256 | None
+    llm_adapter_sha256: Sha256 | None
+    num_updates: int
+    metrics: dict[str, Any] = Field(
+        default_factory=dict, description="`validation` and, where measured, `test`: model name -> Scores."
+    )
+    created_at: Timestamp
+
+
+class Traffic(ResponseModel):
+    """Bytes of bodies that crossed the network for a run, by kind, as the server counted them."""
+
+    up: dict[str, int] = Field(description="`adapter_delta`, `logits`, `metrics`.")
+    down: dict[str, int] = Field(description="`proxy_base`, `adapter`, `probe_set`, `assignment`.")

@@ -1,0 +1,114 @@
+"""The settings of each strategy, and what each one lets cross the network, as data.
+
+A strategy's mathematics lives in `cotuning.strategies`; here is only what must be said before it can start. The
+discriminator is `name`. Symbols as in the Co-PLMs paper (arXiv 2511.11678): theta the proxy's shared adapter, phi_i a
+device's domain adapter, psi_i a device's SLM adapter, omega the LLM's adapter.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from protocol.base import SettingsModel
+from protocol.statuses import PartKind
+
+
+class LoraSettings(SettingsModel):
+    """Low-rank adapters (LoRA, arXiv 2106.09685); the same meaning as in peft."""
+
+    rank: int = Field(default=8, ge=1, le=1024)
+    alpha: float = Field(default=16.0, gt=0)
+    dropout: float = Field(default=0.0, ge=0, lt=1)
+    target_modules: Literal["all-linear"] | list[str] = Field(default="all-linear", description="As in peft.")
+
+
+class LocalTraining(SettingsModel):
+    """One model's training on one device: optimizer steps are the budget, never seconds."""
+
+    steps: int = Field(default=60, ge=1, le=1_000_000, description="Optimizer steps a round.")
+    batch_size: int = Field(default=16, ge=1, le=4096, description="Rows a step.")
+    learning_rate: float = Field(
+        default=5e-3, gt=0, description="AdamW, started anew each round: linear warm-up over a tenth of its steps."
+    )
+    weight_decay: float = Field(default=0.0, ge=0)
+    max_length: int = Field(
+        default=256, ge=16, le=131_072, description="Tokens a row; longer rows lose their prompt's head."
+    )
+    gradient_clip: float = Field(default=1.0, gt=0)
+    precision: Literal["float32", "bfloat16"] = Field(
+        default="float32", description="Autocast dtype of the forward pass."
+    )
+
+
+class StandaloneSettings(SettingsModel):
+    """Each device tunes its own SLM on its own data (psi_i on D_i by cross-entropy); only numbers leave."""
+
+    name: Literal["standalone"] = "standalone"
+    slm_lora: LoraSettings = LoraSettings()
+    training: LocalTraining = LocalTraining()
+
+
+class ServerTraining(SettingsModel):
+    """SAML between the LLM and the proxy on the public set, once a round."""
+
+    steps: int = Field(default=40, ge=0, le=1_000_000)
+    batch_size: int = Field(default=16, ge=1, le=4096)
+    llm_learning_rate: float = Field(default=1e-3, gt=0)
+    proxy_learning_rate: float = Field(default=2e-3, gt=0)
+    max_length: int = Field(default=256, ge=16, le=131_072)
+    gradient_clip: float = Field(default=1.0, gt=0)
+    precision: Literal["float32", "bfloat16"] = "float32"
+    device_teacher: Literal["least_ce", "ce_weighted", "off"] = Field(
+        default="least_ce",
+        description="How the devices' probe-set logits become a teacher (FedMKT's choice: least_ce).",
+    )
+    device_teacher_weight: float = Field(default=1.0, ge=0)
+    probe_fraction: float = Field(
+        default=0.25, ge=0, lt=1, description="Share of each batch drawn from probe rows that a device's logits teach."
+    )
+
+
+class CoPlmsSettings(SettingsModel):
+    """Co-PLMs: domain-specific tuning, then structure-agnostic mutual learning on the device and on the server."""
+
+    name: Literal["co_plms"] = "co_plms"
+    slm_lora: LoraSettings = LoraSettings()
+    proxy_lora: LoraSettings = LoraSettings()
+    llm_lora: LoraSettings = LoraSettings()
+    training: LocalTraining = Field(default=LocalTraining(), description="The SAML steps on the device.")
+    domain_steps: int = Field(default=20, ge=0, description="DST: steps that train phi_i with the rest frozen.")
+    proxy_learning_rate: float = Field(default=2e-3, gt=0, description="For theta and phi on the device.")
+    alpha: float = Field(default=1.0, ge=0, description="Weight of D(proxy -> SLM) in the SLM's loss.")
+    beta: float = Field(default=1.0, ge=0, description="Weight of D(SLM -> proxy) in the proxy's loss.")
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    jsd_beta: float = Field(default=0.5, gt=0, lt=1, description="Only for `jsd`: the mixture's weight of the teacher.")
+    temperature: float = Field(default=1.0, gt=0, le=20)
+    public_fraction: float = Field(
+        default=0.0, ge=0, lt=1, description="Share of a device's SAML batches drawn from the public probe set."
+    )
+    top_k: int = Field(default=32, ge=1, le=1024, description="Classes kept of each probe distribution.")
+    min_coverage: float = Field(
+        default=0.8, ge=0, le=1, description="Below it the run stops: alignment is not working."
+    )
+    server_learning_rate: float = Field(default=1.0, gt=0, description="eta in theta + eta * mean(delta).")
+    max_update_norm: float = Field(default=1e3, gt=0, description="L2 norm over which a delta is refused.")
+    server: ServerTraining = ServerTraining()
+
+
+Strategy = Annotated[CoPlmsSettings | StandaloneSettings, Field(discriminator="name")]
+
+
+@dataclass(frozen=True)
+class StrategySpec:
+    """What a strategy needs and what it lets cross the network."""
+
+    uploads: frozenset[PartKind]
+    needs_proxy: bool
+
+
+STRATEGIES: dict[str, StrategySpec] = {
+    "co_plms": StrategySpec(uploads=frozenset({PartKind.ADAPTER_DELTA, PartKind.LOGITS}), needs_proxy=True),
+    "standalone": StrategySpec(uploads=frozenset(), needs_proxy=False),
+}
+"""Every strategy by name. The API validates against it without importing torch."""

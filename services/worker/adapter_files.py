@@ -1,0 +1,38 @@
+"""Adapters as files of the blob store: how the worker writes and reads theta, omega and the devices' deltas."""
+
+from collections.abc import Mapping
+
+from peft import LoraConfig
+from torch import Tensor
+
+from assets.tensors import read_tensors, tensors_to_bytes
+from cotuning.adapters import AdapterState, lora_config
+from cotuning.language_model import LanguageModel
+from persistence.blobs import FolderBlobStore, StoredBlob
+from protocol.headers import ADAPTER_FORMAT, METADATA_FORMAT, METADATA_PROXY
+from protocol.strategies import LoraSettings
+
+
+def put_adapter(blobs: FolderBlobStore, state: Mapping[str, Tensor], *, proxy_sha256: str) -> StoredBlob:
+    """Store an adapter; equal values give the same file.
+
+    Args:
+        proxy_sha256: The manifest of the run's proxy, which the file names.
+    """
+    return blobs.put_bytes(tensors_to_bytes(state, {METADATA_FORMAT: ADAPTER_FORMAT, METADATA_PROXY: proxy_sha256}))
+
+
+def get_adapter(blobs: FolderBlobStore, sha256: str) -> AdapterState:
+    """Read an adapter that the worker stored."""
+    return read_tensors(blobs.path(sha256))[0]
+
+
+def peft_config(lm: LanguageModel, settings: LoraSettings) -> LoraConfig:
+    """The peft config of an adapter with these settings on this model."""
+    return lora_config(
+        lm,
+        rank=settings.rank,
+        alpha=settings.alpha,
+        dropout=settings.dropout,
+        target_modules=settings.target_modules,
+    )

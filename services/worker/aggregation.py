@@ -1,0 +1,152 @@
+"""Averages a round's updates: theta_bar = theta_t + eta * sum w_i delta_i (FedAvg; docs/method.md, step 4).
+
+Updates are read one by one, in the order of the device ids, so memory does not grow with their number and a repeated
+aggregation gives the same bytes. The API has admitted each by its header; here its values are looked at. One that is
+refused is not counted, and its device and the operator can read why.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from sqlalchemy.orm import Session
+
+from assets.errors import TensorFileError
+from assets.tensors import read_tensors
+from cotuning.aggregation import StreamingMean, UpdateRefused, apply_server_update, update_norm
+from cotuning.payload import PayloadError
+from persistence import artifacts, results, rounds, updates
+from persistence.round_lifecycle import lock_round
+from persistence.rounds import RoundContext
+from persistence.updates import UpdateRecord
+from protocol.base import MAX_COUNT
+from protocol.errors import DomainError, ErrorCode
+from protocol.runs import AlignmentMetrics
+from protocol.statuses import PartKind, RoundStatus
+from protocol.strategies import CoPlmsSettings
+from worker.adapter_files import get_adapter, put_adapter
+from worker.device_logits import LogitsReader, part_path
+from worker.round_metrics import grown
+from worker.row_files import get_rows
+from worker.stage import Finish, Work, utc_now
+
+
+@dataclass
+class _Tally:
+    """What became of each update. Counted ones are identified by assignment, numbers are kept by device."""
+
+    counted: list[UpdateRecord] = field(default_factory=list)
+    norms: dict[str, float] = field(default_factory=dict)
+    refused: list[tuple[UpdateRecord, ErrorCode, str]] = field(default_factory=list)
+
+
+def aggregate(work: Work) -> Finish:
+    """Average the round's updates and store the result.
+
+    Raises:
+        DomainError: COVERAGE_TOO_LOW, a device could not align its model with the proxy.
+    """
+    start = time.perf_counter()
+    assert work.job.round_id is not None
+    with work.database.reading() as session:
+        context = rounds.get_context(session, work.job.round_id)
+        submitted = updates.submitted_updates(session, work.job.round_id)
+    settings = context.config.strategy
+    if isinstance(settings, CoPlmsSettings):
+        _require_coverage(submitted, settings.min_coverage)
+        tally, adapter_sha256 = _average(work, context, settings, submitted)
+    else:
+        tally, adapter_sha256 = _Tally(counted=submitted), None
+    metrics = grown(
+        context,
+        RoundStatus.AGGREGATING,
+        time.perf_counter() - start,
+        num_updates=len(tally.counted),
+        num_examples=sum(update.num_examples for update in tally.counted),
+        update_norms=tally.norms,
+        rejected={update.device_id: code for update, code, _ in tally.refused},
+        alignment=_together(tally.counted),
+    )
+
+    def finish(session: Session) -> None:
+        now = utc_now()
+        lock_round(session, context.round_id)  # before the assignments: the order in which everybody locks
+        for update, code, reason in tally.refused:
+            updates.reject_update(session, update.assignment_id, code, reason, now)
+        if adapter_sha256 is not None:
+            size = work.blobs.size(adapter_sha256)
+            artifacts.register(session, adapter_sha256, size, "adapter", context.run_id, now)
+        counted = [update.assignment_id for update in tally.counted]
+        results.finish_aggregation(session, work.job, work.owner, adapter_sha256, counted, metrics, now)
+
+    return finish
+
+
+def _average(
+    work: Work, context: RoundContext, settings: CoPlmsSettings, submitted: Sequence[UpdateRecord]
+) -> tuple[_Tally, str | None]:
+    """Return the tally and the hash of theta_bar; no hash when nothing is left to average."""
+    assert context.base_adapter_sha256 is not None
+    assert context.proxy_manifest_sha256 is not None
+    shared = get_adapter(work.blobs, context.base_adapter_sha256)
+    assert context.probe_set_sha256 is not None
+    proxy = work.cache.proxy(context.proxy_manifest_sha256)
+    reader = LogitsReader(work.blobs, proxy, get_rows(work.blobs, context.probe_set_sha256), settings)
+    mean = StreamingMean(shared, max_norm=settings.max_update_norm)
+    tally = _Tally()
+    for update in submitted:
+        work.lease.check()
+        try:
+            reader.read(update)
+            delta, _ = read_tensors(part_path(work.blobs, update, PartKind.ADAPTER_DELTA))
+            mean.add(delta, update.num_examples)
+        except UpdateRefused as error:
+            tally.refused.append((update, ErrorCode(error.code), str(error)))
+        except PayloadError as error:
+            tally.refused.append((update, ErrorCode.LOGITS_MISMATCH, str(error)))
+        except TensorFileError as error:
+            tally.refused.append((update, ErrorCode.NOT_SAFETENSORS, str(error)))
+        else:
+            tally.counted.append(update)
+            tally.norms[update.device_id] = update_norm(delta)
+    if not tally.counted:
+        return tally, None
+    averaged = apply_server_update(shared, mean.result(), settings.server_learning_rate)
+    return tally, put_adapter(work.blobs, averaged, proxy_sha256=context.proxy_manifest_sha256).sha256
+
+
+def _alignment(update: UpdateRecord) -> AlignmentMetrics | None:
+    reported = update.metrics.get("alignment")
+    return None if reported is None else AlignmentMetrics.model_validate(reported)
+
+
+def _require_coverage(submitted: Sequence[UpdateRecord], least: float) -> None:
+    low = [
+        f"{update.device_id}: {alignment.coverage:.2f}"
+        for update in submitted
+        if (alignment := _alignment(update)) is not None and alignment.coverage < least
+    ]
+    if low:
+        raise DomainError(
+            ErrorCode.COVERAGE_TOO_LOW,
+            f"expected at least {least:.2f} of the response bytes inside aligned spans, got {', '.join(low)}; "
+            "the tokenizers of these devices and of the proxy do not agree on the text",
+            expected=least,
+            received=low,
+        )
+
+
+def _together(counted: Sequence[UpdateRecord]) -> AlignmentMetrics | None:
+    """The devices' alignment reports as one; shares are weighted by spans."""
+    reports = [alignment for update in counted if (alignment := _alignment(update)) is not None]
+    if not reports:
+        return None
+    spans = sum(report.num_spans for report in reports)
+    weights = [report.num_spans / spans if spans else 1 / len(reports) for report in reports]
+    pairs = list(zip(weights, reports, strict=True))
+    return AlignmentMetrics(
+        coverage=min(1.0, sum(weight * report.coverage for weight, report in pairs)),
+        class_agreement=min(1.0, sum(weight * report.class_agreement for weight, report in pairs)),
+        num_spans=min(spans, MAX_COUNT),
+        skipped_rows=min(sum(report.skipped_rows for report in reports), MAX_COUNT),
+    )

@@ -1,0 +1,45 @@
+"""Reads the devices' probe logits, one file at a time, against what the round asked for."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from assets.tensors import read_tensors
+from cotuning.examples import Example
+from cotuning.language_model import LanguageModel
+from cotuning.payload import PayloadRows
+from cotuning.strategies import co_plms
+from persistence.blobs import FolderBlobStore
+from persistence.updates import UpdateRecord
+from protocol.statuses import PartKind
+from protocol.strategies import CoPlmsSettings
+
+
+def part_path(blobs: FolderBlobStore, update: UpdateRecord, kind: PartKind) -> Path:
+    """Return where a part of an update is.
+
+    Raises:
+        DomainError: ARTIFACT_NOT_FOUND; the store has lost it, which is not the device's fault.
+    """
+    blobs.size(update.parts[kind])
+    return blobs.path(update.parts[kind])
+
+
+@dataclass(frozen=True)
+class LogitsReader:
+    """What every device's logits of a round must agree with."""
+
+    blobs: FolderBlobStore
+    proxy: LanguageModel
+    probe: list[Example]
+    settings: CoPlmsSettings
+
+    def read(self, update: UpdateRecord) -> PayloadRows:
+        """Read and check a device's logits.
+
+        Raises:
+            PayloadError: they do not belong to this proxy and probe set, or hold impossible values.
+            TensorFileError: not a safetensors file.
+            DomainError: ARTIFACT_NOT_FOUND, see `part_path`.
+        """
+        tensors, metadata = read_tensors(part_path(self.blobs, update, PartKind.LOGITS))
+        return co_plms.parse_logits(tensors, metadata, proxy=self.proxy, probe=self.probe, settings=self.settings)

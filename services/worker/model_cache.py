@@ -1,0 +1,97 @@
+"""Keeps the LLM and the proxy of one run loaded between its jobs.
+
+Only base models are kept, and strategies give them back as they came, so no result depends on what is cached: a
+restarted worker computes the same bytes. One LLM and one proxy at a time; asking for another drops the one before.
+"""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from assets.errors import ModelFolderError
+from assets.models import load_language_model
+from cotuning.language_model import LanguageModel
+from persistence.blobs import FolderBlobStore
+from protocol.assignments import ModelManifest
+from protocol.errors import DomainError, ErrorCode
+
+_Identity = tuple[object, ...]
+
+
+class ModelCache:
+    """The loaded models of this process.
+
+    Args:
+        folder: For model folders that are put together from blobs and removed once loaded.
+        blobs: Where the proxies' files are.
+    """
+
+    def __init__(self, folder: Path, blobs: FolderBlobStore) -> None:
+        self._folder = folder
+        self._blobs = blobs
+        self._llm: tuple[_Identity, LanguageModel] | None = None
+        self._proxy: tuple[_Identity, LanguageModel] | None = None
+
+    def llm(self, source: str) -> LanguageModel:
+        """Return the model in the folder, or of the hub name, `source`.
+
+        A folder whose files changed since they were loaded is loaded again.
+
+        Raises:
+            DomainError: MODEL_FOLDER_MISSING, there is no causal language model.
+        """
+        identity = _folder_identity(source)
+        if self._llm is None or self._llm[0] != identity:
+            self._llm = self._proxy = None  # free the memory before it is needed again
+            self._llm = (identity, load_model(source))
+        return self._llm[1]
+
+    def proxy(self, manifest_sha256: str) -> LanguageModel:
+        """Return the proxy whose manifest has this hash, as its files are in the blob store."""
+        identity = (manifest_sha256,)
+        if self._proxy is None or self._proxy[0] != identity:
+            self._proxy = None
+            with self._materialised(manifest_sha256) as folder:
+                self._proxy = (identity, load_model(str(folder)))
+        return self._proxy[1]
+
+    @contextmanager
+    def _materialised(self, manifest_sha256: str) -> Iterator[Path]:
+        with self._blobs.open(manifest_sha256) as file:
+            manifest = ModelManifest.model_validate_json(file.read())
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=self._folder, prefix="proxy-") as name:
+            folder = Path(name)
+            for each in manifest.files:
+                _link_or_copy(self._blobs.path(each.sha256), folder / each.path)
+            yield folder
+
+
+def load_model(source: str) -> LanguageModel:
+    """Load a causal language model in float32 from a folder or by its hub name.
+
+    Raises:
+        DomainError: MODEL_FOLDER_MISSING.
+    """
+    try:
+        return load_language_model(source)
+    except ModelFolderError as error:
+        raise DomainError(ErrorCode.MODEL_FOLDER_MISSING, str(error), received=source) from error
+
+
+def _folder_identity(source: str) -> _Identity:
+    folder = Path(source)
+    if not folder.is_dir():
+        return (source,)
+    files = sorted((entry.name, entry.stat()) for entry in os.scandir(folder) if entry.is_file())
+    return (source, *((name, stat.st_size, stat.st_mtime_ns) for name, stat in files))
+
+
+def _link_or_copy(source: Path, target: Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another file system, or one without links
+        shutil.copyfile(source, target)

@@ -1,0 +1,227 @@
+"""Prepares a run, once: deals out the public rows, makes and distils the proxy, measures where everything starts.
+
+What later stages and the devices need goes to the blob store; of the user's files only the LLM's folder is needed
+afterwards.
+"""
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sqlalchemy.orm import Session
+
+from assets.data import read_examples
+from assets.errors import DataFileError
+from assets.models import list_model_files, save_language_model
+from cotuning.adapters import fresh_adapter
+from cotuning.examples import Example
+from cotuning.language_model import LanguageModel
+from cotuning.proxy import create_proxy, distil_proxy
+from cotuning.seeding import derive_seed
+from cotuning.training import TrainingDiverged
+from persistence import artifacts, results, runs
+from persistence.blobs import FolderBlobStore, StoredBlob
+from persistence.results import PrepareResult
+from protocol.assignments import ModelFile, ModelManifest
+from protocol.errors import DomainError, ErrorCode
+from protocol.runs import RunCreate
+from protocol.safetensors_header import read_header
+from protocol.strategies import CoPlmsSettings, LoraSettings
+from worker.adapter_files import peft_config, put_adapter
+from worker.model_cache import load_model
+from worker.public_rows import PublicRows, in_hashed_order, split_public_rows
+from worker.row_files import ROWS, RowFiles, put_rows
+from worker.scoring import as_json, score
+from worker.stage import Finish, Stopwatch, Work, peak_memory_bytes, utc_now
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Files:
+    """What the preparation stored for the devices and for round 1."""
+
+    manifest: StoredBlob
+    proxy: list[StoredBlob]
+    adapter: StoredBlob
+    llm_adapter: StoredBlob
+    probe_set: StoredBlob
+
+
+def prepare(work: Work) -> Finish:
+    """Make everything that round 1 needs. A strategy without a proxy needs nothing.
+
+    Raises:
+        DomainError: MODEL_FOLDER_MISSING, DATA_FILE_INVALID, INVALID_FIELD: what the run names cannot be used.
+    """
+    with work.database.reading() as session:
+        run = runs.get_run(session, work.job.run_id)
+    if isinstance(run.config.strategy, CoPlmsSettings):
+        return _prepare(work, run.config, run.config.strategy)
+    return lambda session: results.finish_prepare(session, work.job, work.owner, PrepareResult(), utc_now())
+
+
+def _prepare(work: Work, config: RunCreate, settings: CoPlmsSettings) -> Finish:
+    assert config.llm is not None
+    watch = Stopwatch()
+    with watch.measure("loading"):
+        rows, test_rows = _read_rows(config)
+        llm = work.cache.llm(config.llm)
+    work.lease.check()
+    with watch.measure("distillation"):
+        fresh_proxy = _make_proxy(llm, config)
+        distilled = _distil(work, llm, fresh_proxy, rows.training, config)
+        manifest, proxy_files = store_model(work.blobs, fresh_proxy)
+        # From now on the one that everybody loads, also here.
+        proxy = work.cache.proxy(manifest.sha256)
+    files = _Files(
+        manifest,
+        proxy_files,
+        _fresh_adapter(work.blobs, proxy, settings.proxy_lora, manifest, derive_seed(config.seed, "shared_adapter")),
+        _fresh_adapter(work.blobs, llm, settings.llm_lora, manifest, derive_seed(config.seed, "llm_adapter")),
+        put_rows(work.blobs, rows.probe),
+    )
+    with watch.measure("evaluation"):  # a fresh adapter changes nothing: the base models are version 0
+        models = {"llm": llm, "proxy": proxy}
+        validation = score(models, rows.validation, config, work.lease)
+        test = score(models, test_rows, config, work.lease)
+    metrics = {
+        "validation": as_json(validation),
+        "test": as_json(test),
+        "models": {name: _describe(lm) for name, lm in models.items()},
+        "distillation": distilled,
+        ROWS: _store_rows(work.blobs, rows, test_rows).as_json(),
+        "seconds_by_stage": {f"preparing.{part}": seconds for part, seconds in watch.seconds.items()},
+        "peak_memory_bytes": {"preparing": peak_memory_bytes()},
+    }
+    return _finish(work, files, metrics)
+
+
+def _finish(work: Work, files: _Files, metrics: dict[str, Any]) -> Finish:
+    with work.blobs.open(files.adapter.sha256) as stream:
+        expected = read_header(stream, files.adapter.size).tensors
+    result = PrepareResult(
+        proxy_manifest_sha256=files.manifest.sha256,
+        adapter_sha256=files.adapter.sha256,
+        llm_adapter_sha256=files.llm_adapter.sha256,
+        probe_set_sha256=files.probe_set.sha256,
+        expected_tensors=expected,
+        metrics=metrics,
+    )
+
+    def finish(session: Session) -> None:
+        now, run_id = utc_now(), work.job.run_id
+        for blob in (files.manifest, *files.proxy):
+            artifacts.register(session, blob.sha256, blob.size, "proxy_base", run_id, now)
+        artifacts.register(session, files.adapter.sha256, files.adapter.size, "adapter", run_id, now)
+        artifacts.register(session, files.llm_adapter.sha256, files.llm_adapter.size, "llm_adapter", run_id, now)
+        artifacts.register(session, files.probe_set.sha256, files.probe_set.size, "probe_set", run_id, now)
+        results.finish_prepare(session, work.job, work.owner, result, now)
+
+    return finish
+
+
+def _describe(lm: LanguageModel) -> dict[str, Any]:
+    """What operators are told about a model of the run that no device reports."""
+    return {
+        "architecture": lm.model.config.model_type,
+        "parameters": sum(each.numel() for each in lm.model.parameters()),
+    }
+
+
+def store_model(blobs: FolderBlobStore, lm: LanguageModel) -> tuple[StoredBlob, list[StoredBlob]]:
+    """Store a model folder file by file; return its manifest and its files.
+
+    The manifest is sorted by name, so equal models have one hash.
+    """
+    with tempfile.TemporaryDirectory(prefix="cotune-proxy-") as name:
+        folder = Path(name)
+        save_language_model(lm, folder)
+        stored = {path.name: blobs.put_file(path) for path in list_model_files(folder)}
+    files = [ModelFile(path=name, sha256=blob.sha256, size_bytes=blob.size) for name, blob in stored.items()]
+    manifest = blobs.put_bytes(ModelManifest(files=files).model_dump_json().encode())
+    return manifest, list(stored.values())
+
+
+def _read_rows(config: RunCreate) -> tuple[PublicRows, list[Example]]:
+    assert config.public_data is not None
+    public = split_public_rows(
+        _read(config.public_data),
+        probe_rows=config.probe_rows,
+        validation_rows=config.evaluation.validation_rows,
+        seed=config.seed,
+        source=config.public_data,
+    )
+    if config.evaluation_data is None or not config.evaluation.test_rows:
+        return public, []
+    # Hashed order: the first rows of a file are often all of one kind.
+    return public, in_hashed_order(_read(config.evaluation_data), config.seed)[: config.evaluation.test_rows]
+
+
+def _read(source: str) -> list[Example]:
+    try:
+        return read_examples(Path(source))
+    except DataFileError as error:
+        raise DomainError(ErrorCode.DATA_FILE_INVALID, str(error), received=source) from error
+
+
+def _store_rows(blobs: FolderBlobStore, public: PublicRows, test: list[Example]) -> RowFiles:
+    return RowFiles(
+        training=put_rows(blobs, public.training).sha256,
+        validation=put_rows(blobs, public.validation).sha256,
+        test=put_rows(blobs, test).sha256 if test else None,
+    )
+
+
+def _make_proxy(llm: LanguageModel, config: RunCreate) -> LanguageModel:
+    proxy = config.proxy
+    if proxy.source == "pretrained":
+        assert proxy.path is not None
+        return load_model(proxy.path)
+    source, seed = proxy.source, derive_seed(config.seed, "proxy")
+    hidden_size = proxy.hidden_size if source == "config" else None
+    return _asked_for(
+        "proxy",
+        lambda: create_proxy(llm, source=source, layers=proxy.layers, hidden_size=hidden_size, seed=seed),
+    )
+
+
+def _distil(
+    work: Work, llm: LanguageModel, proxy: LanguageModel, training: list[Example], config: RunCreate
+) -> dict[str, float]:
+    settings = config.proxy
+    try:
+        return distil_proxy(
+            llm,
+            proxy,
+            training,
+            steps=settings.steps,
+            batch_size=settings.batch_size,
+            learning_rate=settings.learning_rate,
+            distillation_weight=settings.distillation_weight,
+            temperature=settings.temperature,
+            divergence=settings.divergence,
+            max_length=settings.max_length,
+            precision=settings.precision,
+            seed=derive_seed(config.seed, "distillation"),
+            on_progress=work.lease.on_progress,
+        )
+    except TrainingDiverged as error:
+        raise DomainError(ErrorCode.JOB_FAILED, str(error)) from error
+
+
+def _fresh_adapter(
+    blobs: FolderBlobStore, lm: LanguageModel, settings: LoraSettings, manifest: StoredBlob, seed: int
+) -> StoredBlob:
+    state = _asked_for("lora", lambda: fresh_adapter(lm, peft_config(lm, settings), seed=seed))
+    return put_adapter(blobs, state, proxy_sha256=manifest.sha256)
+
+
+def _asked_for(field: str, make: Callable[[], T]) -> T:
+    """Make what the run's settings ask for; what does not fit the model is the user's to correct, and not a fault."""
+    try:
+        return make()
+    except ValueError as error:
+        raise DomainError(ErrorCode.INVALID_FIELD, f"`{field}` does not fit the model: {error}") from error

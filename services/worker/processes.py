@@ -1,0 +1,52 @@
+"""The two processes: the trainer, which does the jobs, and the controller, which sweeps and needs no torch."""
+
+import threading
+
+import celery
+from sqlalchemy.exc import OperationalError
+
+from persistence import schema
+from persistence.blobs import FolderBlobStore
+from persistence.database import Database
+from persistence.errors import StorageError
+from protocol.statuses import CONTROL_QUEUE, TRAINING_QUEUE
+from worker.celery_app import consume, make_app, request_stop, sender, start_beat
+from worker.settings import Settings
+from worker.stopping import watch_signals
+from worker.tasks import JobRunner, register_jobs, register_sweep
+
+
+def run_trainer(settings: Settings, owner: str, stop: threading.Event) -> int:
+    """Do jobs, one at a time, until SIGTERM or SIGINT; return the exit code.
+
+    Raises:
+        StorageError: the database or the folder of the blobs cannot be used.
+    """
+    watch_signals(stop, request_stop)
+    app, database = _connect(settings)
+    runner = JobRunner(settings, database, FolderBlobStore(settings.blobs), owner, stop)
+    register_jobs(app, runner)
+    return consume(app, TRAINING_QUEUE, settings, node=f"trainer@{owner}")
+
+
+def run_controller(settings: Settings, owner: str, stop: threading.Event) -> int:
+    """Sweep every `settings.sweep_seconds` until SIGTERM or SIGINT; return the exit code.
+
+    Raises:
+        StorageError: the database cannot be used.
+    """
+    watch_signals(stop, request_stop)
+    app, database = _connect(settings)
+    register_sweep(app, settings, database)
+    start_beat(app, settings)
+    return consume(app, CONTROL_QUEUE, settings, node=f"controller@{owner}")
+
+
+def _connect(settings: Settings) -> tuple[celery.Celery, Database]:
+    try:
+        schema.upgrade(settings.database_url)  # whoever starts first does it, the others wait
+    except OperationalError as error:
+        reason = str(error.orig).strip().splitlines()
+        raise StorageError(f"the database does not answer: {reason[0] if reason else 'no reason given'}") from None
+    app = make_app(settings)
+    return app, Database(settings.database_url, dispatch=sender(app))

@@ -1,0 +1,134 @@
+"""The document at `/openapi.json`: every operation says what it does, what it answers and how it fails."""
+
+from typing import Any
+
+import pytest
+
+from cloud_api.release import VERSION
+from protocol.errors import HTTP_STATUS, ErrorCode, Problem
+from tests.cloud_api.running_api import RunningApi
+
+PUBLIC = {"/health", "/ready", "/v1/devices"}
+"""Paths on which at least one operation needs no credential."""
+
+PATHS = {
+    "/health": {"get"},
+    "/ready": {"get"},
+    "/v1/enrolment-tokens": {"post"},
+    "/v1/devices": {"get", "post"},
+    "/v1/devices/me": {"get"},
+    "/v1/devices/me/heartbeat": {"post"},
+    "/v1/devices/me/assignment": {"get"},
+    "/v1/devices/{device_id}": {"get"},
+    "/v1/devices/{device_id}/revoke": {"post"},
+    "/v1/assignments/{assignment_id}/progress": {"post"},
+    "/v1/assignments/{assignment_id}/refusal": {"post"},
+    "/v1/assignments/{assignment_id}/parts/{kind}": {"put"},
+    "/v1/assignments/{assignment_id}/submission": {"post"},
+    "/v1/artifacts/{sha256}": {"get", "head"},
+    "/v1/runs": {"get", "post"},
+    "/v1/runs/{run_id}": {"get"},
+    "/v1/runs/{run_id}/stop": {"post"},
+    "/v1/runs/{run_id}/traffic": {"get"},
+    "/v1/runs/{run_id}/rounds": {"get"},
+    "/v1/runs/{run_id}/rounds/{number}": {"get"},
+    "/v1/runs/{run_id}/events": {"get"},
+    "/v1/runs/{run_id}/events/stream": {"get"},
+    "/v1/runs/{run_id}/versions": {"get"},
+    "/v1/runs/{run_id}/versions/{number}": {"get"},
+    "/v1/runs/{run_id}/versions/{number}/adapters/{adapter}": {"get"},
+}
+ALWAYS = {ErrorCode.INVALID_FIELD, ErrorCode.UNSUPPORTED_PROTOCOL, ErrorCode.INTERNAL_ERROR, ErrorCode.UNAVAILABLE}
+
+
+@pytest.fixture(scope="module")
+def document(api: RunningApi) -> dict[str, Any]:
+    answer: dict[str, Any] = api.client(None).get("/openapi.json").json()
+    return answer
+
+
+def operations(document: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    return {
+        f"{method.upper()} {path}": operation
+        for path, methods in document["paths"].items()
+        for method, operation in methods.items()
+    }
+
+
+def test_the_paths_are_the_published_ones(document: dict[str, Any]) -> None:
+    assert {path: set(methods) for path, methods in document["paths"].items()} == PATHS
+
+
+def test_the_document_names_its_version_tags_and_credentials(document: dict[str, Any], api: RunningApi) -> None:
+    assert document["openapi"].startswith("3.1")
+    assert document["info"]["version"] == VERSION
+    assert document["info"]["description"]
+    described = {tag["name"] for tag in document["tags"] if tag["description"]}
+    used = {tag for operation in operations(document).values() for tag in operation["tags"]}
+    assert used == described
+    schemes = document["components"]["securitySchemes"]
+    assert {name: scheme["scheme"] for name, scheme in schemes.items()} == {
+        "operator key": "bearer",
+        "device credential": "bearer",
+    }
+    assert api.client(None).get("/docs").status_code == 200
+
+
+def test_every_operation_says_what_it_does_and_who_may(document: dict[str, Any]) -> None:
+    for name, operation in operations(document).items():
+        assert operation["summary"], name
+        assert len(operation["description"]) > 20, name
+        assert operation["tags"], name
+        if not operation.get("security"):
+            assert name.split()[1] in PUBLIC, f"{name} needs no credential"
+        for parameter in operation.get("parameters", []):
+            assert parameter.get("description"), f"{name}: {parameter['name']}"
+
+
+def test_every_operation_shows_an_example_of_what_it_takes_and_answers(document: dict[str, Any]) -> None:
+    for name, operation in operations(document).items():
+        for media in operation.get("requestBody", {}).get("content", {}).values():
+            schema = media.get("schema", {})
+            assert media.get("example") or media.get("examples") or schema.get("examples"), f"{name}: request"
+        good = [answer for status, answer in operation["responses"].items() if status.startswith("2")]
+        assert good, name
+        if name.startswith("HEAD"):
+            continue
+        assert any("example" in media for answer in good for media in answer.get("content", {}).values()), name
+
+
+def test_every_operation_names_its_errors_under_the_right_status(document: dict[str, Any]) -> None:
+    for name, operation in operations(document).items():
+        declared = set()
+        for status, answer in operation["responses"].items():
+            if int(status) < 400 or "application/problem+json" not in answer["content"]:
+                continue
+            media = answer["content"]["application/problem+json"]
+            assert media["schema"] == {"$ref": "#/components/schemas/Problem"}, name
+            for code, example in media["examples"].items():
+                assert HTTP_STATUS[ErrorCode(code)] == int(status), f"{name}: {code}"
+                assert f"`{code}`" in answer["description"], f"{name}: {code}"
+                Problem.model_validate(example["value"])
+                declared.add(ErrorCode(code))
+        assert declared >= ALWAYS or name.endswith("/ready"), f"{name}: {ALWAYS - declared}"
+        if operation.get("security"):
+            assert declared >= {ErrorCode.UNAUTHENTICATED, ErrorCode.DEVICE_REVOKED}, name
+        if "application/json" in operation.get("requestBody", {}).get("content", {}):
+            assert declared >= {ErrorCode.MALFORMED_REQUEST, ErrorCode.BODY_TOO_LARGE}, name
+
+
+def test_every_reference_leads_somewhere(document: dict[str, Any]) -> None:
+    def walk(value: Any) -> None:
+        if isinstance(value, dict):
+            if isinstance(reference := value.get("$ref"), str):
+                target: Any = document
+                for part in reference.removeprefix("#/").split("/"):
+                    target = target[part]
+            for item in value.values():
+                walk(item)
+        elif isinstance(value, list):
+            for item in value:
+                walk(item)
+
+    walk(document)
+    assert "HTTPValidationError" not in str(document["paths"])

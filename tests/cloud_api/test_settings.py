@@ -1,0 +1,93 @@
+"""Settings: defaults, what is refused, and the operator key."""
+
+import stat
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from cloud_api.settings import DEFAULT_UPLOAD_BYTES, Settings
+from protocol.statuses import PartKind
+
+KEY = "k" * 32
+
+
+def read(home: Path, **environment: str) -> Settings:
+    return Settings.from_environment({"COTUNE_HOME": str(home), **environment})
+
+
+def test_everything_is_under_the_home_folder_by_default(tmp_path: Path) -> None:
+    home = tmp_path / "new" / "home"
+    settings = read(home)
+    assert settings.database_url == f"sqlite:///{home}/cotune.sqlite3"
+    assert settings.broker_url == f"filesystem://{home}/queue"
+    assert settings.blobs == home / "blobs"
+    assert (home / "queue").is_dir()
+    assert settings.upload_limits == dict.fromkeys(PartKind, DEFAULT_UPLOAD_BYTES)
+    assert stat.S_IMODE(home.stat().st_mode) == 0o700
+
+
+def test_the_operator_key_is_made_once_and_readable_by_its_owner_only(tmp_path: Path) -> None:
+    first, second = read(tmp_path), read(tmp_path)
+    path = tmp_path / "operator.key"
+    assert first.operator_key == second.operator_key == path.read_text().strip()
+    assert len(first.operator_key) >= 32
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["operator.key", "queue"]
+
+
+def test_a_key_that_was_given_is_used_and_never_shown(tmp_path: Path) -> None:
+    settings = read(tmp_path, COTUNE_OPERATOR_KEY=KEY)
+    assert settings.operator_key == KEY
+    assert KEY not in repr(settings)
+    assert not (tmp_path / "operator.key").exists()
+    file = tmp_path / "given"
+    file.write_text(f"{KEY}\n")
+    assert read(tmp_path, COTUNE_OPERATOR_KEY_FILE=str(file)).operator_key == KEY
+
+
+def test_deployments_name_their_own_services(tmp_path: Path) -> None:
+    settings = read(
+        tmp_path,
+        COTUNE_DATABASE_URL="postgresql://cotune@database/cotune",
+        COTUNE_BROKER_URL="redis://broker:6379/0",
+        COTUNE_BLOBS=str(tmp_path / "elsewhere"),
+        COTUNE_LOG_FORMAT="json",
+        COTUNE_LOG_LEVEL="debug",
+        COTUNE_MAX_LOGITS_BYTES="1000",
+    )
+    assert settings.database_url.startswith("postgresql")
+    assert settings.blobs == tmp_path / "elsewhere"
+    assert (settings.log_format, settings.log_level) == ("json", "debug")
+    assert settings.upload_limits[PartKind.LOGITS] == 1000
+    assert not (tmp_path / "queue").exists()
+
+
+@pytest.mark.parametrize(
+    ("environment", "told"),
+    [
+        ({"COTUNE_OPERATOR_KEY": "short"}, "COTUNE_OPERATOR_KEY"),
+        ({"COTUNE_OPERATOR_KEY": "a key with many spaces in it"}, "COTUNE_OPERATOR_KEY"),
+        ({"COTUNE_OPERATOR_KEY": "ключ" * 8}, "COTUNE_OPERATOR_KEY"),
+        ({"COTUNE_LOG_FORMAT": "xml"}, "COTUNE_LOG_FORMAT"),
+        ({"COTUNE_LOG_LEVEL": "loud"}, "COTUNE_LOG_LEVEL"),
+        ({"COTUNE_BROKER_URL": "amqp://x"}, "amqp://x"),
+        ({"COTUNE_QUEUE_PREFIX": "a b"}, "prefix"),
+        ({"COTUNE_MAX_LOGITS_BYTES": "0"}, "COTUNE_MAX_LOGITS_BYTES"),
+        ({"COTUNE_MAX_ADAPTER_DELTA_BYTES": "10 MB"}, "COTUNE_MAX_ADAPTER_DELTA_BYTES"),
+    ],
+)
+def test_what_cannot_be_used_is_named(tmp_path: Path, environment: Mapping[str, str], told: str) -> None:
+    with pytest.raises(ValueError, match=told) as caught:
+        read(tmp_path, **environment)
+    assert "\n" not in str(caught.value)
+    assert environment.get("COTUNE_OPERATOR_KEY", KEY) not in str(caught.value)
+
+
+def test_a_home_that_cannot_be_a_folder_and_a_key_file_that_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for home in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(OSError, match="expected a folder that can be written"):
+            read(home)
+    with pytest.raises(OSError, match="expected an operator key in"):
+        read(tmp_path, COTUNE_OPERATOR_KEY_FILE=str(tmp_path / "nothing"))

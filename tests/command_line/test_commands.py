@@ -1,0 +1,185 @@
+"""The commands against a real API: what they print, and the code they end in."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from command_line.exit_codes import ExitCode
+from command_line.ports import free_port
+from tests.command_line.conftest import Cotune, RunningApi
+
+RUN = """
+name = "{name}"
+rounds = 2
+llm = "{folder}/llm"
+public_data = "{folder}/public.jsonl"
+
+[strategy]
+name = "co_plms"
+"""
+
+
+def run_text(tmp_path: Path, name: str) -> str:
+    """A run's TOML; what it names is there, as far as the API looks."""
+    (tmp_path / "llm").mkdir(exist_ok=True)
+    (tmp_path / "llm" / "config.json").write_text("{}")
+    (tmp_path / "public.jsonl").write_text("")
+    return RUN.format(name=name, folder=tmp_path)
+
+
+def toml(tmp_path: Path, text: str) -> str:
+    path = tmp_path / "run.toml"
+    path.write_text(text, encoding="utf-8")
+    return str(path)
+
+
+def create(connected: Cotune, tmp_path: Path, name: str) -> str:
+    ended = connected("run", "create", toml(tmp_path, run_text(tmp_path, name)), "--format", "json")
+    assert (ended.code, ended.err) == (0, "")
+    return str(json.loads(ended.out)["run_id"])
+
+
+def test_a_token_is_shown_with_the_command_for_the_device(connected: Cotune, api: RunningApi) -> None:
+    ended = connected("device", "token", "--uses", "2", "--note", "two laptops")
+    assert ended.code == ExitCode.OK
+    assert "cotune-agent enroll" in ended.out
+    assert api.address in ended.out
+    as_json = json.loads(connected("device", "token", "--format", "json").out)
+    assert as_json["uses"] == 1
+    assert as_json["token"] not in ended.out
+
+
+def test_no_device_is_an_empty_list(connected: Cotune) -> None:
+    assert json.loads(connected("device", "list", "--format", "json").out) == []
+    assert "0 device(s)" in connected("device", "list").out
+
+
+def test_a_run_is_created_listed_shown_and_stopped(connected: Cotune, tmp_path: Path) -> None:
+    run_id = create(connected, tmp_path, "first")
+    listed = json.loads(connected("run", "list", "--format", "json").out)
+    assert run_id in [each["run_id"] for each in listed]
+    assert "first" in connected("run", "list").out
+    assert "pending" in connected("run", "show", run_id).out
+    stopped = connected("run", "stop", run_id, "--reason", "wrong data")
+    assert stopped.code == ExitCode.OK
+    assert "stopped" in stopped.out
+    assert "wrong data" in stopped.out
+    assert json.loads(connected("run", "show", run_id, "--format", "json").out)["status"] == "stopped"
+
+
+def test_watching_a_stopped_run_ends_in_1(connected: Cotune, tmp_path: Path) -> None:
+    run_id = create(connected, tmp_path, "ended")
+    connected("run", "stop", run_id)
+    ended = connected("run", "watch", run_id)
+    assert ended.code == ExitCode.RUN_FAILED
+    assert f"run {run_id} stopped" in ended.err
+
+
+def test_watching_a_run_that_waits_ends_in_3(connected: Cotune, tmp_path: Path) -> None:
+    run_id = create(connected, tmp_path, "waiting")
+    ended = connected("run", "watch", run_id, "--timeout", "0")
+    assert ended.code == ExitCode.TIMED_OUT
+    assert "it goes on" in ended.err
+    connected("run", "stop", run_id)
+
+
+def test_stopping_twice_is_stopping_once(connected: Cotune, tmp_path: Path) -> None:
+    run_id = create(connected, tmp_path, "twice")
+    connected("run", "stop", run_id, "--reason", "first")
+    ended = connected("run", "stop", run_id, "--reason", "second")
+    assert ended.code == ExitCode.OK
+    assert "first" in ended.out
+
+
+@pytest.mark.parametrize(
+    ("change", "field", "said"),
+    [
+        ('name = "co_plms"', "strategy", "standalone"),
+        ("rounds = 2", "rounds", "greater than or equal to 1"),
+        ("public_data", "public", "public"),
+    ],
+)
+def test_a_wrong_run_is_refused_with_the_field(
+    connected: Cotune, tmp_path: Path, change: str, field: str, said: str
+) -> None:
+    wrong = {"strategy": 'name = "co_plm"', "rounds": "rounds = 0", "public": "public"}[field]
+    ended = connected("run", "create", toml(tmp_path, run_text(tmp_path, "wrong").replace(change, wrong)))
+    assert ended.code == ExitCode.BAD_INPUT
+    assert field in ended.err
+    assert said in ended.err
+
+
+def test_a_missing_model_folder_is_named(connected: Cotune, tmp_path: Path) -> None:
+    text = run_text(tmp_path, "wrong").replace(f"{tmp_path}/llm", "/no/such/llm")
+    ended = connected("run", "create", toml(tmp_path, text))
+    assert ended.code == ExitCode.BAD_INPUT
+    assert "/no/such/llm" in ended.err
+
+
+def test_a_file_that_is_not_toml_is_named_with_the_line(connected: Cotune, tmp_path: Path) -> None:
+    ended = connected("run", "create", toml(tmp_path, 'name = "x"\nrounds = \n'))
+    assert ended.code == ExitCode.BAD_INPUT
+    assert "run.toml" in ended.err
+    assert "line 2" in ended.err
+    ended = connected("run", "create", str(tmp_path / "nothing.toml"))
+    assert "No such file" in ended.err
+
+
+def test_an_unknown_run(connected: Cotune) -> None:
+    ended = connected("run", "show", "no-such-run")
+    assert ended.code == ExitCode.BAD_INPUT
+    assert "no-such-run" in ended.err
+
+
+def test_no_server_ends_in_2(connected: Cotune, monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = connected("run", "list", "--server", f"http://127.0.0.1:{free_port()}")
+    assert ended.code == ExitCode.CONNECTION_OR_AUTHORISATION
+    assert "cannot reach the API" in ended.err
+    assert "cotune up" in ended.err
+
+
+def test_a_wrong_key_ends_in_2(connected: Cotune, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COTUNE_OPERATOR_KEY", "not-the-key")
+    ended = connected("run", "list")
+    assert ended.code == ExitCode.CONNECTION_OR_AUTHORISATION
+    assert "COTUNE_OPERATOR_KEY" in ended.err
+
+
+def test_no_key_ends_in_2(run_cotune: Cotune, api: RunningApi) -> None:
+    ended = run_cotune("run", "list", "--server", api.address)
+    assert ended.code == ExitCode.CONNECTION_OR_AUTHORISATION
+    assert "operator.key" in ended.err
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:8000", "ftp://cloud", "http://"])
+def test_a_wrong_address(connected: Cotune, address: str) -> None:
+    ended = connected("run", "list", "--server", address)
+    assert ended.code == ExitCode.BAD_INPUT
+    assert "http://127.0.0.1:8000" in ended.err
+
+
+def test_a_server_that_is_not_ours(connected: Cotune, not_ours: str) -> None:
+    ended = connected("run", "list", "--server", not_ours)
+    assert ended.code == ExitCode.CONNECTION_OR_AUTHORISATION
+    assert "expected a Cotune API" in ended.err
+
+
+def test_help_is_for_newcomers(run_cotune: Cotune) -> None:
+    ended = run_cotune("--help")
+    assert ended.code == 0
+    for word in ("demo", "up", "run", "device", "New here?"):
+        assert word in ended.out
+    for command in (["demo"], ["up"], ["run", "create"], ["run", "watch"], ["device", "token"]):
+        assert run_cotune(*command, "--help").code == 0
+
+
+@pytest.mark.parametrize("arguments", [["nonsense"], ["run", "show"], ["demo", "--rounds", "0"]])
+def test_a_wrong_command_line_does_not_look_like_a_lost_connection(run_cotune: Cotune, arguments: list[str]) -> None:
+    assert run_cotune(*arguments).code == ExitCode.BAD_INPUT
+
+
+def test_the_version(run_cotune: Cotune) -> None:
+    from importlib.metadata import version
+
+    assert run_cotune("--version").out.strip() == version("cotune")

@@ -1,0 +1,330 @@
+"""The payload: what is packed is what is parsed, what is wrong is refused, and its loss is a divergence."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load, save
+from torch import Tensor
+
+from cotuning.alignment import align, encode_batch
+from cotuning.folding import fold_pair
+from cotuning.mutual_loss import Head, mutual_loss, payload_loss
+from cotuning.payload import PayloadError, PayloadRows, build_payload, keep_top, match_rows, parse_payload, top_classes
+from tests.cotuning.trained_tokenizers import SENTENCES, table_of, trained
+
+CLASSES, K, DIM = 50, 8, 6
+RESPONSES = ["The dog sleeps.", "", "naïve café"]
+EXPECTED = {"fingerprint": "f" * 64, "num_classes": CLASSES, "probe_set": "a" * 64, "responses": RESPONSES}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def log_probs(rows: int = 6, classes: int = CLASSES, seed: int = 0, sharpness: float = 3.0) -> Tensor:
+    return (random(rows, classes, seed=seed) * sharpness).log_softmax(1)
+
+
+def packed(k: int = K, logs: Tensor | None = None, **options):
+    """Four rows of the first sample, END of the second, one row of the third."""
+    return build_payload(
+        keep_top(log_probs() if logs is None else logs, k),
+        sample_S=torch.tensor([0, 0, 0, 0, 1, 2]),
+        byte_start_S=torch.tensor([0, 3, 7, 15, 0, 2]),
+        responses=RESPONSES,
+        num_classes=CLASSES,
+        fingerprint=EXPECTED["fingerprint"],
+        probe_set=EXPECTED["probe_set"],
+        temperature=1.5,
+        **options,
+    )
+
+
+def test_a_payload_survives_a_safetensors_file():
+    tensors, metadata = packed(losses_N=torch.tensor([1.0, 2.0, 0.5]))
+    back = load(save(tensors, metadata))
+    rows = parse_payload(back, metadata, **EXPECTED)
+    assert rows.sample_S.tolist() == [0, 0, 0, 0, 1, 2]
+    assert rows.byte_start_S.tolist() == [0, 3, 7, 15, 0, 2]
+    assert rows.losses_N.tolist() == [1.0, 2.0, 0.5]
+    assert (rows.temperature, rows.num_classes, rows.fingerprint) == (1.5, CLASSES, "f" * 64)
+    assert torch.equal(rows.ids_SK, keep_top(log_probs(), K).ids_SK)
+    assert all(isinstance(value, str) for value in metadata.values())
+    again = packed(losses_N=torch.tensor([1.0, 2.0, 0.5]))
+    assert again[1] == metadata
+    assert all(torch.equal(again[0][name], tensor) for name, tensor in tensors.items())
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**31), st.floats(0.01, 20), st.sampled_from([1, 4, 8, 32, CLASSES, 200]))
+def test_rounding_keeps_a_distribution_near_the_one_that_was_packed(seed, sharpness, k):
+    """Half a step of at most 20/255 nats on each log-probability, tails within float16; the sum stays one."""
+    exact = log_probs(seed=seed, sharpness=sharpness)
+    rows = parse_payload(*packed(k, exact), **EXPECTED)
+    kept = keep_top(exact, k)
+    mass = rows.log_probs_SK.exp().sum(1) + rows.tail_S
+    assert (mass - 1).abs().max() <= 2e-6
+    error = (rows.log_probs_SK.double().exp() - kept.log_probs_SK.double().exp()).abs()
+    assert error.max() <= 0.02
+    assert (rows.tail_S - kept.tail_S).abs().max() <= 1e-3
+    assert ((rows.tail_S >= 0) & (rows.tail_S <= 1)).all()
+
+
+def test_rounding_hardly_moves_the_loss():
+    teacher, student = log_probs(seed=1), log_probs(seed=2)
+    rows = parse_payload(*packed(16, teacher), **EXPECTED)
+    exact = slow_loss(teacher, student, 16)
+    identity = Head(torch.eye(CLASSES, dtype=torch.float64), CLASSES)
+    rounded = payload_loss(student, identity, rows, temperature=1.0).item()
+    assert rounded == pytest.approx(exact, rel=5e-3)
+
+
+def slow_loss(teacher: Tensor, student: Tensor, k: int) -> float:
+    """KL over the teacher's k most probable classes and one bucket for the rest, by loops."""
+    total = 0.0
+    for p_row, q_row in zip(teacher.exp().tolist(), student.exp().tolist(), strict=True):
+        order = sorted(range(len(p_row)), key=lambda index: -p_row[index])
+        groups = [[index] for index in order[:k]] + ([order[k:]] if k < len(p_row) else [])
+        for group in groups:
+            p, q = sum(p_row[index] for index in group), sum(q_row[index] for index in group)
+            total += p * math.log(p / q)
+    return total / len(teacher)
+
+
+def rows_of(teacher: Tensor, k: int, temperature: float = 1.0) -> PayloadRows:
+    """Rows without rounding."""
+    ids = teacher.topk(min(k, teacher.shape[1])).indices
+    tail = teacher.exp().scatter(1, ids, 0.0).sum(1)
+    places = torch.zeros(len(teacher), dtype=torch.int64)
+    return PayloadRows(
+        places, places, ids, teacher.gather(1, ids), tail, torch.zeros(1), teacher.shape[1], temperature, "f"
+    )
+
+
+@pytest.mark.parametrize("k", [1, 5, CLASSES])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_the_loss_equals_the_slow_formula(k, temperature):
+    teacher = log_probs(seed=1)
+    hidden, weight = random(6, DIM, seed=3), random(CLASSES + 4, DIM, seed=4)
+    student = (hidden @ weight[:CLASSES].T / temperature).log_softmax(1)
+    loss = payload_loss(hidden, Head(weight, CLASSES), rows_of(teacher, k, temperature), chunk_rows=4)
+    assert loss.item() == pytest.approx(temperature**2 * slow_loss(teacher, student, k), rel=1e-10)
+
+
+def test_with_all_classes_it_is_the_mutual_loss():
+    hidden, weight = random(6, DIM, seed=3), random(CLASSES, DIM, seed=4)
+    teacher_hidden, teacher_weight = random(6, DIM, seed=5), random(CLASSES, DIM, seed=6)
+    teacher, student = Head(teacher_weight, CLASSES), Head(weight, CLASSES)
+    pair = fold_pair(None, small_table(), None, small_table())
+    full = mutual_loss(hidden, student, teacher_hidden, teacher, pair)[0]
+    top = top_classes(teacher_hidden, teacher, k=999, chunk_rows=4)
+    assert top.ids_SK.shape == (6, CLASSES)
+    assert float(top.tail_S.max()) == 0.0
+    rows = rows_of((teacher_hidden @ teacher_weight.T).log_softmax(1), CLASSES)
+    assert payload_loss(hidden, student, rows).item() == pytest.approx(full.item(), rel=1e-12)
+
+
+def small_table():
+    """A table of as many ids as there are classes here; only its size matters."""
+    from dataclasses import replace
+
+    table = table_of("byte_level")
+    return replace(table, pieces=table.pieces[:CLASSES])
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 2**31), st.integers(1, CLASSES), st.floats(0.1, 10))
+def test_it_is_never_negative_and_grows_with_k(seed, k, sharpness):
+    teacher, student = log_probs(seed=seed, sharpness=sharpness), log_probs(seed=seed + 1, sharpness=sharpness)
+    identity = Head(torch.eye(CLASSES, dtype=torch.float64), CLASSES)
+    coarse, finer = (
+        payload_loss(student, identity, rows_of(teacher, size)).item() for size in (k, min(k + 3, CLASSES))
+    )
+    assert -1e-9 <= coarse <= finer + 1e-9
+    assert abs(payload_loss(teacher, identity, rows_of(teacher, k)).item()) <= 1e-9
+
+
+@pytest.mark.parametrize("folded", [False, True])
+def test_gradients_pass_gradcheck_and_reach_the_student_only(folded):
+    hidden, weight = random(6, DIM, seed=3).requires_grad_(), random(70, DIM, seed=4).requires_grad_()
+    map_v = torch.randint(CLASSES, (70,), generator=torch.Generator().manual_seed(0))
+    map_v[:CLASSES] = torch.arange(CLASSES)
+    rows = rows_of(log_probs(seed=1), 5, 1.3)
+
+    weights = torch.rand(6, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    def loss(hidden_sd: Tensor, weight_vd: Tensor) -> Tensor:
+        head = Head(weight_vd, 70 if folded else CLASSES)
+        return payload_loss(hidden_sd, head, rows, map_V=map_v if folded else None, weights_S=weights, chunk_rows=4)
+
+    assert torch.autograd.gradcheck(loss, (hidden, weight))
+
+
+def test_no_rows_is_zero_with_a_graph():
+    hidden = random(6, DIM, seed=3).requires_grad_()
+    empty = rows_of(log_probs(), 5).take(torch.zeros(0, dtype=torch.int64))
+    loss = payload_loss(hidden[:0], Head(random(CLASSES, DIM), CLASSES), empty)
+    loss.backward()
+    assert loss.item() == 0.0
+    assert hidden.grad.abs().sum() == 0
+
+
+def test_sizes_that_do_not_fit_are_refused():
+    rows = rows_of(log_probs(), 5)
+    with pytest.raises(ValueError, match="5 and 6 rows"):
+        payload_loss(random(5, DIM), Head(random(CLASSES, DIM), CLASSES), rows)
+    with pytest.raises(ValueError, match=f"{CLASSES} classes, got 40"):
+        payload_loss(random(6, DIM), Head(random(40, DIM), 40), rows)
+
+
+def altered(name: str, change) -> tuple[dict[str, Tensor], dict[str, str]]:
+    tensors, metadata = packed()
+    tensors[name] = change(tensors[name].clone())
+    return tensors, metadata
+
+
+def with_value(tensor: Tensor, value: float, place: int = 0) -> Tensor:
+    tensor[place] = value
+    return tensor
+
+
+def as_ids(tensor: Tensor, row: int, value: int) -> Tensor:
+    wide = tensor.to(torch.int64)
+    wide[row, 0] = value
+    return wide.to(tensor.dtype)
+
+
+def as_offsets(tensor: Tensor, values: list[int]) -> Tensor:
+    return torch.tensor(values).to(tensor.dtype)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("ids", lambda t: as_ids(t, 2, CLASSES), "class id: expected less than 50, received 50"),
+        ("ids", lambda t: as_ids(t, 2, int(t[2, 1])), "row 2: expected distinct ids"),
+        ("ids", lambda t: t[:, :-1], r"'ids': expected torch.uint16 \[6, 8\], received torch.uint16 \[6, 7\]"),
+        ("ids", lambda t: t.to(torch.int64), "received torch.int64"),
+        ("steps_down", lambda t: t[:-1], r"\[6, 8\], received torch.uint8 \[5, 8\]"),
+        (
+            "greatest",
+            lambda t: with_value(t, math.nan, 3),
+            "'greatest' of row 3: expected a finite value, received nan",
+        ),
+        ("greatest", lambda t: with_value(t, 2.0), "'greatest' of row 0: expected a value in"),
+        ("step", lambda t: with_value(t, math.inf), "'step' of row 0: expected a finite value, received inf"),
+        ("step", lambda t: with_value(t, -0.5), "'step' of row 0"),
+        ("tail", lambda t: with_value(t, 1.5, 1), r"'tail' of row 1: expected a value in \[0.0, 1.0\], received 1.5"),
+        ("tail", lambda t: with_value(t, -0.1, 1), "'tail' of row 1"),
+        ("tail", lambda t: with_value(t, math.nan, 1), "'tail' of row 1"),
+        ("loss", lambda t: with_value(t, -1.0), "'loss' of sample 0"),
+        ("loss", lambda t: with_value(t, math.inf), "'loss' of sample 0"),
+        ("loss", lambda t: t[:2], r"'loss': expected torch.float32 \[3\], received torch.float32 \[2\]"),
+        ("byte_start", lambda t: as_offsets(t, [0, 3, 3, 15, 0, 2]), "row 2: expected more than 3, received 3"),
+        ("byte_start", lambda t: as_offsets(t, [0, 3, 7, 16, 0, 2]), "row 3: expected at most 15, received 16"),
+        ("byte_start", lambda t: t[:5], r"\[5, 8\]"),
+        ("rows", lambda t: as_offsets(t, [4, 1, 2]), "rows of all samples: expected 6, received 7"),
+        ("rows", lambda t: as_offsets(t, [4, 1]), r"'rows': expected torch.uint32 \[3\]"),
+        ("digest", lambda t: with_value(t, 5, 1), "digest of sample 1: expected"),
+    ],
+)
+def test_a_payload_with_a_wrong_tensor_is_refused(name, change, message):
+    with pytest.raises(PayloadError, match=message) as caught:
+        parse_payload(*altered(name, change), **EXPECTED)
+    assert caught.value.expected != caught.value.received
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("format", "other"), ("fingerprint", "0" * 64), ("probe_set", "b" * 64), ("num_classes", "51"),
+        ("top_k", "0"), ("top_k", "9999"), ("top_k", "many"), ("temperature", "nan"), ("temperature", "0"),
+        ("temperature", "hot"), ("temperature", "inf"),
+    ],
+)  # fmt: skip
+def test_a_payload_with_a_wrong_header_is_refused(field, value):
+    tensors, metadata = packed()
+    with pytest.raises(PayloadError, match=f"header field '{field}': expected .*, received '{value}'"):
+        parse_payload(tensors, metadata | {field: value}, **EXPECTED)
+    del metadata[field]
+    with pytest.raises(PayloadError, match="received None"):
+        parse_payload(tensors, metadata, **EXPECTED)
+
+
+def test_missing_and_unknown_tensors_and_other_probe_sets_are_refused():
+    tensors, metadata = packed()
+    with pytest.raises(PayloadError, match="tensor names"):
+        parse_payload({name: tensor for name, tensor in tensors.items() if name != "tail"}, metadata, **EXPECTED)
+    with pytest.raises(PayloadError, match="tensor names"):
+        parse_payload(tensors | {"extra": torch.zeros(1)}, metadata, **EXPECTED)
+    with pytest.raises(PayloadError, match="digest of sample 2"):
+        parse_payload(tensors, metadata, **(EXPECTED | {"responses": [*RESPONSES[:2], "naive cafe"]}))
+    with pytest.raises(PayloadError, match=r"expected torch.uint32 \[2\], received torch.uint32 \[3\]"):
+        parse_payload(tensors, metadata, **(EXPECTED | {"responses": RESPONSES[:2]}))
+    scalar = tensors | {"byte_start": torch.zeros((), dtype=torch.uint32)}
+    with pytest.raises(PayloadError, match=r"'ids': expected"):
+        parse_payload(scalar, metadata, **EXPECTED)
+
+
+def test_more_than_65536_classes_take_wider_ids_and_none_at_all_take_no_rows():
+    wide = torch.full((1, 70_000), -30.0)
+    wide[0, 69_999] = 0.0
+    tensors, metadata = build_payload(
+        keep_top(wide.log_softmax(1), 2), sample_S=torch.tensor([0]), byte_start_S=torch.tensor([0]), responses=["x"],
+        num_classes=70_000, fingerprint="f", probe_set="p", temperature=1.0,
+    )  # fmt: skip
+    assert tensors["ids"].dtype == torch.uint32
+    rows = parse_payload(tensors, metadata, fingerprint="f", num_classes=70_000, probe_set="p", responses=["x"])
+    assert rows.ids_SK[0, 0] == 69_999
+    nothing = torch.zeros(0, dtype=torch.int64)
+    empty = build_payload(
+        keep_top(torch.zeros(0, CLASSES), K), sample_S=nothing, byte_start_S=nothing, responses=RESPONSES,
+        num_classes=CLASSES, fingerprint="f" * 64, probe_set="a" * 64, temperature=1.0,
+    )  # fmt: skip
+    assert len(parse_payload(*empty, **EXPECTED).sample_S) == 0
+
+
+def test_a_response_of_512_tokens_takes_at_most_45_kibibytes():
+    """410 span starts (0.80 a token was measured) at K = 32."""
+    starts = torch.arange(410)
+    text = "x" * 2048
+    tensors, metadata = build_payload(
+        keep_top(log_probs(410, 4000), 32), sample_S=torch.zeros(410, dtype=torch.int64), byte_start_S=starts * 5,
+        responses=[text], num_classes=4000, fingerprint="f" * 64, probe_set="a" * 64, temperature=1.0,
+    )  # fmt: skip
+    assert len(save(tensors, metadata)) <= 45 * 1024
+
+
+def test_rows_are_found_again_in_a_batch_of_another_order_and_tokenizer():
+    """A teacher's rows at its own token boundaries, a student with other tokens, samples 2 and 0 of the probe set."""
+    probe = list(SENTENCES[:4])
+    teacher, table = trained("byte_level"), table_of("byte_level")
+    batch = encode_batch(teacher, table, ["Q:\n"] * 4, probe, max_length=256)
+    spans = align(batch, batch)
+    top = keep_top(log_probs(spans.num_spans, table.num_tokens), 4)
+    tensors, metadata = build_payload(
+        top, sample_S=spans.sample_S, byte_start_S=spans.byte_start_S, responses=probe,
+        num_classes=table.num_tokens, fingerprint=table.fingerprint, probe_set="p", temperature=1.0,
+    )  # fmt: skip
+    rows = parse_payload(
+        tensors, metadata, fingerprint=table.fingerprint, num_classes=table.num_tokens, probe_set="p", responses=probe
+    )
+    picked = [probe[2], probe[0]]
+    student = encode_batch(trained("unigram"), table_of("unigram"), ["Q:\n"] * 2, picked, max_length=256)
+    same = encode_batch(teacher, table, ["Q:\n"] * 2, picked, max_length=256)
+    found = match_rows(rows, student, torch.tensor([2, 0]))
+    both = align(student, same)
+    assert found.batch_row_S.tolist() == both.sample_S.tolist()
+    assert found.position_S.tolist() == both.row_a_S.tolist()
+    matched = rows.take(found.payload_row_S)
+    assert matched.byte_start_S.tolist() == both.byte_start_S.tolist()
+    assert matched.sample_S.tolist() == [2 if row == 0 else 0 for row in both.sample_S.tolist()]
+    assert len(match_rows(rows, student, torch.tensor([3, 3])).position_S) >= 0

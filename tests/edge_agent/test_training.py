@@ -1,0 +1,175 @@
+"""Local training with real, tiny models: repeatable to the bit, and honest about what it cannot do."""
+
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+
+from assets.models import load_language_model
+from assets.tensors import read_tensors
+from edge_agent.cycle import TrainedUpdate
+from edge_agent.errors import CannotTrain, Stopped
+from edge_agent.local_state import LocalState, LocalStates
+from edge_agent.training import LocalTrainer
+from protocol.assignments import Assignment
+from protocol.headers import METADATA_BASE, METADATA_PROBE_SET, METADATA_PROXY
+from protocol.statuses import PartKind
+from tests.edge_agent.fake_cloud import FakeCloud
+from tests.edge_agent.tiny_world import CO_PLMS, SECRETS, TinyWorld, build_world
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
+    return build_world(tmp_path_factory.mktemp("world"))
+
+
+def quiet(stage: str, step: int, steps: int, losses: Mapping[str, float]) -> None:
+    pass
+
+
+def state_bytes(update: TrainedUpdate, folder: Path) -> dict[str, bytes]:
+    folder.mkdir()
+    update.write_state(folder)
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def train(
+    world: TinyWorld, assignment: Assignment, start: LocalState | None = None, trainer: LocalTrainer | None = None
+) -> TrainedUpdate:
+    return (trainer or LocalTrainer(world.config)).train(assignment, world.files, start, quiet)
+
+
+def test_two_rounds_repeat_to_the_bit_whether_models_are_loaded_or_not(
+    world: TinyWorld, cloud: FakeCloud, tmp_path: Path
+) -> None:
+    first, second = world.assignment(cloud, 1), world.assignment(cloud, 2)
+    warm = LocalTrainer(world.config)
+    update = train(world, first, trainer=warm)
+    staged = state_bytes(update, tmp_path / "staged")
+    assert state_bytes(train(world, first), tmp_path / "again") == staged
+    states = LocalStates(tmp_path / "runs")
+    states.adopt(tmp_path / "staged")
+    start = states.before("run_1", 2)
+    assert start is not None
+
+    next_warm = train(world, second, start, warm)
+    next_cold = train(world, second, start)
+    assert next_warm.parts == next_cold.parts
+    warm_state = state_bytes(next_warm, tmp_path / "warm")
+    assert warm_state == state_bytes(next_cold, tmp_path / "cold")
+    assert train(world, second, None).parts != next_warm.parts
+    assert warm_state["domain_adapter.safetensors"] != staged["domain_adapter.safetensors"]
+
+
+def test_an_update_names_what_it_starts_from_and_measures_what_was_asked(
+    world: TinyWorld, cloud: FakeCloud, tmp_path: Path
+) -> None:
+    assignment = world.assignment(cloud, 1)
+    stages: list[str] = []
+    update = LocalTrainer(world.config).train(assignment, world.files, None, lambda stage, *_: stages.append(stage))
+    assert list(dict.fromkeys(stages)) == [
+        "evaluation_before",
+        "domain_tuning",
+        "mutual_learning",
+        "evaluation_after",
+    ]
+    assert update.num_examples == len(SECRETS)
+    assert set(update.parts) == {PartKind.ADAPTER_DELTA, PartKind.LOGITS}
+    assert assignment.adapter is not None
+    assert assignment.proxy_manifest is not None
+    assert assignment.probe_set is not None
+    headers = {}
+    for kind, content in update.parts.items():
+        (tmp_path / kind).write_bytes(content)
+        tensors, headers[kind] = read_tensors(tmp_path / kind)
+        assert tensors
+    assert headers[PartKind.ADAPTER_DELTA][METADATA_BASE] == assignment.adapter.sha256
+    assert headers[PartKind.LOGITS][METADATA_PROBE_SET] == assignment.probe_set.sha256
+    assert {header[METADATA_PROXY] for header in headers.values()} == {assignment.proxy_manifest.sha256}
+    metrics = update.metrics
+    assert metrics.before is not None
+    assert metrics.after is not None
+    assert metrics.before.num_rows == metrics.after.num_rows == 3
+    assert metrics.before.bits_per_byte != metrics.after.bits_per_byte
+    assert metrics.alignment is not None
+    assert metrics.alignment.coverage > 0.8
+    assert {"load", "domain_tuning", "mutual_learning"} <= set(metrics.seconds_by_stage)
+    assert metrics.peak_memory_bytes > 10_000_000
+
+
+def test_the_slms_adapter_is_an_ordinary_peft_folder(world: TinyWorld, cloud: FakeCloud, tmp_path: Path) -> None:
+    update = train(world, world.assignment(cloud, 1, evaluate_before=False, evaluate_after=False))
+    state_bytes(update, tmp_path / "state")
+    slm = load_language_model(world.config.model.path)
+    ids = torch.tensor([[1, 2, 3]])
+    plain = slm.model(input_ids=ids).logits
+    tuned = PeftModel.from_pretrained(slm.model, str(tmp_path / "state" / "slm_adapter"))
+    assert not torch.equal(plain, tuned(input_ids=ids).logits)
+    assert update.metrics.before is None
+    assert update.metrics.after is None
+
+
+def test_standalone_trains_and_uploads_nothing(world: TinyWorld, cloud: FakeCloud, tmp_path: Path) -> None:
+    update = train(world, world.standalone_assignment(cloud))
+    assert update.parts == {}
+    assert "slm_ce" in update.metrics.losses
+    assert set(state_bytes(update, tmp_path / "state")) == {
+        "slm_adapter/adapter_config.json",
+        "slm_adapter/adapter_model.safetensors",
+        "state.json",
+    }
+
+
+def test_a_stop_unwinds_and_leaves_the_models_as_they_were(world: TinyWorld, cloud: FakeCloud) -> None:
+    assignment = world.assignment(cloud, 1, evaluate_before=False, evaluate_after=False)
+    trainer = LocalTrainer(world.config)
+    stop = threading.Event()
+
+    def stop_at_the_second_step(stage: str, step: int, steps: int, losses: Mapping[str, float]) -> None:
+        if stage == "mutual_learning" and step == 2:
+            stop.set()
+            raise Stopped
+
+    with pytest.raises(Stopped):
+        trainer.train(assignment, world.files, None, stop_at_the_second_step)
+    assert stop.is_set()
+    assert train(world, assignment, trainer=trainer).parts == train(world, assignment).parts
+
+
+def test_tokenizers_that_do_not_fit_are_refused(world: TinyWorld, cloud: FakeCloud) -> None:
+    never = CO_PLMS.model_copy(update={"min_coverage": 1.1})
+    with pytest.raises(CannotTrain, match="coverage") as caught:
+        train(world, world.assignment(cloud, 1, strategy=never))
+    assert caught.value.code == "coverage_too_low"
+
+
+def test_a_broken_row_is_named_by_line_and_not_quoted(world: TinyWorld, cloud: FakeCloud, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.jsonl"
+    broken.write_text('{"instruction": "a", "output": "b"}\n{"my diary": "I hid the key"\n')
+    data = world.config.data.model_copy(update={"train": broken})
+    trainer = LocalTrainer(world.config.model_copy(update={"data": data}))
+    with pytest.raises(CannotTrain) as caught:
+        trainer.train(world.standalone_assignment(cloud), world.files, None, quiet)
+    assert caught.value.code == "data_file_invalid"
+    assert "broken.jsonl:2" in caught.value.reason
+    assert "key" not in caught.value.reason
+    assert str(tmp_path) not in caught.value.reason
+
+
+def test_a_model_that_went_missing_is_named(world: TinyWorld, cloud: FakeCloud) -> None:
+    model = world.config.model.model_copy(update={"path": "/no/such/model"})
+    with pytest.raises(CannotTrain, match="/no/such/model") as caught:
+        LocalTrainer(world.config.model_copy(update={"model": model})).train(
+            world.standalone_assignment(cloud), world.files, None, quiet
+        )
+    assert caught.value.code == "model_folder_missing"
+
+
+def test_an_adapter_of_another_model_is_refused(world: TinyWorld, cloud: FakeCloud) -> None:
+    other = CO_PLMS.model_copy(update={"proxy_lora": CO_PLMS.proxy_lora.model_copy(update={"rank": 3})})
+    with pytest.raises(CannotTrain, match="shape") as caught:
+        train(world, world.assignment(cloud, 1, strategy=other, evaluate_before=False))
+    assert caught.value.code == "model_unsuitable"

@@ -1,0 +1,122 @@
+"""The migrations build the schema from nothing, agree with the tables, can be undone, and survive a common start."""
+
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from alembic import command
+from alembic.autogenerate import compare_metadata
+from alembic.runtime.migration import MigrationContext
+from sqlalchemy import inspect, text
+
+from persistence import schema
+from persistence.database import Database, connect
+from persistence.errors import StorageError
+from persistence.tables import Table
+
+
+@pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.services)])
+def empty_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """The address of a database without any table: on PostgreSQL a schema of its own, so other tests keep theirs."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path}/empty.sqlite3"
+        return
+    address: str = request.getfixturevalue("postgresql_url")
+    engine = connect(address)
+    with engine.begin() as connection:
+        connection.execute(text("CREATE SCHEMA empty"))
+    yield f"{address}?options=-csearch_path%3Dempty"
+    with engine.begin() as connection:
+        connection.execute(text("DROP SCHEMA empty CASCADE"))
+    engine.dispose()
+
+
+def tables(url: str) -> set[str]:
+    engine = connect(url)
+    names = set(inspect(engine).get_table_names())
+    engine.dispose()
+    return names
+
+
+def test_migrations_build_what_the_tables_say(empty_url: str) -> None:
+    schema.upgrade(empty_url)
+    engine = connect(empty_url)
+    with engine.connect() as connection:
+        context = MigrationContext.configure(connection, opts={"compare_type": True, "compare_server_default": True})
+        assert compare_metadata(context, Table.metadata) == []
+    engine.dispose()
+    assert tables(empty_url) == set(Table.metadata.tables) | {"alembic_version"}
+
+
+def test_upgrading_again_changes_nothing_and_the_schema_says_that_it_is_current(empty_url: str) -> None:
+    database = Database(empty_url)
+    with database.reading() as session:
+        assert not schema.is_current(session)
+    schema.upgrade(empty_url)
+    schema.upgrade(empty_url)
+    with database.reading() as session:
+        assert schema.is_current(session)
+    database.dispose()
+
+
+def test_a_migration_can_be_undone(empty_url: str) -> None:
+    schema.upgrade(empty_url)
+    engine = connect(empty_url)
+    with engine.begin() as connection:
+        config = schema.alembic_config()
+        config.attributes["connection"] = connection
+        command.downgrade(config, "base")
+    engine.dispose()
+    assert tables(empty_url) == {"alembic_version"}
+    schema.upgrade(empty_url)
+    assert tables(empty_url) > {"runs"}
+
+
+def test_processes_that_start_together_migrate_once(empty_url: str) -> None:
+    program = "import sys; from persistence import schema; schema.upgrade(sys.argv[1])"
+    command_line = [sys.executable, "-W", "error", "-c", program, empty_url]
+    started = [subprocess.Popen(command_line, stderr=subprocess.PIPE, text=True) for _ in range(3)]
+    for process in started:
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 0, errors
+    assert "runs" in tables(empty_url)
+
+
+def test_a_failed_migration_leaves_nothing(empty_url: str, tmp_path: Path) -> None:
+    source = Path(__file__).parents[2] / "migrations"
+    broken = tmp_path / "migrations"
+    (broken / "versions").mkdir(parents=True)
+    (broken / "env.py").write_text((source / "env.py").read_text())
+    (broken / "versions" / "0001_broken.py").write_text(
+        "import sqlalchemy as sa\nfrom alembic import op\nrevision = '0001'\ndown_revision = None\n"
+        "def upgrade():\n"
+        "    op.create_table('half', sa.Column('id', sa.Integer(), primary_key=True))\n"
+        "    raise RuntimeError('power cut')\n"
+    )
+    with pytest.raises(RuntimeError, match="power cut"):
+        schema.upgrade(empty_url, migrations=broken)
+    assert tables(empty_url) == set()
+
+
+def test_a_missing_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COTUNE_MIGRATIONS", str(tmp_path / "nowhere"))
+    with pytest.raises(StorageError, match="COTUNE_MIGRATIONS"):
+        schema.upgrade(f"sqlite:///{tmp_path}/x.sqlite3")
+
+
+def test_alembic_by_hand(tmp_path: Path) -> None:
+    """`alembic upgrade head` with the ini file, as an operator would."""
+    root = Path(__file__).parents[2]
+    file = tmp_path / "byhand.sqlite3"
+    done = subprocess.run(
+        [sys.executable, "-m", "alembic", "upgrade", "head"],
+        cwd=root,
+        env={"COTUNE_DATABASE_URL": f"sqlite:///{file}", "PATH": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "runs" in tables(f"sqlite:///{file}")

@@ -1,0 +1,377 @@
+"""A run in this process: real database, real store, real training, models of a few thousand parameters."""
+
+import dataclasses
+import json
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from assets.models import load_language_model
+from assets.tensors import read_tensors
+from persistence import jobs, runs, updates
+from persistence.errors import LeaseLost
+from protocol.assignments import ModelManifest
+from protocol.errors import ErrorCode
+from protocol.events import EventType
+from protocol.headers import ADAPTER_FORMAT, METADATA_FORMAT, METADATA_PROXY
+from protocol.runs import RoundMetrics, Scores
+from protocol.statuses import AssignmentStatus, PartKind, RoundStatus, RunStatus
+from tests.tiny_models import tiny_examples
+from tests.worker.cloud import Cloud, write_rows
+from worker.leases import Lease
+from worker.model_cache import ModelCache
+from worker.preparation import prepare
+from worker.scoring import not_worse
+from worker.settings import Settings
+from worker.stage import Work, utc_now
+
+ENDLESS = {"layers": 1, "steps": 100_000, "batch_size": 1, "max_length": 32}
+"""Distillation that never ends by itself."""
+
+
+def test_a_whole_run(cloud: Cloud, llm: str) -> None:
+    devices = cloud.enrol("a", "b", "c")
+    rows = write_rows(cloud.settings.home / "test.jsonl", tiny_examples(6, kind="sum"))
+    run = cloud.create_run(llm, rounds=2, min_updates=3, evaluation_data=rows)
+    cloud.work()
+    assert cloud.run(run.run_id).status is RunStatus.RUNNING
+    for number in (1, 2):
+        for device, slm in zip(devices, ("gpt2", "qwen2", "bloom"), strict=True):
+            cloud.train(device, slm)
+        cloud.work()
+        played = cloud.round(run.run_id, number)
+        assert played.status is RoundStatus.PUBLISHED
+        assert cloud.statuses(run.run_id, number) == [AssignmentStatus.COUNTED] * 3
+        _check_metrics(RoundMetrics.model_validate(played.metrics), devices, last=number == 2)
+    assert cloud.run(run.run_id).status is RunStatus.COMPLETED
+    versions = [cloud.version(run.run_id, number) for number in (0, 1, 2)]
+    assert [version.num_updates for version in versions] == [0, 3, 3]
+    assert len({version.proxy_adapter_sha256 for version in versions}) == 3
+    assert len({version.llm_adapter_sha256 for version in versions}) == 3
+    for version in (versions[0], versions[2]):
+        for part, count in (("validation", 4), ("test", 3)):
+            assert {Scores.model_validate(each).num_rows for each in version.metrics[part].values()} == {count}
+            assert set(version.metrics[part]) == {"llm", "proxy"}
+    assert json.dumps(cloud.round(run.run_id, 2).metrics, allow_nan=False)
+
+
+def _check_metrics(metrics: RoundMetrics, devices: list[str], *, last: bool) -> None:
+    assert (metrics.num_updates, metrics.num_examples) == (3, 24)
+    assert set(metrics.update_norms) == set(devices)
+    assert min(metrics.update_norms.values()) > 0
+    assert metrics.alignment is not None
+    assert metrics.alignment.coverage > 0.8
+    assert {"llm_ce", "proxy_ce"} <= set(metrics.losses)
+    assert set(metrics.teacher_rows) == {"llm", "proxy"}
+    assert set(metrics.teacher_rows["proxy"]) == set(devices)
+    assert set(metrics.validation) == {"llm", "proxy"}
+    assert bool(metrics.test) is last
+    assert metrics.promoted
+    assert set(metrics.seconds_by_stage) == {"aggregating", "co_tuning", "evaluating"}
+    assert min(metrics.seconds_by_stage.values()) > 0
+    assert min(metrics.peak_memory_bytes.values()) > 10 * 2**20
+
+
+def test_preparation_stores_what_devices_need(cloud: Cloud, llm: str) -> None:
+    (device,) = cloud.enrol("a")
+    cloud.create_run(llm)
+    cloud.work()
+    assignment = cloud.take(device)
+    assert assignment.proxy_manifest is not None
+    assert assignment.adapter is not None
+    proxy, probe, shared = cloud.for_device(assignment)
+    assert (proxy.architecture, len(probe)) == ("llama", 4)
+    assert proxy.table.fingerprint == load_language_model(llm).table.fingerprint
+    with cloud.blobs.open(assignment.proxy_manifest.sha256) as file:
+        manifest = ModelManifest.model_validate_json(file.read())
+    assert [each.path for each in manifest.files] == sorted(each.path for each in manifest.files)
+    _, metadata = read_tensors(cloud.blobs.path(assignment.adapter.sha256))
+    assert metadata == {METADATA_FORMAT: ADAPTER_FORMAT, METADATA_PROXY: assignment.proxy_manifest.sha256}
+    expected = cloud.read(updates.expected_tensors, assignment.round_id)
+    assert expected is not None
+    assert {name: info.shape for name, info in expected.items()} == {
+        name: tuple(tensor.shape) for name, tensor in shared.items()
+    }
+    assert {info.dtype for info in expected.values()} == {"F32"}
+
+
+def test_the_aggregate_is_the_weighted_mean(cloud: Cloud, llm: str) -> None:
+    """Against numpy, and with a server learning rate."""
+    devices = cloud.enrol("a", "b", "c")
+    run = cloud.create_run(llm, min_updates=3, strategy={"server_learning_rate": 0.5, "server": {"steps": 0}})
+    cloud.work()
+    weights, deltas = (1, 5, 10), []
+    for seed, (device, weight) in enumerate(zip(devices, weights, strict=True)):
+        assignment = cloud.take(device)
+        tensors = cloud.untrained_update(assignment, seed=seed, scale=0.1)
+        deltas.append(tensors[PartKind.ADAPTER_DELTA])
+        cloud.deliver(assignment, device, cloud.as_parts(tensors), num_examples=weight)
+    before = read_tensors(cloud.blobs.path(cloud.version(run.run_id, 0).proxy_adapter_sha256 or ""))[0]
+    cloud.work()
+    # Without server steps the candidate is the aggregate.
+    after = read_tensors(cloud.blobs.path(cloud.version(run.run_id, 1).proxy_adapter_sha256 or ""))[0]
+    for name, tensor in after.items():
+        mean = np.average([delta[name].double().numpy() for delta in deltas], axis=0, weights=weights)
+        expected = before[name].double().numpy() + 0.5 * mean
+        np.testing.assert_allclose(tensor.numpy(), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_everything_again_gives_the_same_bytes(tmp_path: Path, cloud: Cloud, llm: str) -> None:
+    """Another worker with nothing cached, another database, other device ids: equal adapters, equal scores."""
+    other_home = tmp_path / "other"
+    other_home.mkdir()
+    (other_home / "cotune.sqlite3").write_bytes((tmp_path / "cotune.sqlite3").read_bytes())
+    other = Cloud(Settings.from_environment({"COTUNE_HOME": str(other_home)}))
+    results = []
+    for each in (cloud, other):
+        devices = each.enrol("a", "b")
+        run = each.create_run(llm, min_updates=2)
+        each.work()
+        for seed, device in enumerate(devices):
+            each.deliver_untrained(device, seed=seed)
+            if each is other:
+                each.runner = each.make_runner(f"restarted-{seed}")
+        each.work()
+        version = each.version(run.run_id, 1)
+        results.append((version.proxy_adapter_sha256, version.llm_adapter_sha256, version.metrics["validation"]))
+    other.database.dispose()
+    assert results[0] == results[1]
+
+
+def test_bad_values_are_rejected_and_the_others_counted(cloud: Cloud, llm: str) -> None:
+    devices = cloud.enrol("good", "not-finite", "too-large", "other-probe-set", "not-a-distribution")
+    run = cloud.create_run(llm, min_updates=1, grace_seconds=60, strategy={"max_update_norm": 5.0})
+    cloud.work()
+    for device in devices[1:]:
+        assignment = cloud.take(device)
+        tensors = cloud.untrained_update(assignment)
+        delta, logits = tensors[PartKind.ADAPTER_DELTA], tensors[PartKind.LOGITS]
+        match devices.index(device):
+            case 1:
+                next(iter(delta.values()))[0, 0] = torch.nan
+            case 2:
+                next(iter(delta.values())).fill_(10.0)
+            case 3:
+                cloud.logits_metadata = {**cloud.logits_metadata, "probe_set": "0" * 64}
+            case 4:
+                logits["tail"][0] = torch.inf
+        cloud.deliver(assignment, device, cloud.as_parts(tensors))
+    cloud.deliver_untrained(devices[0])
+    cloud.work()
+    played = cloud.round(run.run_id)
+    assert played.status is RoundStatus.PUBLISHED
+    reasons = {device.device_name: (device.reason or "").partition(":")[0] for device in played.devices}
+    assert reasons == {
+        "good": "",
+        "not-finite": "non_finite_values",
+        "too-large": "norm_out_of_range",
+        "other-probe-set": "logits_mismatch",
+        "not-a-distribution": "logits_mismatch",
+    }
+    metrics = RoundMetrics.model_validate(played.metrics)
+    assert metrics.num_updates == 1
+    assert metrics.rejected[devices[1]] is ErrorCode.NON_FINITE_VALUES
+    assert len(metrics.rejected) == 4
+    refusals = [event for event in cloud.events(run.run_id) if event.type is EventType.UPDATE_REJECTED]
+    assert {event.device_id for event in refusals} == set(devices[1:])
+
+
+def test_too_few_usable_updates_end_the_run_and_say_why(cloud: Cloud, llm: str) -> None:
+    one, other = cloud.enrol("one", "other")
+    run = cloud.create_run(llm, min_updates=2)
+    cloud.work()
+    cloud.deliver_untrained(one)
+    assignment = cloud.take(other)
+    tensors = cloud.untrained_update(assignment)
+    next(iter(tensors[PartKind.ADAPTER_DELTA].values())).fill_(torch.inf)
+    cloud.deliver(assignment, other, cloud.as_parts(tensors))
+    cloud.work()
+    failed = cloud.run(run.run_id)
+    assert (failed.status, failed.error_code) == (RunStatus.FAILED, ErrorCode.TOO_FEW_UPDATES)
+    assert "1 usable updates of the 2" in (failed.status_reason or "")
+    assert "non_finite_values" in (failed.status_reason or "")
+
+
+def test_low_coverage_ends_the_run(cloud: Cloud, llm: str) -> None:
+    (device,) = cloud.enrol("a")
+    run = cloud.create_run(llm)
+    cloud.work()
+    low = {"coverage": 0.41, "class_agreement": 0.9, "num_spans": 100, "skipped_rows": 0}
+    cloud.deliver_untrained(device, metrics={"alignment": low})
+    cloud.work()
+    failed = cloud.run(run.run_id)
+    assert (failed.status, failed.error_code) == (RunStatus.FAILED, ErrorCode.COVERAGE_TOO_LOW)
+    assert "0.80" in (failed.status_reason or "")
+    assert "0.41" in (failed.status_reason or "")
+
+
+def test_a_version_that_is_worse_is_kept_and_not_promoted(cloud: Cloud, llm: str) -> None:
+    (device,) = cloud.enrol("a")
+    evaluation = {"validation_rows": 4, "test_rows": 0, "max_new_tokens": 4, "tolerance_bits_per_byte": 0.005}
+    run = cloud.create_run(
+        llm, rounds=2, evaluation=evaluation, strategy={"server": {"steps": 0}, "max_update_norm": 1e6}
+    )
+    cloud.work()
+    assignment = cloud.take(device)
+    # Noise in place of an adapter undoes what distillation gained: about 0.025 bits a byte.
+    cloud.deliver(assignment, device, cloud.as_parts(cloud.untrained_update(assignment, scale=10.0)))
+    cloud.work()
+    assert not cloud.version(run.run_id, 1).promoted
+    played = cloud.round(run.run_id)
+    assert played.status is RoundStatus.PUBLISHED
+    assert played.status_reason == "version 1 is kept and not promoted"
+    assert cloud.round(run.run_id, 2).base_version == 0
+    assert cloud.take(device).adapter == assignment.adapter
+
+
+def test_tolerance_is_bits_a_byte_of_each_model() -> None:
+    base = {name: Scores(rouge_l=1, exact_match=1, bits_per_byte=2.0, num_rows=4) for name in ("llm", "proxy")}
+    worse = {**base, "proxy": base["proxy"].model_copy(update={"bits_per_byte": 2.1, "rouge_l": 99})}
+    assert not_worse(base, base, 0)
+    assert not not_worse(worse, base, 0.05)
+    assert not_worse(worse, base, 0.2)
+
+
+def test_standalone_needs_no_model_here(cloud: Cloud) -> None:
+    devices = cloud.enrol("a", "b")
+    run = cloud.create_run(None, min_updates=2, strategy={"name": "standalone"}, public_data=None)
+    cloud.work()
+    for device in devices:
+        assignment = cloud.take(device)
+        assert assignment.uploads == []
+        cloud.deliver(assignment, device, {}, metrics={"alignment": None})
+    cloud.work()
+    assert cloud.run(run.run_id).status is RunStatus.COMPLETED
+    assert cloud.statuses(run.run_id) == [AssignmentStatus.COUNTED] * 2
+    version = cloud.version(run.run_id, 1)
+    assert (version.promoted, version.proxy_adapter_sha256, version.num_updates) == (True, None, 2)
+
+
+def test_a_proxy_of_ones_own(cloud: Cloud, llm: str) -> None:
+    run = cloud.create_run(llm, proxy={"source": "pretrained", "path": llm, "steps": 0})
+    cloud.work()
+    assert cloud.run(run.run_id).status is RunStatus.RUNNING
+    scores = cloud.version(run.run_id, 0).metrics["validation"]
+    assert scores["llm"] == scores["proxy"]
+
+
+def test_what_the_preparation_cannot_use(cloud: Cloud, llm: str, tmp_path: Path) -> None:
+    broken = tmp_path / "broken.jsonl"
+    broken.write_bytes(Path(write_rows(tmp_path / "rows.jsonl", tiny_examples(24))).read_bytes() + b"{oops\n")
+    small = write_rows(tmp_path / "small.jsonl", tiny_examples(8))
+    cases: dict[ErrorCode, tuple[dict[str, Any], str]] = {
+        ErrorCode.MODEL_FOLDER_MISSING: ({"llm": "/no/such/folder"}, "/no/such/folder"),
+        ErrorCode.DATA_FILE_INVALID: ({"public_data": str(broken)}, f"{broken}:25"),
+        ErrorCode.INVALID_FIELD: ({"proxy": {"layers": 9, "steps": 0}}, "proxy"),
+    }
+    for code, (values, named) in cases.items():
+        run = cloud.create_run(**{"llm": llm, **values})
+        cloud.work()
+        failed = cloud.run(run.run_id)
+        assert (failed.status, failed.error_code) == (RunStatus.FAILED, code)
+        assert named in (failed.status_reason or "")
+    for field, path in (
+        ("public_data", small),
+        ("public_data", "/no/rows.jsonl"),
+        ("evaluation_data", "/no/rows.jsonl"),
+    ):
+        run = cloud.create_run(llm, strategy=None, **{field: path})
+        cloud.work()
+        assert cloud.run(run.run_id).error_code is ErrorCode.DATA_FILE_INVALID
+
+
+def test_a_second_delivery_of_any_job_finds_nothing_to_do(cloud: Cloud, llm: str) -> None:
+    (device,) = cloud.enrol("a")
+    run = cloud.create_run(llm)
+    done: list[str] = []
+    for _ in range(2):
+        while cloud.sent:
+            done.append(cloud.sent.pop(0))
+            cloud.runner.run(done[-1])
+            cloud.make_runner("another").run(done[-1])
+        if cloud.run(run.run_id).status is RunStatus.RUNNING:
+            cloud.deliver_untrained(device)
+    assert len(done) == 4
+    before = len(cloud.events(run.run_id))
+    for job_id in done:
+        cloud.runner.run(job_id)
+    assert len(cloud.events(run.run_id)) == before
+    assert cloud.version(run.run_id, 1).num_updates == 1
+
+
+def test_a_fault_is_tried_again_and_then_ends_the_run(cloud: Cloud, llm: str) -> None:
+    (device,) = cloud.enrol("a")
+    run = cloud.create_run(llm)
+    cloud.work()
+    cloud.deliver_untrained(device)
+    aggregate = cloud.blobs.path(cloud.version(run.run_id, 0).proxy_adapter_sha256 or "")
+    content = aggregate.read_bytes()
+    aggregate.write_bytes(content[:100])  # a fault of the disk: nobody's bad input
+    (job_id,) = cloud.sent
+    cloud.runner.run(job_id)
+    assert cloud.run(run.run_id).status is RunStatus.RUNNING
+    for _ in range(jobs.MAX_ATTEMPTS - 1):
+        cloud.runner.run(job_id)
+    failed = cloud.run(run.run_id)
+    assert (failed.status, failed.error_code) == (RunStatus.FAILED, ErrorCode.JOB_FAILED)
+    assert "aggregate_round: TensorFileError" in (failed.status_reason or "")
+
+
+def test_a_file_that_the_store_lost_is_not_the_devices_fault(cloud: Cloud, llm: str) -> None:
+    (device,) = cloud.enrol("a")
+    run = cloud.create_run(llm)
+    cloud.work()
+    assignment = cloud.deliver_untrained(device)
+    (update,) = cloud.read(updates.submitted_updates, assignment.round_id)
+    cloud.blobs.path(update.parts[PartKind.ADAPTER_DELTA]).unlink()
+    cloud.work()
+    assert cloud.run(run.run_id).error_code is ErrorCode.ARTIFACT_NOT_FOUND
+    (told,) = cloud.round(run.run_id).devices
+    assert (told.reason or "").startswith("the run ended")
+
+
+def test_a_worker_that_stops_gives_the_job_back(cloud: Cloud, llm: str) -> None:
+    run = cloud.create_run(llm, proxy=ENDLESS)
+    (job_id,) = cloud.sent
+    timer = threading.Timer(3, cloud.runner.stop.set)
+    timer.start()
+    cloud.runner.run(job_id)
+    timer.join()
+    assert cloud.run(run.run_id).status is RunStatus.PREPARING
+    other = cloud.call(jobs.claim, job_id, "worker-2", 20, utc_now())
+    assert other is not None
+    assert other.attempts == 2
+
+
+def test_stopping_a_run_ends_the_work_on_it(cloud: Cloud, llm: str) -> None:
+    cloud.settings = dataclasses.replace(cloud.settings, lease_seconds=0.4)
+    run = cloud.create_run(llm, proxy=ENDLESS)
+    (job_id,) = cloud.sent
+    timer = threading.Timer(2, lambda: cloud.call(runs.stop_run, run.run_id, "enough", utc_now()))
+    timer.start()
+    cloud.make_runner("short-leases").run(job_id)
+    timer.join()
+    stopped = cloud.run(run.run_id)
+    assert (stopped.status, stopped.status_reason) == (RunStatus.STOPPED, "enough")
+
+
+def test_a_result_comes_too_late_when_another_worker_has_the_job(cloud: Cloud, llm: str) -> None:
+    """The first worker's lease runs out unnoticed; the second one does the job; only its result counts."""
+    run = cloud.create_run(llm)
+    (job_id,) = cloud.sent
+    job = cloud.call(jobs.claim, job_id, "stalled", 0.001, utc_now())
+    assert job is not None
+    with Lease(lambda: True, 60, threading.Event()) as lease:
+        work = Work(job, "stalled", cloud.database, cloud.blobs, ModelCache(cloud.settings.home, cloud.blobs), lease)
+        finish = prepare(work)
+        time.sleep(0.01)
+        cloud.work()
+        assert cloud.run(run.run_id).status is RunStatus.RUNNING
+        with pytest.raises(LeaseLost):
+            cloud.call(finish)
+    assert cloud.run(run.run_id).current_round == 1
