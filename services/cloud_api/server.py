@@ -73,6 +73,8 @@ class Server(uvicorn.Server):
         """Wake long polls and event streams, then stop as uvicorn does."""
         self._cloud.feed.stop()
         await super().shutdown(sockets)
+        if self.force_exit:  # a second interrupt skips the connections; what the application holds is still put down
+            await self.lifespan.shutdown()
 
 
 def serve(app: FastAPI, cloud: Cloud, listener: socket.socket) -> None:

@@ -138,9 +138,11 @@ def test_an_upload_in_the_middle_does_not_hold_up_the_end(tmp_path: Path) -> Non
         assert b'"unavailable"' in answer
 
 
-def test_a_second_signal_and_an_interrupt_end_it_too(tmp_path: Path) -> None:
+@pytest.mark.parametrize("pause", [0.0, 0.02, 0.05, 0.1], ids=lambda seconds: f"{seconds:g}s-apart")
+def test_a_second_signal_and_an_interrupt_end_it_too(tmp_path: Path, pause: float) -> None:
     with started(tmp_path / "home", tmp_path / "api.log") as process:
         process.popen.send_signal(signal.SIGINT)
+        time.sleep(pause)
         process.popen.send_signal(signal.SIGINT)
         assert process.popen.wait(10) == 0
         assert "Traceback" not in (tmp_path / "api.log").read_text()
