@@ -43,6 +43,16 @@ def test_equals_numpys_weighted_mean(weights: list[int], seed: int, scale: float
         np.testing.assert_allclose(result[name].numpy(), expected, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("size", [1, 2**18 - 1, 2**18, 2**18 + 5, 3 * 2**18])
+def test_sums_are_plain_float64_sums_bit_for_bit(size: int) -> None:
+    """Whatever the blocks in which they are taken; example counts are whole, so that products are exact."""
+    generator = torch.Generator().manual_seed(size)
+    deltas = [{"a": torch.randn(size, generator=generator)} for _ in range(3)]
+    weights = [3.0, 100_003.0, 17.0]
+    total = sum(delta["a"].double() * weight for delta, weight in zip(deltas, weights, strict=True))
+    assert torch.equal(mean(deltas, weights)["a"], (total / sum(weights)).float())
+
+
 def test_by_hand() -> None:
     deltas = [{"a": torch.tensor([1.0, 0.0])}, {"a": torch.tensor([4.0, -2.0])}]
     assert mean(deltas, [2.0, 1.0])["a"].tolist() == [2.0, pytest.approx(-2 / 3)]
@@ -126,6 +136,19 @@ def test_a_norm_above_the_limit_is_refused() -> None:
     with pytest.raises(UpdateRefused, match=r"L2 norm: expected at most 4.9, got 5") as refusal:
         StreamingMean(delta, max_norm=4.9).add(delta, 1.0)
     assert refusal.value.code == "norm_out_of_range"
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e25])
+def test_the_norm_is_decided_exactly_where_float32_cannot_tell(scale: float) -> None:
+    """Squares of 1e25 overflow float32, of 1e-30 vanish in it."""
+    delta = {"a": torch.full((2**18 + 3,), scale), "b": torch.full((2,), scale)}
+    norm = math.sqrt(2**18 + 5) * float(torch.tensor(scale))
+    assert update_norm(delta) == pytest.approx(norm, rel=1e-12)
+    check_update(delta, delta)
+    check_update(delta, delta, max_norm=norm * (1 + 1e-9))
+    if scale > 1e-20:
+        with pytest.raises(UpdateRefused, match="L2 norm"):
+            check_update(delta, delta, max_norm=norm * (1 - 1e-9))
 
 
 @pytest.mark.parametrize("weight", [0.0, -1.0, math.nan, math.inf])
