@@ -4,9 +4,9 @@ Names: N samples, S rows (span starts of all samples, in order), K classes kept,
 
 Per row: class ids (u16, or u32 above 65,536 classes), log-probabilities in 8 bits on an affine scale from the row's
 greatest downwards (float16 greatest and step), the tail's mass (float16), the byte of the response where the span
-starts. Per sample: a digest of the response's bytes, the number of rows, and the model's cross-entropy. The header
-names the class space (fingerprint of the fold or of the token table), the probe set, the temperature and K. 106 bytes
-a row at K = 32: 43 KiB for a response of 512 tokens.
+starts. Per sample: a digest of the response's bytes and the number of rows. The header names the class space
+(fingerprint of the fold or of the token table), the probe set, the temperature and K. 106 bytes a row at K = 32: 53 KiB
+for a response of 512 tokens.
 
 The affine scale starts at the greatest log-probability because that is the one that must be right; a step is at most
 20 / 255 nats, and after parsing the K probabilities are rescaled to one minus the tail.
@@ -67,7 +67,6 @@ class PayloadRows:
         sample_S: index of the row's sample in the probe set; ascending.
         byte_start_S: byte of the response before which the distribution stands; the response's length for END.
         ids_SK, log_probs_SK, tail_S: as in `TopClasses`; probabilities and tail sum to one.
-        losses_N: the sender's cross-entropy per token of each sample, nats; NaN where it has none.
         num_classes: C.
         temperature: at which the distributions were taken.
         fingerprint: of the class space.
@@ -78,7 +77,6 @@ class PayloadRows:
     ids_SK: Tensor
     log_probs_SK: Tensor
     tail_S: Tensor
-    losses_N: Tensor
     num_classes: int
     temperature: float
     fingerprint: str
@@ -96,7 +94,7 @@ class PayloadRows:
 
     def to(self, device: torch.device | str) -> "PayloadRows":
         """The same rows on `device`."""
-        names = ("sample_S", "byte_start_S", "ids_SK", "log_probs_SK", "tail_S", "losses_N")
+        names = ("sample_S", "byte_start_S", "ids_SK", "log_probs_SK", "tail_S")
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
@@ -151,7 +149,6 @@ def build_payload(
     fingerprint: str,
     probe_set: str,
     temperature: float,
-    losses_N: Tensor | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Pack rows into tensors and a header of strings, as a safetensors file takes them.
 
@@ -164,7 +161,6 @@ def build_payload(
         fingerprint: `FoldPair.fingerprint`, or `TokenTable.fingerprint` where the classes are token ids.
         probe_set: SHA-256 of the probe set's bytes, hex.
         temperature: at which `top` was taken.
-        losses_N: the model's cross-entropy per token of each sample; NaN if not given.
     """
     ids_dtype = torch.uint16 if num_classes <= 2**16 else torch.uint32
     num_samples = len(responses)
@@ -175,7 +171,6 @@ def build_payload(
         "byte_start": byte_start_S.cpu().to(torch.uint32),
         "rows": torch.bincount(sample_S.cpu(), minlength=num_samples).to(torch.uint32),
         "digest": torch.tensor([response_digest(response) for response in responses], dtype=torch.int64),
-        "loss": torch.full((num_samples,), torch.nan) if losses_N is None else losses_N.detach().float().cpu(),
     }
     metadata = {
         "format": PAYLOAD_FORMAT,
@@ -235,7 +230,6 @@ def parse_payload(
         ids_SK=ids_SK,
         log_probs_SK=log_probs_SK,
         tail_S=tail_S,
-        losses_N=checked["loss"],
         num_classes=num_classes,
         temperature=temperature,
         fingerprint=fingerprint,
@@ -280,7 +274,6 @@ def _check_layout(tensors: Mapping[str, Tensor], top_k: int, num_classes: int, n
         "byte_start": (torch.uint32, (num_rows,)),
         "rows": (torch.uint32, (num_samples,)),
         "digest": (torch.int64, (num_samples,)),
-        "loss": (torch.float32, (num_samples,)),
     }
     if set(tensors) != set(layout):
         raise PayloadError("tensor names", sorted(layout), sorted(tensors))
@@ -338,10 +331,6 @@ def _check_values(tensors: Mapping[str, Tensor], ids_SK: Tensor, num_classes: in
         bad = ((values_S < low) | (values_S > high)).nonzero().flatten().tolist()
         if bad:
             raise PayloadError(f"{name!r} of row {bad[0]}", f"a value in [{low}, {high}]", float(values_S[bad[0]]))
-    losses_N = tensors["loss"]
-    bad = ((losses_N < 0) | losses_N.isinf()).nonzero().flatten().tolist()
-    if bad:
-        raise PayloadError(f"'loss' of sample {bad[0]}", "a value of at least 0, or NaN", float(losses_N[bad[0]]))
     tail_S = tensors["tail"].float()
     if ids_SK.shape[1] == num_classes:
         tail_S = torch.zeros_like(tail_S)  # nothing is left for a tail

@@ -4,25 +4,74 @@ A probe row that a device answers well is worth learning from: FedMKT (arXiv 240
 with the least cross-entropy, and only if it is below the model's own. The alternative here, a mixture weighted by
 `softmax(-CE)`, is ours. Distributions are over the proxy's own token ids, at the starts of its own tokens and at END.
 
-Names: N probe rows, S span starts, B rows of a batch.
+A device says nothing about its own quality: the server computes its cross-entropy from the distributions that would be
+taught, at every place where they have to be. So a device cannot be chosen for a row on its word, or for the easy half
+of it.
+
+Names: N probe rows, S span starts, K classes kept, C classes, B rows of a batch.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from cotuning.alignment import align
+from cotuning.alignment import Alignment, align
 from cotuning.cross_entropy import cross_entropy, response_tokens
 from cotuning.encoded_rows import EncodedRows
+from cotuning.encoding import EncodedBatch
 from cotuning.examples import Example, rows_digest
 from cotuning.language_model import LanguageModel, hidden_states, output_head
 from cotuning.mutual_learning import Teacher
 from cotuning.payload import PayloadError, PayloadRows, TopClasses, build_payload, parse_payload, top_classes
 
 _ROWS_AT_ONCE = 32
+_LEAST_TAIL = 2.0**-25
+"""Half of the least tail that a payload can tell from zero (float16)."""
+
+
+@dataclass(frozen=True)
+class ProbePlaces:
+    """Where a model's distributions on the probe set stand, and the token that follows each.
+
+    Attributes:
+        sample_S: index of the probe row; ascending.
+        byte_start_S: byte of its response; ascending within a row.
+        target_S: token id, END at the end of a response that was not cut.
+    """
+
+    sample_S: Tensor
+    byte_start_S: Tensor
+    target_S: Tensor
+
+
+def probe_places(lm: LanguageModel, probe: Sequence[Example], *, max_length: int) -> ProbePlaces:
+    """Where `probe_payload` of the same model, rows and length has its rows. On the CPU; the model is not run."""
+    samples, starts, targets = [], [], []
+    for batch, spans, first in _spans_by_batch(lm, probe, max_length):
+        samples.append(spans.sample_S.cpu() + first)
+        starts.append(spans.byte_start_S.cpu())
+        targets.append(batch.labels_BT[spans.sample_S, spans.row_a_S + 1].cpu())
+    return ProbePlaces(torch.cat(samples), torch.cat(starts), torch.cat(targets))
+
+
+def _spans_by_batch(
+    lm: LanguageModel, probe: Sequence[Example], max_length: int
+) -> Iterator[tuple[EncodedBatch, Alignment, int]]:
+    """Batches of the probe set, the starts of their own tokens, and the index of each batch's first row.
+
+    Raises:
+        ValueError: no probe rows.
+    """
+    if not probe:
+        raise ValueError("expected at least one probe row, got none")
+    rows = EncodedRows(lm, probe, max_length=max_length)
+    for first in range(0, len(probe), _ROWS_AT_ONCE):
+        batch = rows.batch(range(first, min(first + _ROWS_AT_ONCE, len(probe))))
+        yield batch, align(batch, batch), first
 
 
 @torch.no_grad()
@@ -57,20 +106,15 @@ def probe_payload(
     Raises:
         ValueError: no probe rows.
     """
-    if not probe:
-        raise ValueError("expected at least one probe row, got none")
-    rows = EncodedRows(proxy, probe, max_length=max_length)
     head = output_head(proxy)
     tops: list[TopClasses] = []
     samples: list[Tensor] = []
     starts: list[Tensor] = []
-    for start in range(0, len(probe), _ROWS_AT_ONCE):
-        batch = rows.batch(range(start, min(start + _ROWS_AT_ONCE, len(probe))))
-        spans = align(batch, batch)
+    for batch, spans, first in _spans_by_batch(proxy, probe, max_length):
         hidden_BTD = hidden_states(proxy, batch.input_ids_BT)
         hidden_SD = hidden_BTD[spans.sample_S, spans.row_a_S]
         tops.append(top_classes(hidden_SD, head, k=top_k, temperature=temperature))
-        samples.append(spans.sample_S + start)
+        samples.append(spans.sample_S + first)
         starts.append(spans.byte_start_S)
     top = TopClasses(
         torch.cat([each.ids_SK for each in tops]),
@@ -86,7 +130,6 @@ def probe_payload(
         fingerprint=proxy.table.fingerprint,
         probe_set=rows_digest(probe),
         temperature=temperature,
-        losses_N=row_losses(proxy, probe, max_length=max_length),
     )
 
 
@@ -96,13 +139,23 @@ def parse_probe_payload(
     *,
     proxy: LanguageModel,
     probe: Sequence[Example],
+    places: ProbePlaces,
     top_k: int,
     temperature: float,
 ) -> PayloadRows:
     """Check a device's payload against what it was asked for.
 
+    Args:
+        tensors: what came.
+        metadata: its header.
+        proxy: whose distributions they are said to be.
+        probe: Q.
+        places: of the proxy on Q, from `probe_places`.
+        top_k: K asked for.
+        temperature: asked for.
+
     Raises:
-        PayloadError: see `payload.parse_payload`; or another K or temperature than asked for.
+        PayloadError: see `payload.parse_payload`; or another K, temperature or set of places than asked for.
     """
     payload = parse_payload(
         tensors,
@@ -117,34 +170,64 @@ def parse_probe_payload(
         raise PayloadError("classes kept of each distribution", expected, payload.ids_SK.shape[1])
     if payload.temperature != temperature:
         raise PayloadError("temperature", temperature, payload.temperature)
+    for what, wanted_S, came_S in (
+        ("probe row of each distribution", places.sample_S, payload.sample_S),
+        ("byte offsets of the distributions", places.byte_start_S, payload.byte_start_S),
+    ):
+        if len(wanted_S) != len(came_S):
+            raise PayloadError("number of distributions", len(wanted_S), len(came_S))
+        other = (wanted_S != came_S).nonzero().flatten().tolist()
+        if other:
+            raise PayloadError(f"{what}, at row {other[0]}", int(wanted_S[other[0]]), int(came_S[other[0]]))
     return payload
 
 
-def choose_teachers(
-    payloads: Sequence[PayloadRows], own_losses_N: Tensor, mode: Literal["least_ce", "ce_weighted", "off"]
-) -> Tensor:
+def payload_losses(payload: PayloadRows, places: ProbePlaces, num_rows: int) -> Tensor:
+    """The cross-entropy per response token of each probe row, nats, of what a payload would teach.
+
+    A token that is not among the K kept has an equal share of the tail's mass. Distributions of another temperature
+    are brought back to 1, with the same view of the tail: `p_1 ~ p_T^T`.
+
+    Args:
+        payload: rows at `places`.
+        places: and the tokens that follow them.
+        num_rows: N.
+
+    Returns:
+        Float32 [N]; NaN for a row without places.
+    """
+    rest = payload.num_classes - payload.ids_SK.shape[1]
+    log_share_S = payload.tail_S.clamp(min=_LEAST_TAIL).log() - math.log(max(rest, 1))
+    log_probs_SK = payload.log_probs_SK * payload.temperature
+    log_share_S = log_share_S * payload.temperature if rest else torch.full_like(log_share_S, -torch.inf)
+    log_tail_S = log_share_S + math.log(max(rest, 1))
+    log_total_S = torch.logsumexp(torch.cat([log_probs_SK, log_tail_S[:, None]], 1), 1)
+    kept_SK = payload.ids_SK == places.target_S[:, None]
+    log_kept_S = log_probs_SK.where(kept_SK, -torch.inf).amax(1)
+    log_target_S = torch.where(kept_SK.any(1), log_kept_S, log_share_S) - log_total_S
+    return _mean_by_row(-log_target_S, places.sample_S, num_rows)
+
+
+def choose_teachers(losses_DN: Tensor, own_losses_N: Tensor, mode: Literal["least_ce", "ce_weighted", "off"]) -> Tensor:
     """How much each device teaches one student on each probe row.
 
     Args:
-        payloads: one a device.
-        own_losses_N: the student's cross-entropy of each row.
+        losses_DN: each device's cross-entropy of each row, from `payload_losses`.
+        own_losses_N: the student's.
         mode: `least_ce`: the best device; `ce_weighted`: every device that beats the student, by softmax(-CE).
 
     Returns:
         Weights [devices, N]: of each row they sum to one, or to zero where no device beats the student.
     """
-    num_rows = len(own_losses_N)
-    if mode == "off" or not payloads:
-        return torch.zeros(len(payloads), num_rows)
-    losses_DN = torch.stack([payload.losses_N for payload in payloads]).float()
-    answered_DN = torch.stack([torch.bincount(each.sample_S, minlength=num_rows) > 0 for each in payloads])
-    beats_DN = (losses_DN < own_losses_N) & answered_DN  # NaN, a row without a loss, beats nothing
+    if mode == "off" or not len(losses_DN):
+        return torch.zeros(losses_DN.shape)
+    beats_DN = losses_DN < own_losses_N  # NaN, a row without a loss, beats nothing
     losses_DN = losses_DN.where(beats_DN, torch.inf)
     taught_N = beats_DN.any(0)
     if mode == "ce_weighted":
         weights_DN = torch.softmax(-losses_DN, 0)
     else:
-        weights_DN = torch.nn.functional.one_hot(losses_DN.argmin(0), len(payloads)).T.float()
+        weights_DN = torch.nn.functional.one_hot(losses_DN.argmin(0), len(losses_DN)).T.float()
     return torch.where(taught_N, weights_DN, torch.zeros_like(weights_DN))
 
 

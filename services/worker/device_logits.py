@@ -1,12 +1,14 @@
 """Reads the devices' probe logits, one file at a time, against what the round asked for."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 from assets.tensors import read_tensors
 from cotuning.examples import Example
 from cotuning.language_model import LanguageModel
 from cotuning.payload import PayloadRows
+from cotuning.probe_logits import ProbePlaces
 from cotuning.strategies import co_plms
 from persistence.blobs import FolderBlobStore
 from persistence.updates import UpdateRecord
@@ -33,6 +35,10 @@ class LogitsReader:
     probe: list[Example]
     settings: CoPlmsSettings
 
+    @cached_property
+    def _places(self) -> ProbePlaces:
+        return co_plms.logits_places(self.proxy, self.probe, self.settings)
+
     def read(self, update: UpdateRecord) -> PayloadRows:
         """Read and check a device's logits.
 
@@ -42,4 +48,11 @@ class LogitsReader:
             DomainError: ARTIFACT_NOT_FOUND, see `part_path`.
         """
         tensors, metadata = read_tensors(part_path(self.blobs, update, PartKind.LOGITS))
-        return co_plms.parse_logits(tensors, metadata, proxy=self.proxy, probe=self.probe, settings=self.settings)
+        return co_plms.parse_logits(
+            tensors,
+            metadata,
+            proxy=self.proxy,
+            probe=self.probe,
+            places=self._places,
+            settings=self.settings,
+        )

@@ -9,7 +9,7 @@ from cotuning.encoding import encode_batch
 from cotuning.examples import Example, render_prompt
 from cotuning.language_model import LanguageModel
 from cotuning.mutual_learning import Party, learn_mutually, share_rows
-from cotuning.probe_logits import choose_teachers, make_teacher, parse_probe_payload, probe_payload
+from cotuning.probe_logits import choose_teachers, make_teacher, parse_probe_payload, probe_payload, probe_places
 from tests.tiny_models import tiny_examples, tiny_language_model
 
 ROWS = tiny_examples(6)
@@ -132,8 +132,11 @@ def test_a_received_teacher_equals_the_plain_divergence_when_all_classes_travel(
     student, teacher = opinionated("llama"), opinionated("llama", seed=1)
     num_tokens = teacher.table.num_tokens
     tensors, metadata = probe_payload(teacher, ROWS, top_k=num_tokens, temperature=1.0, max_length=64)
-    payload = parse_probe_payload(tensors, metadata, proxy=teacher, probe=ROWS, top_k=num_tokens, temperature=1.0)
-    weights_DN = choose_teachers([payload], torch.full((6,), 1e9), "least_ce")
+    places = probe_places(teacher, ROWS, max_length=64)
+    payload = parse_probe_payload(
+        tensors, metadata, proxy=teacher, probe=ROWS, places=places, top_k=num_tokens, temperature=1.0
+    )
+    weights_DN = choose_teachers(torch.ones(1, 6), torch.full((6,), 1e9), "least_ce")
     received = make_teacher([payload], weights_DN, {sample: sample for sample in range(6)}, weight=0.5)
     losses, _, _ = learn(student, opinionated("gpt2"), ROWS, [[4, 0, 2]], teacher=received)
     rows = [ROWS[index] for index in (4, 0, 2)]
@@ -146,8 +149,11 @@ def test_a_received_teacher_equals_the_plain_divergence_when_all_classes_travel(
 def test_a_batch_without_a_taught_row_has_no_teacher_term() -> None:
     student, teacher = opinionated("llama"), opinionated("llama", seed=1)
     tensors, metadata = probe_payload(teacher, ROWS[:2], top_k=16, temperature=1.0, max_length=64)
-    payload = parse_probe_payload(tensors, metadata, proxy=teacher, probe=ROWS[:2], top_k=16, temperature=1.0)
-    weights_DN = choose_teachers([payload], torch.full((2,), 1e9), "least_ce")
+    places = probe_places(teacher, ROWS[:2], max_length=64)
+    payload = parse_probe_payload(
+        tensors, metadata, proxy=teacher, probe=ROWS[:2], places=places, top_k=16, temperature=1.0
+    )
+    weights_DN = choose_teachers(torch.ones(1, 2), torch.full((2,), 1e9), "least_ce")
     received = make_teacher([payload], weights_DN, {0: 4, 1: 5}, weight=0.5)
     without, _, _ = learn(student, opinionated("gpt2"), ROWS, [[0, 1]], teacher=received)
     assert "a_teacher_kl" not in without

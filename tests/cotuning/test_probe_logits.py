@@ -8,7 +8,15 @@ from cotuning.encoding import encode_batch
 from cotuning.examples import Example, render_prompt, rows_digest
 from cotuning.language_model import LanguageModel
 from cotuning.payload import PayloadError, PayloadRows
-from cotuning.probe_logits import choose_teachers, make_teacher, parse_probe_payload, probe_payload, row_losses
+from cotuning.probe_logits import (
+    choose_teachers,
+    make_teacher,
+    parse_probe_payload,
+    payload_losses,
+    probe_payload,
+    probe_places,
+    row_losses,
+)
 from tests.tiny_models import tiny_examples, tiny_language_model
 
 PROBE = [*tiny_examples(5, start=80), Example("é", "Say it.", "", "café")]
@@ -22,9 +30,18 @@ def opinionated(seed: int) -> LanguageModel:
     return lm
 
 
-def payload_of(lm: LanguageModel, probe: list[Example] = PROBE, top_k: int = 16) -> PayloadRows:
-    tensors, metadata = probe_payload(lm, probe, top_k=top_k, temperature=1.0, max_length=64)
-    return parse_probe_payload(tensors, metadata, proxy=lm, probe=probe, top_k=top_k, temperature=1.0)
+def payload_of(
+    lm: LanguageModel, probe: list[Example] = PROBE, top_k: int = 16, temperature: float = 1.0
+) -> PayloadRows:
+    tensors, metadata = probe_payload(lm, probe, top_k=top_k, temperature=temperature, max_length=64)
+    places = probe_places(lm, probe, max_length=64)
+    return parse_probe_payload(
+        tensors, metadata, proxy=lm, probe=probe, places=places, top_k=top_k, temperature=temperature
+    )
+
+
+def losses_of(payload: PayloadRows, lm: LanguageModel) -> list[float]:
+    return payload_losses(payload, probe_places(lm, PROBE, max_length=64), len(PROBE)).tolist()
 
 
 def whole_log_probs(lm: LanguageModel, row: Example) -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,21 +75,59 @@ def test_the_payload_holds_the_models_own_distributions() -> None:
             payload.log_probs_SK[rows_S].exp(), logs_NV.gather(1, ids_SK).exp(), atol=0.02, rtol=0.05
         )
         assert int(payload.byte_start_S[rows_S][-1]) == len(row.output.encode())  # END is among them
-    assert payload.losses_N.tolist() == pytest.approx(row_losses(lm, PROBE, max_length=64).tolist())
 
 
-def test_a_payload_that_was_not_asked_for_is_refused() -> None:
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_the_receiver_knows_each_rows_loss_without_being_told(temperature: float) -> None:
+    lm = opinionated(0)
+    payload = payload_of(lm, top_k=lm.table.num_tokens, temperature=temperature)
+    told = row_losses(lm, PROBE, max_length=64).tolist()
+    assert losses_of(payload, lm) == pytest.approx(told, rel=0.02 * temperature)  # 8-bit log-probabilities
+
+
+def test_a_token_outside_the_top_has_its_share_of_the_tail() -> None:
+    lm = opinionated(0)
+    payload = payload_of(lm, top_k=4)
+    places = probe_places(lm, PROBE, max_length=64)
+    rest = lm.table.num_tokens - 4
+    sums, counts = [0.0] * len(PROBE), [0] * len(PROBE)
+    for row, sample in enumerate(places.sample_S.tolist()):
+        ids = payload.ids_SK[row].tolist()
+        target = int(places.target_S[row])
+        if target in ids:
+            log_prob = float(payload.log_probs_SK[row, ids.index(target)])
+        else:
+            log_prob = math.log(float(payload.tail_S[row]) / rest)
+        sums[sample] -= log_prob
+        counts[sample] += 1
+    expected = [total / count for total, count in zip(sums, counts, strict=True)]
+    assert losses_of(payload, lm) == pytest.approx(expected, rel=1e-4)
+    assert any(int(target) not in ids for target, ids in zip(places.target_S, payload.ids_SK.tolist(), strict=True))
+
+
+def test_places_are_the_response_tokens_in_order() -> None:
+    lm = opinionated(0)
+    places = probe_places(lm, PROBE, max_length=64)
+    for sample, row in enumerate(PROBE):
+        _, target_N = whole_log_probs(lm, row)
+        assert torch.equal(places.target_S[places.sample_S == sample], target_N)
+
+
+def test_a_payload_without_some_of_the_places_is_refused() -> None:
     lm = opinionated(0)
     tensors, metadata = probe_payload(lm, PROBE, top_k=16, temperature=1.0, max_length=64)
-    options = {"proxy": lm, "probe": PROBE, "top_k": 16, "temperature": 1.0}
-    with pytest.raises(PayloadError, match="classes kept of each distribution: expected 8, received 16"):
-        parse_probe_payload(tensors, metadata, **options | {"top_k": 8})
-    with pytest.raises(PayloadError, match=r"temperature: expected 2.0, received 1.0"):
-        parse_probe_payload(tensors, metadata, **options | {"temperature": 2.0})
-    with pytest.raises(PayloadError, match="fingerprint"):
-        parse_probe_payload(tensors, metadata, **options | {"proxy": tiny_language_model("gpt2")})
-    with pytest.raises(PayloadError, match="probe_set"):
-        parse_probe_payload(tensors, metadata, **options | {"probe": PROBE[:-1]})
+    places = probe_places(lm, PROBE, max_length=64)
+    options = {"proxy": lm, "probe": PROBE, "places": places, "top_k": 16, "temperature": 1.0}
+    by_row = ("ids", "steps_down", "greatest", "step", "tail", "byte_start")
+    fewer = {name: tensor[1:] if name in by_row else tensor.clone() for name, tensor in tensors.items()}
+    fewer["rows"] = (fewer["rows"].to(torch.int64) - torch.eye(len(PROBE), dtype=torch.int64)[0]).to(torch.uint32)
+    wanted = len(places.sample_S)
+    with pytest.raises(PayloadError, match=f"number of distributions: expected {wanted}, received {wanted - 1}"):
+        parse_probe_payload(fewer, metadata, **options)
+    moved_S = places.byte_start_S.clone()
+    moved_S[0] += 1
+    with pytest.raises(PayloadError, match="byte offsets of the distributions, at row 0: expected 1, received 0"):
+        parse_probe_payload(tensors, metadata, **options | {"places": replace(places, byte_start_S=moved_S)})
 
 
 def test_an_empty_probe_set_is_refused() -> None:
@@ -80,41 +135,29 @@ def test_an_empty_probe_set_is_refused() -> None:
         probe_payload(opinionated(0), [], top_k=16, temperature=1.0, max_length=64)
 
 
-def with_losses(losses: list[float]) -> PayloadRows:
-    return replace(payload_of(opinionated(0)), losses_N=torch.tensor(losses))
-
-
 def test_the_device_with_the_least_loss_teaches_where_it_beats_the_student() -> None:
-    first = with_losses([1.0, 3.0, 1.0, 5.0, math.nan, 1.0])
-    second = with_losses([2.0, 1.0, 1.0, 5.0, 1.0, math.nan])
+    losses_DN = torch.tensor([[1.0, 3.0, 1.0, 5.0, math.nan, 1.0], [2.0, 1.0, 1.0, 5.0, 1.0, math.nan]])
     own_N = torch.tensor([4.0, 4.0, 0.5, 4.0, 4.0, 4.0])
-    weights_DN = choose_teachers([first, second], own_N, "least_ce")
+    weights_DN = choose_teachers(losses_DN, own_N, "least_ce")
     assert weights_DN.tolist() == [[1, 0, 0, 0, 0, 1], [0, 1, 0, 0, 1, 0]]
-    assert choose_teachers([first, second], own_N, "off").sum() == 0
-    assert choose_teachers([], own_N, "least_ce").shape == (0, 6)
+    assert choose_teachers(losses_DN, own_N, "off").sum() == 0
+    assert choose_teachers(torch.zeros(0, 6), own_N, "least_ce").shape == (0, 6)
 
 
 def test_the_mixture_weighs_those_who_beat_the_student_by_their_losses() -> None:
-    first = with_losses([1.0, 3.0, 1.0, 5.0, 1.0, 1.0])
-    second = with_losses([2.0, 1.0, 1.0, 5.0, 9.0, math.nan])
-    weights_DN = choose_teachers([first, second], torch.tensor([4.0, 2.0, 0.5, 4.0, 4.0, 4.0]), "ce_weighted")
+    losses_DN = torch.tensor([[1.0, 3.0, 1.0, 5.0, 1.0, 1.0], [2.0, 1.0, 1.0, 5.0, 9.0, math.nan]])
+    weights_DN = choose_teachers(losses_DN, torch.tensor([4.0, 2.0, 0.5, 4.0, 4.0, 4.0]), "ce_weighted")
     share = math.exp(-1) / (math.exp(-1) + math.exp(-2))
     expected = [[share, 0, 0, 0, 1, 1], [1 - share, 1, 0, 0, 0, 0]]
     torch.testing.assert_close(weights_DN, torch.tensor(expected))
-
-
-def test_a_device_that_did_not_answer_a_row_teaches_none() -> None:
-    payload = payload_of(opinionated(0))
-    partial = payload.take((payload.sample_S != 2).nonzero().flatten())
-    weights_DN = choose_teachers([partial], torch.full((6,), 1e9), "least_ce")
-    assert weights_DN.tolist() == [[1, 1, 0, 1, 1, 1]]
 
 
 @pytest.mark.parametrize("mode", ["least_ce", "ce_weighted"])
 def test_a_teacher_has_the_chosen_rows_in_order(mode: str) -> None:
     payloads = [payload_of(opinionated(seed)) for seed in (0, 1, 2)]
     own_N = torch.full((6,), 1e9)
-    weights_DN = choose_teachers(payloads, own_N, mode)  # type: ignore[arg-type]
+    losses_DN = torch.tensor([losses_of(payload, opinionated(0)) for payload in payloads])
+    weights_DN = choose_teachers(losses_DN, own_N, mode)  # type: ignore[arg-type]
     teacher = make_teacher(payloads, weights_DN, {sample: 100 + sample for sample in range(6)}, weight=0.7)
     assert teacher is not None
     assert teacher.sample_of_row == {100 + sample: sample for sample in range(6)}
@@ -129,7 +172,7 @@ def test_a_teacher_has_the_chosen_rows_in_order(mode: str) -> None:
 
 def test_nobody_good_enough_is_no_teacher() -> None:
     payloads = [payload_of(opinionated(0))]
-    weights_DN = choose_teachers(payloads, torch.zeros(6), "least_ce")
+    weights_DN = choose_teachers(torch.full((1, 6), 0.1), torch.zeros(6), "least_ce")
     assert make_teacher(payloads, weights_DN, {sample: sample for sample in range(6)}, weight=1.0) is None
 
 

@@ -86,7 +86,12 @@ class World:
 
     def parse(self, result: DeviceResult) -> Any:
         return co_plms.parse_logits(
-            result.logits, result.logits_metadata, proxy=self.proxy, probe=PROBE, settings=settings()
+            result.logits,
+            result.logits_metadata,
+            proxy=self.proxy,
+            probe=PROBE,
+            places=co_plms.logits_places(self.proxy, PROBE, settings()),
+            settings=settings(),
         )
 
 
@@ -193,8 +198,8 @@ def test_the_logits_are_those_of_the_proxy_with_both_adapters() -> None:
         both, _ = probe_payload(lent, PROBE, top_k=8, temperature=1.0, max_length=64)
     with adapted(world.proxy, config, {"shared": trained}) as lent:
         without, _ = probe_payload(lent, PROBE, top_k=8, temperature=1.0, max_length=64)
-    torch.testing.assert_close(result.logits["loss"], both["loss"], rtol=1e-5, atol=1e-6)
-    assert not torch.allclose(result.logits["loss"], without["loss"], rtol=1e-4, atol=0)
+    torch.testing.assert_close(result.logits["greatest"], both["greatest"], rtol=2e-3, atol=1e-4)
+    assert not torch.allclose(result.logits["greatest"], without["greatest"], rtol=2e-3, atol=1e-4)
 
 
 def test_state_goes_on_from_the_last_round() -> None:
@@ -378,7 +383,9 @@ def test_devices_logits_teach_where_they_are_better(mode: Any) -> None:
 def test_devices_that_are_worse_teach_nobody() -> None:
     world = World()
     payload = world.parse(world.device())
-    clueless = type(payload)(**{**vars(payload), "losses_N": torch.full((len(PROBE),), 50.0)})
+    # All its mass on one class that is hardly ever the next token, whatever it may claim of itself.
+    never = replace(payload, ids_SK=torch.arange(payload.ids_SK.shape[1]).expand_as(payload.ids_SK))
+    clueless = replace(never, tail_S=torch.full_like(payload.tail_S, 1e-7))
     result = world.server(device_logits=[clueless])
     assert result.teacher is not None
     assert (result.teacher.proxy_rows, result.teacher.llm_rows) == ([0], [0])

@@ -19,7 +19,16 @@ from cotuning.examples import Example
 from cotuning.language_model import LanguageModel
 from cotuning.mutual_learning import CoverageTooLow, Party, SharedRows, Teacher, learn_mutually, share_rows
 from cotuning.payload import PayloadRows
-from cotuning.probe_logits import choose_teachers, make_teacher, parse_probe_payload, probe_payload, row_losses
+from cotuning.probe_logits import (
+    ProbePlaces,
+    choose_teachers,
+    make_teacher,
+    parse_probe_payload,
+    payload_losses,
+    probe_payload,
+    probe_places,
+    row_losses,
+)
 from cotuning.seeding import derive_seed
 from cotuning.strategies.results import DeviceResult, ServerResult, TeacherRows
 from cotuning.training import OnProgress, draw_batches, row_sizes, tune_adapter
@@ -34,6 +43,7 @@ __all__ = [
     "ServerResult",
     "TeacherRows",
     "device_step",
+    "logits_places",
     "parse_logits",
     "server_step",
 ]
@@ -128,21 +138,41 @@ def device_step(
         )
 
 
+def logits_places(proxy: LanguageModel, probe: Sequence[Example], settings: CoPlmsSettings) -> ProbePlaces:
+    """Where on the probe set every device has to send the proxy's distributions."""
+    return probe_places(proxy, probe, max_length=settings.server.max_length)
+
+
 def parse_logits(
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
     *,
     proxy: LanguageModel,
     probe: Sequence[Example],
+    places: ProbePlaces,
     settings: CoPlmsSettings,
 ) -> PayloadRows:
     """Check what a device sent as logits; the server's next step takes the result.
+
+    Args:
+        tensors: what came.
+        metadata: its header.
+        proxy: P.
+        probe: Q.
+        places: from `logits_places`; the same for every device.
+        settings: of the strategy.
 
     Raises:
         PayloadError: another proxy, probe set, K or temperature, or values that cannot be distributions.
     """
     return parse_probe_payload(
-        tensors, metadata, proxy=proxy, probe=probe, top_k=settings.top_k, temperature=settings.temperature
+        tensors,
+        metadata,
+        proxy=proxy,
+        probe=probe,
+        places=places,
+        top_k=settings.top_k,
+        temperature=settings.temperature,
     )
 
 
@@ -385,12 +415,15 @@ def _teachers(
     row_of_sample = {sample: num_public + sample for sample in range(len(probe))}
     teachers: dict[str, Teacher | None] = {"llm": None, "proxy": None}
     counts = {"llm": [0] * len(payloads), "proxy": [0] * len(payloads)}
+    if not payloads or server.device_teacher == "off" or not server.device_teacher_weight:
+        return teachers, TeacherRows(len(probe), counts["proxy"], counts["llm"])
+    places = logits_places(proxy, probe, settings)
+    losses_DN = torch.stack([payload_losses(payload, places, len(probe)) for payload in payloads])
     for name, student in (("llm", llm), ("proxy", proxy)):
-        same_ids = student.table.fingerprint == proxy.table.fingerprint
-        if not payloads or server.device_teacher == "off" or not server.device_teacher_weight or not same_ids:
+        if student.table.fingerprint != proxy.table.fingerprint:
             continue
         own_losses_N = row_losses(student, probe, max_length=server.max_length)
-        weights_DN = choose_teachers(payloads, own_losses_N, server.device_teacher)
+        weights_DN = choose_teachers(losses_DN, own_losses_N, server.device_teacher)
         placed = [payload.to(student.device) for payload in payloads]
         teachers[name] = make_teacher(
             placed, weights_DN.to(student.device), row_of_sample, weight=server.device_teacher_weight
