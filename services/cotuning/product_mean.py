@@ -23,7 +23,6 @@ with zero columns. B is scaled by k / r, because peft scales the product by alph
 Names: O output features, I input features, R rank.
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -50,7 +49,7 @@ class Refactored:
             relative to the exact ones'; of it
         compression_error: the part that streaming added.
         update_error: the same bound relative to the mean update, `P - s B A`: what the cut took of this round's
-            learning. Infinite if there was no update and yet an error.
+            learning.
     """
 
     adapter: AdapterState
@@ -286,4 +285,4 @@ def _able_to_learn(cut: Truncation, base_RI: Tensor) -> tuple[Tensor, Tensor]:
 def _ratio(errors_L: Tensor, norms_L: Tensor) -> float:
     """Of two Frobenius norms over all layers."""
     error, norm = float(torch.linalg.vector_norm(errors_L)), float(torch.linalg.vector_norm(norms_L))
-    return error / norm if norm else (math.inf if error else 0.0)
+    return error / norm if norm else float(error > 0)

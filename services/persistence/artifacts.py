@@ -14,7 +14,9 @@ from persistence.tables import ArtifactRow, AssignmentRow, RunArtifactRow
 from protocol.assignments import ArtifactRef
 from protocol.errors import DomainError, ErrorCode
 
-ArtifactKind = Literal["proxy_base", "adapter", "probe_set", "llm_adapter", "adapter_delta", "logits"]
+ArtifactKind = Literal[
+    "proxy_base", "adapter", "probe_set", "llm_adapter", "server_optimizer", "adapter_delta", "logits"
+]
 KINDS: tuple[str, ...] = get_args(ArtifactKind)
 """`proxy_base` is the manifest and each file of the proxy's folder; the last two are what devices sent."""
 

@@ -93,6 +93,8 @@ def finish_aggregation(  # noqa: PLR0917
     counted: Sequence[str],
     metrics: Mapping[str, Any],
     now: datetime,
+    *,
+    server_optimizer_sha256: str | None = None,
 ) -> None:
     """Store the aggregate, mark the updates in it counted, and go on to co-tuning.
 
@@ -102,6 +104,7 @@ def finish_aggregation(  # noqa: PLR0917
     Args:
         adapter_sha256: theta_bar; None for a strategy without a proxy.
         counted: assignment ids of the updates in the aggregate. A submitted update that is not among them is rejected.
+        server_optimizer_sha256: the server optimizer's state after this round; None where it has none.
 
     Raises:
         LeaseLost: the job is not the owner's any more.
@@ -120,7 +123,7 @@ def finish_aggregation(  # noqa: PLR0917
         reason = f"round {round_row.number} has {len(counted)} usable updates of the {needed} it needs{rejected}"
         fail_for_too_few(session, run, reason, now)
         return
-    values = {"aggregated_adapter_sha256": adapter_sha256}
+    values = {"aggregated_adapter_sha256": adapter_sha256, "server_optimizer_sha256": server_optimizer_sha256}
     _next_stage(session, round_row, RoundStatus.CO_TUNING, values=values, metrics=metrics, now=now)
     jobs.queue(session, JobKind.CO_TUNE_ROUND, run.id, round_row.id, now)
 

@@ -30,6 +30,8 @@ class RoundContext:
     base_version: int
     base_adapter_sha256: str | None
     base_llm_adapter_sha256: str | None
+    base_optimizer_sha256: str | None
+    """State of the server's optimizer after the round that made the base version."""
     aggregated_adapter_sha256: str | None
     candidate_adapter_sha256: str | None
     candidate_llm_adapter_sha256: str | None
@@ -84,6 +86,7 @@ def get_context(session: Session, round_id: str) -> RoundContext:
     if found is None:
         raise DomainError(ErrorCode.ROUND_NOT_FOUND, f"no round {round_id!r}", received=round_id)
     row, run = found
+    made_base = (RoundRow.run_id == run.id, RoundRow.number == row.base_version)  # version 0 was made by no round
     return RoundContext(
         round_id=row.id,
         run_id=run.id,
@@ -93,6 +96,7 @@ def get_context(session: Session, round_id: str) -> RoundContext:
         base_version=row.base_version,
         base_adapter_sha256=row.base_adapter_sha256,
         base_llm_adapter_sha256=row.base_llm_adapter_sha256,
+        base_optimizer_sha256=session.scalar(select(RoundRow.server_optimizer_sha256).where(*made_base)),
         aggregated_adapter_sha256=row.aggregated_adapter_sha256,
         candidate_adapter_sha256=row.candidate_adapter_sha256,
         candidate_llm_adapter_sha256=row.candidate_llm_adapter_sha256,

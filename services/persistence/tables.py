@@ -140,6 +140,7 @@ class RoundRow(Table):
     base_adapter_sha256: Mapped[str | None] = mapped_column(SHA256, ForeignKey("artifacts.sha256"))
     base_llm_adapter_sha256: Mapped[str | None] = mapped_column(SHA256, ForeignKey("artifacts.sha256"))
     aggregated_adapter_sha256: Mapped[str | None] = mapped_column(SHA256, ForeignKey("artifacts.sha256"))
+    server_optimizer_sha256: Mapped[str | None] = mapped_column(SHA256, ForeignKey("artifacts.sha256"))
     candidate_adapter_sha256: Mapped[str | None] = mapped_column(SHA256, ForeignKey("artifacts.sha256"))
     candidate_llm_adapter_sha256: Mapped[str | None] = mapped_column(SHA256, ForeignKey("artifacts.sha256"))
     metrics: Mapped[dict[str, Any]] = mapped_column(FiniteJson, default=dict)

@@ -184,6 +184,11 @@ class RoundMetrics(ResponseModel):
     update_norms: dict[str, float] = Field(default_factory=dict, description="Device -> L2 norm of its delta.")
     rejected: dict[str, ErrorCode] = Field(default_factory=dict, description="Device -> why its update was refused.")
     alignment: AlignmentMetrics | None = Field(default=None, description="The counted devices' reports together.")
+    aggregation_errors: dict[str, float] = Field(
+        default_factory=dict,
+        description="Exact aggregation only: what re-factoring lost. `relative_error` of the product BA, in it "
+        "`compression_error` from streaming; `update_error` is the same loss relative to this round's change of BA.",
+    )
     losses: dict[str, float] = Field(default_factory=dict, description="The server's mutual learning, nats a token.")
     teacher_rows: dict[str, dict[str, int]] = Field(
         default_factory=dict, description="`llm`, `proxy`: device -> probe rows on which its logits taught that model."

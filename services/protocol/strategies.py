@@ -6,9 +6,9 @@ device's domain adapter, psi_i a device's SLM adapter, omega the LLM's adapter.
 """
 
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from protocol.base import MAX_COUNT, SettingsModel
 from protocol.statuses import PartKind
@@ -69,6 +69,15 @@ class ServerTraining(SettingsModel):
     )
 
 
+class ServerOptimizerSettings(SettingsModel):
+    """What the server makes of the mean delta: FedAvg, FedAvgM (arXiv 1909.06335) or FedAdam (arXiv 2003.00295)."""
+
+    name: Literal["sgd", "momentum", "adam"] = "sgd"
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="Decay of the momentum; for `momentum` and `adam`.")
+    beta2: float = Field(default=0.99, ge=0, lt=1, description="Decay of the mean square; for `adam`.")
+    tau: float = Field(default=1e-3, gt=0, description="Added to the root of the mean square; for `adam`.")
+
+
 class CoPlmsSettings(SettingsModel):
     """Co-PLMs: domain-specific tuning, then structure-agnostic mutual learning on the device and on the server."""
 
@@ -91,12 +100,29 @@ class CoPlmsSettings(SettingsModel):
     min_coverage: float = Field(
         default=0.8, ge=0, le=1, description="Below it an update is not used: alignment did not work on that device."
     )
-    server_learning_rate: float = Field(default=1.0, gt=0, description="eta in theta + eta * mean(delta).")
+    aggregation: Literal["fedavg", "exact_svd"] = Field(
+        default="fedavg",
+        description="Mean of A and of B apart, or of the products BA, cut to the rank by singular values.",
+    )
+    server_optimizer: ServerOptimizerSettings = ServerOptimizerSettings()
+    server_learning_rate: float = Field(
+        default=1.0,
+        gt=0,
+        description="eta in theta + eta * mean(delta). `adam` moves a value by at most about eta: 1e-3 to 1e-2.",
+    )
     max_examples: int = Field(
         default=100_000, ge=1, le=MAX_COUNT, description="An update weighs at most so many examples, whatever it says."
     )
     max_update_norm: float = Field(default=1e3, gt=0, description="L2 norm over which a delta is refused.")
     server: ServerTraining = ServerTraining()
+
+    @model_validator(mode="after")
+    def _products_have_no_momentum(self) -> Self:
+        # Re-factoring turns A and B into another basis each round: a mean over rounds of their deltas means nothing.
+        if self.aggregation != "fedavg" and self.server_optimizer.name != "sgd":
+            name = self.server_optimizer.name
+            raise ValueError(f"`aggregation` {self.aggregation} goes with `server_optimizer.name` sgd, got {name}")
+        return self
 
 
 Strategy = Annotated[CoPlmsSettings | StandaloneSettings, Field(discriminator="name")]

@@ -12,6 +12,8 @@ from persistence.blobs import FolderBlobStore, StoredBlob
 from protocol.headers import ADAPTER_FORMAT, METADATA_FORMAT, METADATA_PROXY
 from protocol.strategies import LoraSettings
 
+_OPTIMIZER_FORMAT = "cotune-server-optimizer/1"
+
 
 def put_adapter(blobs: FolderBlobStore, state: Mapping[str, Tensor], *, proxy_sha256: str) -> StoredBlob:
     """Store an adapter; equal values give the same file.
@@ -24,6 +26,16 @@ def put_adapter(blobs: FolderBlobStore, state: Mapping[str, Tensor], *, proxy_sh
 
 def get_adapter(blobs: FolderBlobStore, sha256: str) -> AdapterState:
     """Read an adapter that the worker stored."""
+    return read_tensors(blobs.path(sha256))[0]
+
+
+def put_optimizer_state(blobs: FolderBlobStore, state: Mapping[str, Tensor]) -> StoredBlob:
+    """Store the state of the server's optimizer, for the round that starts from this one's version."""
+    return blobs.put_bytes(tensors_to_bytes(state, {METADATA_FORMAT: _OPTIMIZER_FORMAT}))
+
+
+def get_optimizer_state(blobs: FolderBlobStore, sha256: str) -> AdapterState:
+    """Read a state that the worker stored."""
     return read_tensors(blobs.path(sha256))[0]
 
 

@@ -1,4 +1,4 @@
-"""Averages a round's updates: theta_bar = theta_t + eta * sum w_i delta_i (FedAvg; docs/method.md, step 4).
+"""Aggregates a round's updates: theta_bar from theta_t and the devices' deltas (docs/method.md, step 4).
 
 Updates are read one by one, in the order of the device ids, so memory does not grow with their number and a repeated
 aggregation gives the same bytes. The API has admitted each by its header; here its values are looked at. One that is
@@ -13,9 +13,11 @@ from sqlalchemy.orm import Session
 
 from assets.errors import TensorFileError
 from assets.tensors import read_tensors
-from cotuning.aggregation import StreamingMean, UpdateRefused, apply_server_update, update_norm
+from cotuning.aggregation import UpdateRefused, update_norm
 from cotuning.payload import PayloadError
+from cotuning.strategies.aggregation import Aggregate, RoundAggregator
 from persistence import artifacts, results, rounds, updates
+from persistence.blobs import StoredBlob
 from persistence.round_lifecycle import lock_round
 from persistence.rounds import RoundContext
 from persistence.updates import UpdateRecord
@@ -24,7 +26,7 @@ from protocol.errors import DomainError, ErrorCode
 from protocol.runs import AlignmentMetrics
 from protocol.statuses import PartKind, RoundStatus
 from protocol.strategies import CoPlmsSettings, Strategy
-from worker.adapter_files import get_adapter, put_adapter
+from worker.adapter_files import get_adapter, get_optimizer_state, put_adapter, put_optimizer_state
 from worker.device_logits import LogitsReader, part_path
 from worker.round_metrics import grown
 from worker.row_files import get_rows
@@ -48,10 +50,10 @@ def aggregate(work: Work) -> Finish:
         context = rounds.get_context(session, work.job.round_id)
         submitted = updates.submitted_updates(session, work.job.round_id)
     settings = context.config.strategy
+    tally, aggregate = _Tally(counted=submitted), None
     if isinstance(settings, CoPlmsSettings):
-        tally, adapter_sha256 = _average(work, context, settings, submitted)
-    else:
-        tally, adapter_sha256 = _Tally(counted=submitted), None
+        tally, aggregate = _combine(work, context, settings, submitted)
+    adapter, state = _store(work, context, aggregate) if aggregate is not None else (None, None)
     metrics = grown(
         context,
         RoundStatus.AGGREGATING,
@@ -61,6 +63,7 @@ def aggregate(work: Work) -> Finish:
         update_norms=tally.norms,
         rejected={update.device_id: code for update, code, _ in tally.refused},
         alignment=_together(tally.counted),
+        aggregation_errors=aggregate.errors if aggregate is not None else {},
     )
 
     def finish(session: Session) -> None:
@@ -68,26 +71,39 @@ def aggregate(work: Work) -> Finish:
         lock_round(session, context.round_id)  # before the assignments: the order in which everybody locks
         for update, code, reason in tally.refused:
             updates.reject_update(session, update.assignment_id, code, reason, now)
-        if adapter_sha256 is not None:
-            size = work.blobs.size(adapter_sha256)
-            artifacts.register(session, adapter_sha256, size, "adapter", context.run_id, now)
-        counted = [update.assignment_id for update in tally.counted]
-        results.finish_aggregation(session, work.job, work.owner, adapter_sha256, counted, metrics, now)
+        for blob, kind in ((adapter, "adapter"), (state, "server_optimizer")):
+            if blob is not None:
+                artifacts.register(session, blob.sha256, blob.size, kind, context.run_id, now)
+        results.finish_aggregation(
+            session,
+            work.job,
+            work.owner,
+            adapter.sha256 if adapter is not None else None,
+            [update.assignment_id for update in tally.counted],
+            metrics,
+            now,
+            server_optimizer_sha256=state.sha256 if state is not None else None,
+        )
 
     return finish
 
 
-def _average(
+def _combine(
     work: Work, context: RoundContext, settings: CoPlmsSettings, submitted: Sequence[UpdateRecord]
-) -> tuple[_Tally, str | None]:
-    """Return the tally and the hash of theta_bar; no hash when nothing is left to average."""
+) -> tuple[_Tally, Aggregate | None]:
+    """Return the tally and theta_bar; None when nothing is left to aggregate.
+
+    The server optimizer's state is the one that the base version's round left, so that doing this again, or after a
+    version that was not promoted, starts from the right one.
+    """
     assert context.base_adapter_sha256 is not None
     assert context.proxy_manifest_sha256 is not None
     shared = get_adapter(work.blobs, context.base_adapter_sha256)
     assert context.probe_set_sha256 is not None
     proxy = work.cache.proxy(context.proxy_manifest_sha256)
     reader = LogitsReader(work.blobs, proxy, get_rows(work.blobs, context.probe_set_sha256), settings)
-    mean = StreamingMean(shared, max_norm=settings.max_update_norm)
+    state = context.base_optimizer_sha256
+    aggregator = RoundAggregator(shared, settings, get_optimizer_state(work.blobs, state) if state else None)
     tally = _Tally()
     for update in submitted:
         work.lease.check()
@@ -95,7 +111,7 @@ def _average(
             _require_coverage(update, settings.min_coverage)
             reader.read(update)
             delta, _ = read_tensors(part_path(work.blobs, update, PartKind.ADAPTER_DELTA))
-            mean.add(delta, _weight(update, settings))
+            aggregator.add(delta, _weight(update, settings))
         except DomainError as error:
             if error.code is not ErrorCode.COVERAGE_TOO_LOW:
                 raise
@@ -109,10 +125,15 @@ def _average(
         else:
             tally.counted.append(update)
             tally.norms[update.device_id] = update_norm(delta)
-    if not tally.counted:
-        return tally, None
-    averaged = apply_server_update(shared, mean.result(), settings.server_learning_rate)
-    return tally, put_adapter(work.blobs, averaged, proxy_sha256=context.proxy_manifest_sha256).sha256
+    return tally, aggregator.result() if tally.counted else None
+
+
+def _store(work: Work, context: RoundContext, aggregate: Aggregate) -> tuple[StoredBlob, StoredBlob | None]:
+    """Store theta_bar, and the optimizer's state where there is one."""
+    assert context.proxy_manifest_sha256 is not None
+    adapter = put_adapter(work.blobs, aggregate.adapter, proxy_sha256=context.proxy_manifest_sha256)
+    state = aggregate.optimizer_state
+    return adapter, put_optimizer_state(work.blobs, state) if state else None
 
 
 def _weight(update: UpdateRecord, settings: Strategy) -> int:

@@ -184,3 +184,16 @@ def test_a_worker_reads_what_each_stage_needs(world: World) -> None:
     with pytest.raises(DomainError) as caught:
         world.call(rounds.get_context, "rnd_0")
     assert caught.value.code is ErrorCode.ROUND_NOT_FOUND
+
+
+def test_the_server_optimizer_goes_on_from_the_base_version(world: World) -> None:
+    """Version 2 is not promoted, so round 3 starts from version 1 and from the state of round 1."""
+    device = world.enrol("a")
+    run = world.start_run(rounds=3)
+    states = []
+    for promoted in (True, False, True):
+        world.deliver(device)
+        context = world.call(rounds.get_context, world.round(run.run_id, len(states) + 1).round_id)
+        states.append((context.base_version, context.base_optimizer_sha256))
+        world.finish_round(promoted=promoted)
+    assert states == [(0, None), (1, sha("optimizer 1")), (1, sha("optimizer 1"))]

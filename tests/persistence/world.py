@@ -160,7 +160,11 @@ class World:
         if counted is None:
             counted = [update.assignment_id for update in updates.submitted_updates(session, job.round_id or "")]
         adapter = self._adapter(session, job, "aggregate", "adapter")
-        results.finish_aggregation(session, job, owner, adapter, counted, {"num_updates": len(counted)}, self.now)
+        state = self._adapter(session, job, "optimizer", "server_optimizer")
+        metrics = {"num_updates": len(counted)}
+        results.finish_aggregation(
+            session, job, owner, adapter, counted, metrics, self.now, server_optimizer_sha256=state
+        )
 
     def finish_co_tuning(self, session: Session, job: JobRecord, owner: str) -> None:
         adapter = self._adapter(session, job, "candidate", "adapter")

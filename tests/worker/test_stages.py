@@ -13,7 +13,7 @@ import torch
 
 from assets.models import load_language_model
 from assets.tensors import read_tensors
-from persistence import jobs, runs, updates
+from persistence import jobs, rounds, runs, updates
 from persistence.errors import LeaseLost
 from protocol.assignments import ModelManifest
 from protocol.errors import ErrorCode
@@ -121,6 +121,63 @@ def test_the_aggregate_is_the_weighted_mean(cloud: Cloud, llm: str) -> None:
         expected = before[name].double().numpy() + 0.5 * mean
         np.testing.assert_allclose(tensor.numpy(), expected, rtol=1e-5, atol=1e-7)
     assert cloud.round(run.run_id).metrics["num_examples"] == 16
+
+
+def test_momentum_survives_the_worker_and_starts_from_the_base_version(cloud: Cloud, llm: str) -> None:
+    """Two rounds, each by a worker that has nothing in memory, against numpy; the candidate is the aggregate."""
+    (device,) = cloud.enrol("a")
+    optimizer = {"name": "momentum", "beta1": 0.5}
+    run = cloud.create_run(llm, rounds=2, strategy={"server_optimizer": optimizer, "server": {"steps": 0}})
+    cloud.work()
+    deltas = []
+    for seed in (0, 1):
+        cloud.runner = cloud.make_runner(f"restarted-{seed}")
+        assignment = cloud.take(device)
+        tensors = cloud.untrained_update(assignment, seed=seed, scale=1e-4)
+        deltas.append(tensors[PartKind.ADAPTER_DELTA])
+        cloud.deliver(assignment, device, cloud.as_parts(tensors))
+        cloud.work()
+    theta = [
+        read_tensors(cloud.blobs.path(cloud.version(run.run_id, number).proxy_adapter_sha256 or ""))[0]
+        for number in (0, 1, 2)
+    ]
+    for name, first in deltas[0].items():
+        steps = [first, 0.5 * first + deltas[1][name]]
+        for before, after, step in zip(theta, theta[1:], steps, strict=False):
+            np.testing.assert_allclose(after[name], before[name] + step, rtol=1e-6, atol=1e-9)
+    contexts = [cloud.read(rounds.get_context, cloud.round(run.run_id, number).round_id) for number in (1, 2)]
+    assert contexts[0].base_optimizer_sha256 is None
+    state, _ = read_tensors(cloud.blobs.path(contexts[1].base_optimizer_sha256 or ""))
+    np.testing.assert_allclose(state["momentum." + name], first, rtol=1e-7)
+
+
+def test_exact_aggregation_in_a_run(cloud: Cloud, llm: str) -> None:
+    """The new product is the mean of the devices' products, and the round says what cutting it to rank lost."""
+    devices = cloud.enrol("a", "b")
+    run = cloud.create_run(llm, min_updates=2, strategy={"aggregation": "exact_svd", "server": {"steps": 0}})
+    cloud.work()
+    deltas = []
+    for seed, device in enumerate(devices):
+        assignment = cloud.take(device)
+        tensors = cloud.untrained_update(assignment, seed=seed, scale=1e-3)
+        deltas.append(tensors[PartKind.ADAPTER_DELTA])
+        cloud.deliver(assignment, device, cloud.as_parts(tensors))
+    cloud.work()
+    before, after = (
+        read_tensors(cloud.blobs.path(cloud.version(run.run_id, number).proxy_adapter_sha256 or ""))[0]
+        for number in (0, 1)
+    )
+    lost = whole = 0.0
+    for left in (name for name in before if "lora_B" in name):
+        right = left.replace("lora_B", "lora_A")
+        moved = [(before[left] + each[left]).double() @ (before[right] + each[right]).double() for each in deltas]
+        exact = torch.stack(moved).mean(0)
+        lost += float((after[left].double() @ after[right].double() - exact).square().sum())
+        whole += float(exact.square().sum())
+    errors = RoundMetrics.model_validate(cloud.round(run.run_id, 1).metrics).aggregation_errors
+    assert set(errors) == {"relative_error", "compression_error", "update_error"}
+    assert 0 < errors["relative_error"] < 1
+    assert errors["relative_error"] == pytest.approx((lost / whole) ** 0.5, rel=1e-3)
 
 
 def test_everything_again_gives_the_same_bytes(tmp_path: Path, cloud: Cloud, llm: str) -> None:
