@@ -1,6 +1,6 @@
 # make demo | make test | make check - each makes the environment (.venv) first, once.
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow check format clean environment
+.PHONY: help demo test test-slow check format clean environment bench-aggregation
 
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -10,6 +10,7 @@ help:
 	@echo "make demo DATA=<folder> DOMAINS=a,b  the same on your own data"
 	@echo "make test                            run the tests (make test-slow: those that take minutes)"
 	@echo "make check                           ruff, mypy, import-linter"
+	@echo "make bench-aggregation               aggregation and payload: speed, memory, error, bytes (benchmarks/)"
 	@echo "make clean                           remove .venv and every cache in this folder"
 
 # make demo ROUNDS=5, OUT=<file>, KEEP=1: as in `cotune demo --help`.
@@ -28,6 +29,9 @@ check: $(STAMP)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+bench-aggregation: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.aggregation
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .

@@ -143,9 +143,9 @@ class StreamingMean:
 
 
 def _add_weighted(total: Tensor, tensor: Tensor, weight: float) -> None:
-    """`total += weight * tensor` in float64, without a float64 copy of the whole tensor."""
+    """`total += weight * tensor` in float64; torch copies to float64 first, and so only a block at a time."""
     for place, block in zip(torch.split(total.view(-1), _BLOCK), torch.split(tensor.reshape(-1), _BLOCK), strict=True):
-        place.add_(block.double(), alpha=weight)
+        place.add_(block, alpha=weight)
 
 
 def apply_server_update(
