@@ -8,7 +8,7 @@ values, 17 MB).
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -17,8 +17,9 @@ from assets.tensors import read_tensors, tensors_to_bytes
 from benchmarks.measuring import Goal, compare, peak_memory_of, print_goals, print_table, write_results
 from cotuning.aggregation import StreamingMean, apply_server_update
 from cotuning.low_rank import product_norm, truncate_product
-from cotuning.payload import build_payload, keep_top
+from cotuning.payload import Values, build_payload
 from cotuning.product_mean import ProductMean, lora_pairs
+from cotuning.top_classes import keep_top
 
 RANK = 8
 SHAPES = {
@@ -229,7 +230,7 @@ def measure_refactoring(device_counts: tuple[int, ...], repeats: int) -> dict[st
     }
 
 
-def measure_payload(rows: int, num_classes: int, values: str) -> float:
+def measure_payload(rows: int, num_classes: int, values: Values) -> float:
     """KiB of a file for one response of 512 tokens, four bytes a token."""
     generator = torch.Generator().manual_seed(0)
     logits = 3 * torch.randn(rows, num_classes, generator=generator)
@@ -242,6 +243,7 @@ def measure_payload(rows: int, num_classes: int, values: str) -> float:
         fingerprint="f" * 64,
         probe_set="a" * 64,
         temperature=1.0,
+        values=values,
     )
     return len(tensors_to_bytes(tensors, metadata)) / KIB
 
@@ -286,8 +288,8 @@ def main() -> None:
         "payload_kib": {
             f"{rows} rows, {classes:,} classes, {values}": measure_payload(rows, classes, values)
             for rows in (410, 513)
-            for classes in (32_000, 151_936)
-            for values in ("int8", "float16")
+            for classes in (8_192, 32_000, 151_936)
+            for values in get_args(Values)
         },
     }
     goals = show(results)

@@ -2,30 +2,39 @@
 
 Names: N samples, S rows (span starts of all samples, in order), K classes kept, C classes.
 
-Per row: class ids (u16, or u32 above 65,536 classes), log-probabilities in 8 bits on an affine scale from the row's
-greatest downwards (float16 greatest and step), the tail's mass (float16), the byte of the response where the span
-starts. Per sample: a digest of the response's bytes and the number of rows. The header names the class space
-(fingerprint of the fold or of the token table), the probe set, the temperature and K. 106 bytes a row at K = 32: 53 KiB
-for a response of 512 tokens.
+Per row: the set of class ids (`packed_ids`), their log-probabilities in the order of the ids, and the tail's mass
+(float16). Per byte of the responses one bit, whether a span starts there. Per sample a digest of the response's bytes.
+The header names the class space (fingerprint of the fold or of the token table), the probe set, the temperature, K and
+how values are written. A row of 32 classes out of 32,000 takes 84 bytes: 43 KiB for a response of 512 tokens.
 
-The affine scale starts at the greatest log-probability because that is the one that must be right; a step is at most
-20 / 255 nats, and after parsing the K probabilities are rescaled to one minus the tail.
+Values are written as what a log-probability lies below the row's greatest, at most 20 nats (less than 2.1e-9 of its
+probability; what lies deeper is raised to that). After parsing the K probabilities are rescaled to one minus the tail,
+so the greatest itself need not travel. With a row's range r <= 20 nats, the difference of its greatest and its least:
+
+- `int8`: 256 even steps, the step in float16. A value errs by at most half a step; after rescaling, a log-probability
+  given that the class is one of the K errs by at most a step, r / 254 + 2e-5, so by at most 0.079 nats.
+- `float16`: a value d nats down errs by at most d / 2048; after rescaling by at most r / 1024 + 2e-5, so 0.02 nats. The
+  greatest ones, which carry the mass, are next to exact. K - 2 bytes a row more.
+
+The tail errs by at most 2^-12 (float16 below one).
 
 A payload on private text would leak it: build one on public text only.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
 
 from cotuning.encoding import EncodedBatch, response_digest
-from cotuning.heads import FoldedHead, Head
+from cotuning.packed_ids import pack_bits, pack_ids, packed_widths, unpack_bits, unpack_ids
+from cotuning.top_classes import TopClasses
 
-PAYLOAD_FORMAT = "cotune-logits/1"
+PAYLOAD_FORMAT = "cotune-logits/2"
 MAX_TOP_K = 1024
+Values = Literal["int8", "float16"]
 _DEPTH_NATS = 20.0
 _STEPS = 255
 
@@ -42,21 +51,6 @@ class PayloadError(ValueError):
         super().__init__(f"{what}: expected {expected}, received {received}")
         self.expected = expected
         self.received = received
-
-
-@dataclass(frozen=True)
-class TopClasses:
-    """The K most probable classes of S distributions.
-
-    Attributes:
-        ids_SK: int64, distinct in a row, most probable first.
-        log_probs_SK: float32.
-        tail_S: float32, mass of all other classes.
-    """
-
-    ids_SK: Tensor
-    log_probs_SK: Tensor
-    tail_S: Tensor
 
 
 @dataclass(frozen=True)
@@ -98,47 +92,6 @@ class PayloadRows:
         return replace(self, **{name: getattr(self, name).to(device) for name in names})
 
 
-def top_classes(
-    hidden_SD: Tensor,
-    head: Head,
-    *,
-    k: int,
-    map_V: Tensor | None = None,
-    num_classes: int | None = None,
-    temperature: float = 1.0,
-    chunk_rows: int = 128,
-) -> TopClasses:
-    """The top classes of a model at S positions, projected chunk by chunk; no gradient.
-
-    Args:
-        hidden_SD: hidden states at the span starts' rows.
-        head: the model's head.
-        k: classes to keep, at most C of them.
-        map_V: fold onto classes, None for the token ids themselves.
-        num_classes: C, with `map_V`.
-        temperature: of the softmax.
-        chunk_rows: rows at a time.
-    """
-    total = head.num_tokens if num_classes is None else num_classes
-    side = FoldedHead(hidden_SD.detach(), head, map_V, total, temperature=temperature, scale=0.0)
-    with side.forward_only():
-        parts = [keep_top(side.class_log_probs(rows), k) for rows, _ in side.chunks(chunk_rows, None)]
-    if not parts:
-        return keep_top(torch.zeros(0, total, device=hidden_SD.device), k)
-    return TopClasses(
-        torch.cat([part.ids_SK for part in parts]),
-        torch.cat([part.log_probs_SK for part in parts]),
-        torch.cat([part.tail_S for part in parts]),
-    )
-
-
-def keep_top(log_probs_SC: Tensor, k: int) -> TopClasses:
-    """The `min(k, C)` greatest of each row, and the mass of the rest (summed, not subtracted)."""
-    log_probs_SK, ids_SK = log_probs_SC.topk(min(k, log_probs_SC.shape[1]), dim=1)
-    tail_S = log_probs_SC.exp().scatter_(1, ids_SK, 0.0).sum(1)
-    return TopClasses(ids_SK, log_probs_SK.float(), tail_S.float().clamp(0, 1))
-
-
 def build_payload(
     top: TopClasses,
     *,
@@ -149,6 +102,7 @@ def build_payload(
     fingerprint: str,
     probe_set: str,
     temperature: float,
+    values: Values = "int8",
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Pack rows into tensors and a header of strings, as a safetensors file takes them.
 
@@ -161,15 +115,19 @@ def build_payload(
         fingerprint: `FoldPair.fingerprint`, or `TokenTable.fingerprint` where the classes are token ids.
         probe_set: SHA-256 of the probe set's bytes, hex.
         temperature: at which `top` was taken.
+        values: how log-probabilities are written; the module's docstring has the errors.
+
+    Raises:
+        ValueError: two rows at one byte, or a row at none.
     """
-    ids_dtype = torch.uint16 if num_classes <= 2**16 else torch.uint32
-    num_samples = len(responses)
+    ids_SK, order_SK = top.ids_SK.cpu().sort(1)
+    low_SW, high_SW = pack_ids(ids_SK, num_classes)
     tensors = {
-        "ids": top.ids_SK.cpu().to(ids_dtype),
-        **_rounded(top.log_probs_SK.float().cpu()),
+        "ids_low": low_SW,
+        "ids_high": high_SW,
+        **_rounded(top.log_probs_SK.float().cpu().gather(1, order_SK), values),
         "tail": top.tail_S.cpu().half(),
-        "byte_start": byte_start_S.cpu().to(torch.uint32),
-        "rows": torch.bincount(sample_S.cpu(), minlength=num_samples).to(torch.uint32),
+        "starts": _pack_places(sample_S.cpu(), byte_start_S.cpu(), responses),
         "digest": torch.tensor([response_digest(response) for response in responses], dtype=torch.int64),
     }
     metadata = {
@@ -178,22 +136,38 @@ def build_payload(
         "probe_set": probe_set,
         "temperature": repr(float(temperature)),
         "top_k": str(top.ids_SK.shape[1]),
+        "values": values,
         "num_classes": str(num_classes),
     }
     return {name: tensor.contiguous() for name, tensor in tensors.items()}, metadata
 
 
-def _rounded(log_probs_SK: Tensor) -> dict[str, Tensor]:
-    """Each row on its own scale of 256 steps, from its greatest value down to its least or `_DEPTH_NATS` below."""
-    greatest_S = log_probs_SK.amax(1).half()
-    least_S = log_probs_SK.amin(1).maximum(greatest_S.float() - _DEPTH_NATS)
-    step_S = ((greatest_S.float() - least_S).clamp(min=0) / _STEPS).half()
-    down_SK = (greatest_S.float()[:, None] - log_probs_SK) / step_S.float().clamp(min=1e-12)[:, None]
-    return {
-        "steps_down": down_SK.round_().clamp_(0, _STEPS).to(torch.uint8),
-        "greatest": greatest_S,
-        "step": step_S,
-    }
+def _places_of_samples(responses: Sequence[str]) -> Tensor:
+    """Index [N + 1] of each sample's first bit in `starts`: one for each byte and one for the end, sample by sample."""
+    sizes_N = torch.tensor([0, *(len(response.encode()) + 1 for response in responses)], dtype=torch.int64)
+    return sizes_N.cumsum(0)
+
+
+def _pack_places(sample_S: Tensor, byte_start_S: Tensor, responses: Sequence[str]) -> Tensor:
+    firsts_N = _places_of_samples(responses)
+    place_S = firsts_N[sample_S] + byte_start_S
+    outside_S = (byte_start_S < 0) | (place_S >= firsts_N[sample_S + 1])
+    if bool(outside_S.any()) or bool((place_S[1:] <= place_S[:-1]).any()):
+        raise ValueError("expected rows at ascending bytes of their responses, got others")
+    total = int(firsts_N[-1])
+    starts_T = torch.zeros(total, dtype=torch.bool).index_fill_(0, place_S, True)
+    return pack_bits(starts_T[None], -(-total // 8))[0]
+
+
+def _rounded(log_probs_SK: Tensor, values: Values) -> dict[str, Tensor]:
+    """How far each value lies below its row's greatest: on the row's own scale of 256 steps, or as float16."""
+    greatest_S1 = log_probs_SK.amax(1, keepdim=True)
+    down_SK = (greatest_S1 - log_probs_SK).clamp(0, _DEPTH_NATS)
+    if values == "float16":
+        return {"down": down_SK.half()}
+    step_S = (down_SK.amax(1) / _STEPS).half()
+    steps_SK = (down_SK / step_S.float().clamp(min=1e-12)[:, None]).round_().clamp_(0, _STEPS)
+    return {"steps_down": steps_SK.to(torch.uint8), "step": step_S}
 
 
 def parse_payload(
@@ -219,11 +193,13 @@ def parse_payload(
         PayloadError: another format, class space or probe set; a tensor missing, of wrong dtype or shape; a class out
             of range or twice in a row; a value not finite; a tail outside [0, 1]; byte offsets out of order.
     """
-    top_k, temperature = _check_header(metadata, fingerprint, num_classes, probe_set)
-    checked = _check_layout(tensors, top_k, num_classes, len(responses))
+    header = _check_header(metadata, fingerprint, num_classes, probe_set)
+    checked = _check_layout(tensors, header, num_classes, _places_of_samples(responses))
     sample_S, byte_start_S = _check_places(checked, responses)
-    ids_SK = checked["ids"].to(torch.int64)
-    log_probs_SK, tail_S = _check_values(checked, ids_SK, num_classes)
+    ids_SK = _check_ids(checked, header.top_k, num_classes)
+    log_probs_SK, tail_S = _check_values(checked, header.values, whole=header.top_k == num_classes)
+    log_probs_SK, order_SK = log_probs_SK.sort(dim=1, descending=True, stable=True)
+    ids_SK, temperature = ids_SK.gather(1, order_SK), header.temperature
     return PayloadRows(
         sample_S=sample_S,
         byte_start_S=byte_start_S,
@@ -236,7 +212,14 @@ def parse_payload(
     )
 
 
-def _check_header(metadata: Mapping[str, str], fingerprint: str, num_classes: int, probe_set: str) -> tuple[int, float]:
+@dataclass(frozen=True)
+class _Header:
+    top_k: int
+    temperature: float
+    values: Values
+
+
+def _check_header(metadata: Mapping[str, str], fingerprint: str, num_classes: int, probe_set: str) -> _Header:
     expected = {
         "format": PAYLOAD_FORMAT,
         "fingerprint": fingerprint,
@@ -260,20 +243,29 @@ def _check_header(metadata: Mapping[str, str], fingerprint: str, num_classes: in
         temperature = -1.0
     if not 0 < temperature <= 1000:
         raise PayloadError("header field 'temperature'", "a number in (0, 1000]", repr(metadata.get("temperature")))
-    return top_k, temperature
+    values = metadata.get("values")
+    if values not in get_args(Values):
+        raise PayloadError("header field 'values'", f"one of {', '.join(get_args(Values))}", repr(values))
+    return _Header(top_k, temperature, cast("Values", values))
 
 
-def _check_layout(tensors: Mapping[str, Tensor], top_k: int, num_classes: int, num_samples: int) -> dict[str, Tensor]:
-    num_rows = len(tensors["byte_start"]) if "byte_start" in tensors and tensors["byte_start"].dim() else 0
+def _check_layout(
+    tensors: Mapping[str, Tensor], header: _Header, num_classes: int, firsts_N: Tensor
+) -> dict[str, Tensor]:
+    num_rows = len(tensors["tail"]) if "tail" in tensors and tensors["tail"].dim() else 0
+    low_width, high_width = packed_widths(header.top_k, num_classes)
+    written: dict[str, tuple[torch.dtype, tuple[int, ...]]] = (
+        {"down": (torch.float16, (num_rows, header.top_k))}
+        if header.values == "float16"
+        else {"steps_down": (torch.uint8, (num_rows, header.top_k)), "step": (torch.float16, (num_rows,))}
+    )
     layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-        "ids": (torch.uint16 if num_classes <= 2**16 else torch.uint32, (num_rows, top_k)),
-        "steps_down": (torch.uint8, (num_rows, top_k)),
-        "greatest": (torch.float16, (num_rows,)),
-        "step": (torch.float16, (num_rows,)),
+        "ids_low": (torch.uint8, (num_rows, low_width)),
+        "ids_high": (torch.uint8, (num_rows, high_width)),
+        **written,
         "tail": (torch.float16, (num_rows,)),
-        "byte_start": (torch.uint32, (num_rows,)),
-        "rows": (torch.uint32, (num_samples,)),
-        "digest": (torch.int64, (num_samples,)),
+        "starts": (torch.uint8, (-(-int(firsts_N[-1]) // 8),)),
+        "digest": (torch.int64, (len(firsts_N) - 1,)),
     }
     if set(tensors) != set(layout):
         raise PayloadError("tensor names", sorted(layout), sorted(tensors))
@@ -285,58 +277,48 @@ def _check_layout(tensors: Mapping[str, Tensor], top_k: int, num_classes: int, n
 
 
 def _check_places(tensors: Mapping[str, Tensor], responses: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """The sample and byte of each row: known responses, offsets inside them and ascending."""
+    """The sample and byte of each row: known responses, as many places as rows. Bits cannot be out of order."""
     digests_N = torch.tensor([response_digest(response) for response in responses], dtype=torch.int64)
     wrong = (tensors["digest"] != digests_N).nonzero().flatten().tolist()
     if wrong:
         raise PayloadError(f"digest of sample {wrong[0]}", int(digests_N[wrong[0]]), int(tensors["digest"][wrong[0]]))
-    counts_N = tensors["rows"].to(torch.int64)
-    num_rows = len(tensors["byte_start"])
-    if int(counts_N.sum()) != num_rows:
-        raise PayloadError("rows of all samples", num_rows, int(counts_N.sum()))
-    sample_S = torch.arange(len(counts_N)).repeat_interleave(counts_N)
-    byte_start_S = tensors["byte_start"].to(torch.int64)
-    num_bytes_S = torch.tensor([len(response.encode()) for response in responses], dtype=torch.int64)[sample_S]
-    outside = (byte_start_S > num_bytes_S).nonzero().flatten().tolist()
-    if outside:
-        row = outside[0]
-        raise PayloadError(f"byte offset of row {row}", f"at most {int(num_bytes_S[row])}", int(byte_start_S[row]))
-    if num_rows > 1:
-        falls = ((sample_S[1:] == sample_S[:-1]) & (byte_start_S[1:] <= byte_start_S[:-1])).nonzero().flatten()
-        if len(falls):
-            row = int(falls[0]) + 1
-            raise PayloadError(
-                f"byte offset of row {row}", f"more than {int(byte_start_S[row - 1])}", int(byte_start_S[row])
-            )
-    return sample_S, byte_start_S
+    firsts_N = _places_of_samples(responses)
+    place_S = unpack_bits(tensors["starts"][None])[0].nonzero().flatten()
+    num_rows = len(tensors["tail"])
+    if len(place_S) != num_rows:
+        raise PayloadError("rows of all samples", num_rows, len(place_S))
+    if num_rows and int(place_S[-1]) >= int(firsts_N[-1]):
+        raise PayloadError("last place of a row", f"less than {int(firsts_N[-1])}", int(place_S[-1]))
+    sample_S = torch.searchsorted(firsts_N, place_S, right=True) - 1
+    return sample_S, place_S - firsts_N[sample_S]
 
 
-def _check_values(tensors: Mapping[str, Tensor], ids_SK: Tensor, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Log-probabilities and tails that sum to one in every row."""
-    if ids_SK.numel() and int(ids_SK.max()) >= num_classes:
-        raise PayloadError("class id", f"less than {num_classes}", int(ids_SK.max()))
-    ordered_SK = ids_SK.sort(1).values
-    twice = (ordered_SK[:, 1:] == ordered_SK[:, :-1]).nonzero().tolist()
-    if twice:
-        raise PayloadError(
-            f"class ids of row {twice[0][0]}", "distinct ids", f"{int(ordered_SK[tuple(twice[0])])} twice"
-        )
-    for name in ("greatest", "step", "tail"):
-        bad = (~tensors[name].isfinite()).nonzero().flatten().tolist()
-        if bad:
-            raise PayloadError(f"{name!r} of row {bad[0]}", "a finite value", float(tensors[name][bad[0]]))
-    limits = {"greatest": (-1e4, 1e-3), "step": (0.0, 1.0), "tail": (0.0, 1.0)}
-    for name, (low, high) in limits.items():
-        values_S = tensors[name].float()
-        bad = ((values_S < low) | (values_S > high)).nonzero().flatten().tolist()
-        if bad:
-            raise PayloadError(f"{name!r} of row {bad[0]}", f"a value in [{low}, {high}]", float(values_S[bad[0]]))
-    tail_S = tensors["tail"].float()
-    if ids_SK.shape[1] == num_classes:
-        tail_S = torch.zeros_like(tail_S)  # nothing is left for a tail
-    steps_SK = tensors["steps_down"].float() * tensors["step"].float()[:, None]
-    log_probs_SK = (tensors["greatest"].float()[:, None] - steps_SK).log_softmax(1)
-    return log_probs_SK + torch.log1p(-tail_S.clamp(max=1 - 1e-6))[:, None], tail_S
+def _check_ids(tensors: Mapping[str, Tensor], top_k: int, num_classes: int) -> Tensor:
+    try:
+        return unpack_ids(tensors["ids_low"], tensors["ids_high"], top_k, num_classes)
+    except ValueError as error:
+        detail, row = error.args
+        expected, _, received = detail.partition(", got ")
+        raise PayloadError(f"class ids of row {row}", expected, received) from None
+
+
+def _check_values(tensors: Mapping[str, Tensor], values: Values, *, whole: bool) -> tuple[Tensor, Tensor]:
+    """Log-probabilities, in the order of the ids, and tails that sum to one in every row.
+
+    Args:
+        whole: every class is among the K, so that nothing is left for a tail.
+    """
+    limits = {"tail": 1.0} | ({"down": _DEPTH_NATS} if values == "float16" else {"step": 1.0})
+    for name, high in limits.items():
+        came = tensors[name].float()
+        for place in (~((came >= 0) & (came <= high))).nonzero().tolist()[:1]:
+            raise PayloadError(f"{name!r} of row {place[0]}", f"a value in [0, {high:g}]", float(came[tuple(place)]))
+    tail_S = torch.zeros_like(tensors["tail"], dtype=torch.float32) if whole else tensors["tail"].float()
+    if values == "float16":
+        down_SK = tensors["down"].float()
+    else:
+        down_SK = tensors["steps_down"].float() * tensors["step"].float()[:, None]
+    return (-down_SK).log_softmax(1) + torch.log1p(-tail_S.clamp(max=1 - 1e-6))[:, None], tail_S
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,8 @@ from cotuning.encoding import EncodedBatch
 from cotuning.examples import Example, rows_digest
 from cotuning.language_model import LanguageModel, hidden_states, output_head
 from cotuning.mutual_learning import Teacher
-from cotuning.payload import PayloadError, PayloadRows, TopClasses, build_payload, parse_payload, top_classes
+from cotuning.payload import PayloadError, PayloadRows, build_payload, parse_payload
+from cotuning.top_classes import TopClasses, top_classes
 
 _ROWS_AT_ONCE = 32
 _LEAST_TAIL = 2.0**-25

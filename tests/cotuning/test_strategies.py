@@ -198,8 +198,10 @@ def test_the_logits_are_those_of_the_proxy_with_both_adapters() -> None:
         both, _ = probe_payload(lent, PROBE, top_k=8, temperature=1.0, max_length=64)
     with adapted(world.proxy, config, {"shared": trained}) as lent:
         without, _ = probe_payload(lent, PROBE, top_k=8, temperature=1.0, max_length=64)
-    torch.testing.assert_close(result.logits["greatest"], both["greatest"], rtol=2e-3, atol=1e-4)
-    assert not torch.allclose(result.logits["greatest"], without["greatest"], rtol=2e-3, atol=1e-4)
+    # The delta is rounded, so a class at the edge of the top eight may change.
+    agree, differ = ((result.logits["ids_low"] == other["ids_low"]).all(1) for other in (both, without))
+    assert agree.float().mean() > 0.9
+    assert differ.float().mean() < 0.1
 
 
 def test_state_goes_on_from_the_last_round() -> None:
