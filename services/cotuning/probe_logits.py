@@ -26,7 +26,7 @@ from cotuning.encoding import EncodedBatch
 from cotuning.examples import Example, rows_digest
 from cotuning.language_model import LanguageModel, hidden_states, output_head
 from cotuning.mutual_learning import Teacher
-from cotuning.payload import PayloadError, PayloadRows, build_payload, parse_payload
+from cotuning.payload import PayloadError, PayloadRows, Values, build_payload, parse_payload
 from cotuning.top_classes import TopClasses, top_classes
 
 _ROWS_AT_ONCE = 32
@@ -93,7 +93,13 @@ def row_losses(lm: LanguageModel, examples: Sequence[Example], *, max_length: in
 
 @torch.no_grad()
 def probe_payload(
-    proxy: LanguageModel, probe: Sequence[Example], *, top_k: int, temperature: float, max_length: int
+    proxy: LanguageModel,
+    probe: Sequence[Example],
+    *,
+    top_k: int,
+    temperature: float,
+    max_length: int,
+    values: Values = "int8",
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The top classes of the proxy, as it stands, at every token start of the probe rows' responses.
 
@@ -131,6 +137,7 @@ def probe_payload(
         fingerprint=proxy.table.fingerprint,
         probe_set=rows_digest(probe),
         temperature=temperature,
+        values=values,
     )
 
 

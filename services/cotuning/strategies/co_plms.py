@@ -124,6 +124,7 @@ def device_step(
             probe,
             top_k=settings.top_k,
             temperature=settings.temperature,
+            values=settings.logits_values,
             max_length=settings.server.max_length,
         )
         return DeviceResult(
