@@ -27,7 +27,7 @@ from cotuning.probe_logits import (
 )
 from cotuning.seeding import derive_seed
 from cotuning.strategies.results import DeviceResult, ServerResult, TeacherRows
-from cotuning.training import OnProgress, draw_batches, row_sizes, tune_adapter
+from cotuning.training import OnProgress, draw_batches, draw_mixed_batches, row_sizes, tune_adapter
 from protocol.strategies import CoPlmsSettings
 
 __all__ = [
@@ -273,7 +273,9 @@ def _shared_rows(
     return share_rows(
         EncodedRows(slm, examples, max_length=training.max_length),
         EncodedRows(proxy, examples, max_length=training.max_length),
-        _mixed_batches(*sizes, batch_size=training.batch_size, from_second=from_probe, steps=training.steps, seed=seed),
+        draw_mixed_batches(
+            *sizes, batch_size=training.batch_size, from_second=from_probe, steps=training.steps, seed=seed
+        ),
         min_coverage=settings.min_coverage,
     )
 
@@ -382,7 +384,7 @@ def _server_batches(
     server = settings.server
     taught = sorted({index for teacher in teachers.values() if teacher is not None for index in teacher.sample_of_row})
     from_taught = min(round(server.batch_size * server.probe_fraction), server.batch_size - 1) if taught else 0
-    batches = _mixed_batches(
+    batches = draw_mixed_batches(
         row_sizes(public),
         row_sizes([probe[index - len(public)] for index in taught]),
         batch_size=server.batch_size,
@@ -392,14 +394,3 @@ def _server_batches(
     )
     rows = [*range(len(public)), *taught]
     return [[rows[index] for index in batch] for batch in batches]
-
-
-def _mixed_batches(
-    first: Sequence[int], second: Sequence[int], *, batch_size: int, from_second: int, steps: int, seed: int
-) -> list[list[int]]:
-    """Batches of two pools of rows, given by their sizes; indices of the second pool follow those of the first."""
-    batches = draw_batches(first, batch_size=batch_size - from_second, steps=steps, seed=seed)
-    if not from_second:
-        return batches
-    others = draw_batches(second, batch_size=from_second, steps=steps, seed=derive_seed(seed, "second"))
-    return [[*batch, *(index + len(first) for index in other)] for batch, other in zip(batches, others, strict=True)]
