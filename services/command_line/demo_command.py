@@ -73,7 +73,7 @@ def _require_writable(out: Path) -> None:
 
 @contextmanager
 def _work_folder(keep: bool) -> Iterator[Path]:
-    """A fresh folder for one demo. It stays if asked for, or if the demo failed, since its logs say why."""
+    """A fresh folder for one demo. It stays if asked for, or if the demo failed and left logs that say why."""
     folder = Path(tempfile.mkdtemp(prefix="cotune-demo-"))
     try:
         yield folder
@@ -82,7 +82,10 @@ def _work_folder(keep: bool) -> Iterator[Path]:
             shutil.rmtree(folder, ignore_errors=True)
         raise
     except CommandError as error:
-        error.next_step = error.next_step or f"the logs are in {folder / 'logs'}"
+        if any((folder / "logs").glob("*")):
+            error.next_step = error.next_step or f"the logs are in {folder / 'logs'}"
+        else:
+            shutil.rmtree(folder, ignore_errors=True)
         raise
     if not keep:
         shutil.rmtree(folder, ignore_errors=True)

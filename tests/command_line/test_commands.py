@@ -1,6 +1,7 @@
 """The commands against a real API: what they print, and the code they end in."""
 
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -177,6 +178,18 @@ def test_help_is_for_newcomers(run_cotune: Cotune) -> None:
 @pytest.mark.parametrize("arguments", [["nonsense"], ["run", "show"], ["demo", "--rounds", "0"]])
 def test_a_wrong_command_line_does_not_look_like_a_lost_connection(run_cotune: Cotune, arguments: list[str]) -> None:
     assert run_cotune(*arguments).code == ExitCode.BAD_INPUT
+
+
+def test_a_demo_that_cannot_start_leaves_no_folder(
+    run_cotune: Cotune, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    ended = run_cotune("demo", "--data", str(tmp_path / "none"), "--domains", "a", "--out", str(tmp_path / "demo.json"))
+    assert ended.code == ExitCode.BAD_INPUT
+    assert f"expected a data folder, got {tmp_path / 'none'}" in ended.err
+    assert "the logs are in" not in ended.err
+    assert list((tmp_path / "tmp").iterdir()) == []
 
 
 def test_the_version(run_cotune: Cotune) -> None:
