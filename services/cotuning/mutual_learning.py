@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cotuning.adapters import adapter_parameters
 from cotuning.alignment import align
+from cotuning.checkpoints import Checkpoints
 from cotuning.cross_entropy import cross_entropy, response_tokens
 from cotuning.divergences import Divergence
 from cotuning.encoded_rows import EncodedRows
@@ -179,6 +180,7 @@ def learn_mutually(
     seed: int,
     stage: str,
     on_progress: OnProgress,
+    checkpoints: Checkpoints | None = None,
 ) -> dict[str, float]:
     """Train one adapter of each party, one step a batch, in place.
 
@@ -187,6 +189,7 @@ def learn_mutually(
         b: the other.
         shared: from `share_rows`, in the same order of parties.
         seed: of dropout.
+        checkpoints: see `training.train`.
 
     Returns:
         Mean of the last tenth of the steps, nats: `<party>_ce` a token, `<party>_kl` a span (the divergence times T^2,
@@ -212,7 +215,14 @@ def learn_mutually(
 
     learners = {party.name: _learner(party, weight_decay, gradient_clip) for party in (a, b)}
     with isolated_generators(derive_seed(seed, "dropout"), a.lm.device), training_mode(a.lm), training_mode(b.lm):
-        return train(learners, step_at, steps=len(shared.batches), stage=stage, on_progress=on_progress)
+        return train(
+            learners,
+            step_at,
+            steps=len(shared.batches),
+            stage=stage,
+            on_progress=on_progress,
+            checkpoints=checkpoints,
+        )
 
 
 def _learner(party: Party, weight_decay: float, gradient_clip: float) -> Learner:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from cotuning.adapters import activate, adapted, adapter_state, lora_config, subtract
+from cotuning.checkpoints import Checkpoints
 from cotuning.encoded_rows import EncodedRows
 from cotuning.examples import Example
 from cotuning.language_model import LanguageModel
@@ -66,6 +67,7 @@ def device_step(
     round_number: int,
     seed: int,
     on_progress: OnProgress,
+    checkpoints: Checkpoints | None = None,
 ) -> DeviceResult:
     """One device's round: DST (phi_i), SAML (theta and psi_i), the delta of theta, and logits on the probe set.
 
@@ -81,6 +83,7 @@ def device_step(
         round_number: from 1.
         seed: the run's; equal arguments give equal bits.
         on_progress: see `training.OnProgress`.
+        checkpoints: see `training.train`; each stage has its own.
 
     Raises:
         CoverageTooLow: the tokenizers cannot be aligned on this data; no adapter was trained by SAML.
@@ -110,6 +113,7 @@ def device_step(
             settings=settings,
             seed=derive_seed(seed, DOMAIN_STAGE, round_number),
             on_progress=on_progress,
+            checkpoints=checkpoints,
         )
         losses |= _learn_on_device(
             lent_slm,
@@ -118,6 +122,7 @@ def device_step(
             settings=settings,
             seed=derive_seed(seed, MUTUAL_STAGE, round_number),
             on_progress=on_progress,
+            checkpoints=checkpoints,
         )
         logits, metadata = probe_payload(
             lent_proxy,
@@ -282,6 +287,7 @@ def _tune_domain(
     settings: CoPlmsSettings,
     seed: int,
     on_progress: OnProgress,
+    checkpoints: Checkpoints | None,
 ) -> dict[str, float]:
     """DST: phi_i learns D_i, the first `num_private` of `rows`, by cross-entropy, with theta active and frozen."""
     training = settings.training
@@ -304,6 +310,7 @@ def _tune_domain(
         seed=seed,
         stage=DOMAIN_STAGE,
         on_progress=on_progress,
+        checkpoints=checkpoints,
     )
     return {"domain_ce": losses["cross_entropy"]} if losses else {}
 
@@ -316,6 +323,7 @@ def _learn_on_device(
     settings: CoPlmsSettings,
     seed: int,
     on_progress: OnProgress,
+    checkpoints: Checkpoints | None,
 ) -> dict[str, float]:
     """SAML: theta and psi_i learn, phi_i speaks and is frozen."""
     training = settings.training
@@ -334,6 +342,7 @@ def _learn_on_device(
         seed=seed,
         stage=MUTUAL_STAGE,
         on_progress=on_progress,
+        checkpoints=checkpoints,
     )
 
 
