@@ -27,6 +27,10 @@ YOUNG_SECONDS = 5.0
 """A process in the middle of its `exec` shows no environment for a moment, on a busy machine for longer."""
 
 
+SCANS_WITHOUT_ONE = 2
+"""A dying process may start another behind the back of one scan; that one is there in the next."""
+
+
 def marked_processes(mark: str) -> list[int]:
     """Return the ids of the living processes that carry `mark`, but not our own."""
     return _scan(mark)[0]
@@ -37,8 +41,10 @@ def end_marked(mark: str, grace_seconds: float) -> list[int]:
     deadline = time.monotonic() + grace_seconds
     asked: set[int] = set()
     killed: set[int] = set()
-    marked, undecided = _scan(mark)
-    while marked or undecided:
+    unseen = 0
+    while unseen < SCANS_WITHOUT_ONE:
+        marked, undecided = _scan(mark)
+        unseen = 0 if marked or undecided else unseen + 1
         late = time.monotonic() >= deadline
         for process in marked:
             if late or process not in asked:
@@ -48,7 +54,6 @@ def end_marked(mark: str, grace_seconds: float) -> list[int]:
             if late:
                 killed.add(process)
         time.sleep(0.05)
-        marked, undecided = _scan(mark)
     return sorted(killed)
 
 

@@ -28,6 +28,8 @@ from cotuning.language_model import LanguageModel, hidden_states, output_head
 from cotuning.mutual_learning import Teacher
 from cotuning.payload import PayloadError, PayloadRows, TopClasses, build_payload, parse_payload, top_classes
 
+TeacherChoice = Literal["least_ce", "ce_weighted", "off"]
+
 _ROWS_AT_ONCE = 32
 _LEAST_TAIL = 2.0**-25
 """Half of the least tail that a payload can tell from zero (float16)."""
@@ -208,7 +210,7 @@ def payload_losses(payload: PayloadRows, places: ProbePlaces, num_rows: int) -> 
     return _mean_by_row(-log_target_S, places.sample_S, num_rows)
 
 
-def choose_teachers(losses_DN: Tensor, own_losses_N: Tensor, mode: Literal["least_ce", "ce_weighted", "off"]) -> Tensor:
+def choose_teachers(losses_DN: Tensor, own_losses_N: Tensor, mode: TeacherChoice) -> Tensor:
     """How much each device teaches one student on each probe row.
 
     Args:
@@ -259,6 +261,49 @@ def make_teacher(
     )
     taught = {row_of_sample[sample]: sample for sample in sorted(set(sample_S.tolist()))}
     return Teacher(merged.take(order_S), weights_S[order_S], taught, weight)
+
+
+def device_teachers(
+    students: Mapping[str, LanguageModel],
+    proxy: LanguageModel,
+    probe: Sequence[Example],
+    payloads: Sequence[PayloadRows],
+    *,
+    max_length: int,
+    mode: TeacherChoice,
+    weight: float,
+    first_row: int,
+) -> tuple[dict[str, Teacher | None], dict[str, list[int]]]:
+    """The devices' logits as a teacher of each student that has the proxy's tokenizer.
+
+    Args:
+        students: by name, with their adapters on.
+        proxy: whose distributions the payloads are.
+        probe: Q.
+        payloads: from `parse_probe_payload`, one a device.
+        max_length: tokens of a probe row, as the devices were told.
+        mode: see `choose_teachers`.
+        weight: of the term in a student's objective; with 0 nobody is taught.
+        first_row: index of Q's first row among the training rows.
+
+    Returns:
+        For each student the teacher, None where there is none; and on how many rows each device teaches it.
+    """
+    teachers: dict[str, Teacher | None] = dict.fromkeys(students)
+    rows_taught = {name: [0] * len(payloads) for name in students}
+    if not payloads or mode == "off" or not weight:
+        return teachers, rows_taught
+    places = probe_places(proxy, probe, max_length=max_length)
+    losses_DN = torch.stack([payload_losses(payload, places, len(probe)) for payload in payloads])
+    row_of_sample = {sample: first_row + sample for sample in range(len(probe))}
+    for name, student in students.items():
+        if student.table.fingerprint != proxy.table.fingerprint:
+            continue
+        weights_DN = choose_teachers(losses_DN, row_losses(student, probe, max_length=max_length), mode)
+        placed = [payload.to(student.device) for payload in payloads]
+        teachers[name] = make_teacher(placed, weights_DN.to(student.device), row_of_sample, weight=weight)
+        rows_taught[name] = torch.count_nonzero(weights_DN, 1).tolist()
+    return teachers, rows_taught
 
 
 def _mean_by_row(losses_S: Tensor, sample_S: Tensor, num_rows: int) -> Tensor:

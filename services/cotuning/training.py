@@ -215,6 +215,26 @@ def draw_batches(sizes: Sequence[int], *, batch_size: int, steps: int, seed: int
     return batches
 
 
+def draw_mixed_batches(
+    first: Sequence[int], second: Sequence[int], *, batch_size: int, from_second: int, steps: int, seed: int
+) -> list[list[int]]:
+    """Batches of two pools of rows, given by their sizes; indices of the second pool follow those of the first.
+
+    Args:
+        first: as `sizes` of `draw_batches`.
+        second: likewise.
+        batch_size: rows a batch.
+        from_second: of them from the second pool.
+        steps: batches.
+        seed: equal seeds give equal batches.
+    """
+    batches = draw_batches(first, batch_size=batch_size - from_second, steps=steps, seed=seed)
+    if not from_second:
+        return batches
+    others = draw_batches(second, batch_size=from_second, steps=steps, seed=derive_seed(seed, "second"))
+    return [[*batch, *(index + len(first) for index in other)] for batch, other in zip(batches, others, strict=True)]
+
+
 def row_sizes(examples: Sequence[Example]) -> list[int]:
     """Characters of each row."""
     return [len(row.instruction) + len(row.input) + len(row.output) for row in examples]

@@ -41,8 +41,14 @@ CHUNK_BYTES = 256 * 1024
 LONGEST_RETRY_AFTER_SECONDS = 3600.0
 """A wrong `Retry-After` must not put a device to sleep for days."""
 
+LARGEST_ANSWER_BYTES = 8 * 2**20
+"""Of JSON; files are downloaded to disk, and their sizes are known before."""
+
 LATER = frozenset({ErrorCode.DEVICE_NOT_APPROVED, ErrorCode.DIGEST_MISMATCH, ErrorCode.TRUNCATED_BODY})
 """Problems that go away by themselves: an operator approves; bytes that the network spoilt are sent again."""
+
+OF_THE_TRANSFER = frozenset({"content-encoding", "content-length", "transfer-encoding"})
+"""Headers that no longer hold once a body has been read."""
 
 TIMEOUT = httpx.Timeout(connect=5.0, read=30.0, write=30.0, pool=5.0)
 LONG_POLL_MARGIN_SECONDS = 15.0
@@ -154,8 +160,7 @@ class CloudClient:
             response = self._http.send(request, stream=True)
             try:
                 if not response.is_success:
-                    response.read()
-                    raise self._error(response)
+                    raise self._error(self._read(response))
                 position = offset if response.status_code == httpx.codes.PARTIAL_CONTENT else 0
                 for chunk in response.iter_bytes(CHUNK_BYTES):
                     if self._stop.is_set():
@@ -202,12 +207,29 @@ class CloudClient:
 
     def _exchange(self, request: httpx.Request) -> httpx.Response:
         try:
-            response = call_until_stopped(lambda: self._http.send(request), self._stop)
+            response = call_until_stopped(lambda: self._bounded(request), self._stop)
         except httpx.TransportError as error:
             raise self._unreachable(error) from None
         if not response.is_success:
             raise self._error(response)
         return response
+
+    def _bounded(self, request: httpx.Request) -> httpx.Response:
+        """Send, and read an answer of at most `LARGEST_ANSWER_BYTES`, unpacked."""
+        response = self._http.send(request, stream=True)
+        try:
+            return self._read(response)
+        finally:
+            response.close()
+
+    def _read(self, response: httpx.Response) -> httpx.Response:
+        body = bytearray()
+        for chunk in response.iter_bytes(CHUNK_BYTES):
+            body += chunk
+            if len(body) > LARGEST_ANSWER_BYTES:
+                raise CloudUnavailable(f"{self._server_url} answered with more than {LARGEST_ANSWER_BYTES} bytes")
+        headers = {name: value for name, value in response.headers.items() if name not in OF_THE_TRANSFER}
+        return httpx.Response(response.status_code, headers=headers, content=bytes(body), request=response.request)
 
     def _unreachable(self, error: httpx.TransportError, *, progressed: bool = False) -> CloudUnavailable:
         text = str(error) or type(error).__name__
@@ -249,7 +271,7 @@ def _seconds_until(moment: datetime, now: datetime) -> float:
 def _problem(response: httpx.Response) -> tuple[str | None, str]:
     try:
         problem: Any = json.loads(response.content)
-    except (ValueError, httpx.ResponseNotRead):
+    except (ValueError, RecursionError):
         problem = None
     if isinstance(problem, dict) and isinstance(problem.get("code"), str):
         return problem["code"], str(problem.get("detail", ""))[:400]

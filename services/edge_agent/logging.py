@@ -14,17 +14,18 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 def configure(log_format: LogFormat, level: LogLevel, file: Path | None = None) -> None:
     """Send every log line of this process to standard error, or to the end of `file`."""
     stream = open(file, "a", encoding="utf-8") if file else sys.stderr  # noqa: SIM115 - open as long as the process
-    renderer: structlog.typing.Processor
+    renderers: list[structlog.typing.Processor]
     if log_format == "json":
-        renderer = structlog.processors.JSONRenderer()
+        renderers = [structlog.processors.format_exc_info, structlog.processors.JSONRenderer()]
     else:
-        renderer = structlog.dev.ConsoleRenderer(colors=stream.isatty())
+        plain = structlog.dev.plain_traceback  # others print local variables: a device's rows, for instance
+        renderers = [structlog.dev.ConsoleRenderer(colors=stream.isatty(), exception_formatter=plain)]
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
-            renderer,
+            *renderers,
         ],
         wrapper_class=structlog.make_filtering_bound_logger(getattr(logging, level.upper())),
         logger_factory=structlog.WriteLoggerFactory(stream),

@@ -130,11 +130,24 @@ def fail(  # noqa: PLR0917
     run, job = found
     held_or_lost(job, owner)
     if retry and job.attempts < MAX_ATTEMPTS:
-        values = {"owner": None, "lease_until": None, "sent_at": now, "reason": shorten(reason)}
-        move(session, job, JobStatus.QUEUED, now=now, reason=reason, values=values)
+        _back_to_queue(session, job, reason, now, attempts=job.attempts)
         return
     attempts = f" (attempt {job.attempts})" if job.attempts > 1 else ""
     _fail_for_good(session, run, job, code=code, reason=f"{reason}{attempts}", now=now)
+
+
+def release(session: Session, job_id: str, owner: str, reason: str, now: datetime) -> None:
+    """Give a job back that nothing is wrong with: it is queued again, and the attempt does not count.
+
+    Raises:
+        LeaseLost: the job is not this owner's any more; then there is nothing to give back.
+    """
+    found = _lock(session, job_id)
+    if found is None:
+        raise LeaseLost(job_id, owner, "there is no such job")
+    _, job = found
+    held_or_lost(job, owner)
+    _back_to_queue(session, job, reason, now, attempts=job.attempts - 1)
 
 
 def held_or_lost(job: JobRow, owner: str) -> None:
@@ -165,6 +178,12 @@ def _lock(session: Session, job_id: str) -> tuple[RunRow, JobRow] | None:
     run = lock_run(session, run_id)
     job = lock_job(session, job_id)
     return (run, job) if job is not None else None
+
+
+def _back_to_queue(session: Session, job: JobRow, reason: str, now: datetime, *, attempts: int) -> None:
+    """Queue a locked, claimed job again. The sweep sends it, a little later: what failed may fail again."""
+    values = {"owner": None, "lease_until": None, "sent_at": now, "attempts": attempts, "reason": shorten(reason)}
+    move(session, job, JobStatus.QUEUED, now=now, reason=reason, values=values)
 
 
 def _requeue_expired(session: Session, run: RunRow, job: JobRow, now: datetime) -> bool:

@@ -23,10 +23,11 @@ from persistence.transitions import TAKES_UPDATES, UNDELIVERED, move
 from protocol.assignments import PartReceipt, Submission, SubmissionReceipt
 from protocol.errors import DomainError, ErrorCode
 from protocol.events import EventType
+from protocol.part_sizes import most_delta_bytes, most_logits_bytes
 from protocol.runs import RunCreate
 from protocol.safetensors_header import TensorInfo
 from protocol.statuses import AssignmentStatus, PartKind, RunStatus
-from protocol.strategies import STRATEGIES
+from protocol.strategies import STRATEGIES, CoPlmsSettings
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,8 @@ class PartAdmission:
     proxy_manifest_sha256: str | None
     probe_set_sha256: str | None
     expected_tensors: dict[str, TensorInfo] | None
+    most_bytes: int | None
+    """No honest part is larger."""
 
 
 def admit_part(session: Session, device_id: str, assignment_id: str, kind: PartKind, now: datetime) -> PartAdmission:
@@ -64,13 +67,15 @@ def admit_part(session: Session, device_id: str, assignment_id: str, kind: PartK
     else:
         run, round_row = lock_round(session, row.round_id)
     _check_kind(run, kind)
+    tensors = _tensors(run) if kind is PartKind.ADAPTER_DELTA else None
     return PartAdmission(
         run_id=run.id,
         round_id=round_row.id,
         base_sha256=round_row.base_adapter_sha256,
         proxy_manifest_sha256=run.proxy_manifest_sha256,
         probe_set_sha256=run.probe_set_sha256,
-        expected_tensors=_tensors(run) if kind is PartKind.ADAPTER_DELTA else None,
+        expected_tensors=tensors,
+        most_bytes=most_delta_bytes(tensors) if tensors is not None else _most_logits_bytes(session, run, kind),
     )
 
 
@@ -235,6 +240,13 @@ def _check_kind(run: RunRow, kind: PartKind) -> None:
             f"strategy {run.config['strategy']['name']} takes {', '.join(expected) or 'no files'}, not {kind.value}"
         )
         raise DomainError(ErrorCode.INVALID_FIELD, detail, expected=expected, received=kind.value)
+
+
+def _most_logits_bytes(session: Session, run: RunRow, kind: PartKind) -> int | None:
+    settings = RunCreate.model_validate(run.config).strategy
+    if kind is not PartKind.LOGITS or run.probe_set_sha256 is None or not isinstance(settings, CoPlmsSettings):
+        return None
+    return most_logits_bytes(artifacts.get(session, run.probe_set_sha256).size_bytes, settings.top_k)
 
 
 def _part(session: Session, assignment_id: str, kind: PartKind) -> UpdatePartRow | None:

@@ -10,8 +10,8 @@ import math
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-MAX_HEADER_BYTES = 8 * 2**20
-"""More than any adapter needs: about 60,000 tensors."""
+MAX_HEADER_BYTES = 2**20
+"""More than any adapter needs: about 7,000 tensors."""
 
 MAX_DIMENSIONS = 64
 """More than any tensor has; it bounds what multiplying the sizes costs."""

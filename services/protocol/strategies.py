@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from protocol.base import SettingsModel
+from protocol.base import MAX_COUNT, SettingsModel
 from protocol.statuses import PartKind
 
 
@@ -89,9 +89,12 @@ class CoPlmsSettings(SettingsModel):
     )
     top_k: int = Field(default=32, ge=1, le=1024, description="Classes kept of each probe distribution.")
     min_coverage: float = Field(
-        default=0.8, ge=0, le=1, description="Below it the run stops: alignment is not working."
+        default=0.8, ge=0, le=1, description="Below it an update is not used: alignment did not work on that device."
     )
     server_learning_rate: float = Field(default=1.0, gt=0, description="eta in theta + eta * mean(delta).")
+    max_examples: int = Field(
+        default=100_000, ge=1, le=MAX_COUNT, description="An update weighs at most so many examples, whatever it says."
+    )
     max_update_norm: float = Field(default=1e3, gt=0, description="L2 norm over which a delta is refused.")
     server: ServerTraining = ServerTraining()
 

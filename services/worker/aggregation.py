@@ -23,7 +23,7 @@ from protocol.base import MAX_COUNT
 from protocol.errors import DomainError, ErrorCode
 from protocol.runs import AlignmentMetrics
 from protocol.statuses import PartKind, RoundStatus
-from protocol.strategies import CoPlmsSettings
+from protocol.strategies import CoPlmsSettings, Strategy
 from worker.adapter_files import get_adapter, put_adapter
 from worker.device_logits import LogitsReader, part_path
 from worker.round_metrics import grown
@@ -41,11 +41,7 @@ class _Tally:
 
 
 def aggregate(work: Work) -> Finish:
-    """Average the round's updates and store the result.
-
-    Raises:
-        DomainError: COVERAGE_TOO_LOW, a device could not align its model with the proxy.
-    """
+    """Average the round's updates and store the result."""
     start = time.perf_counter()
     assert work.job.round_id is not None
     with work.database.reading() as session:
@@ -53,7 +49,6 @@ def aggregate(work: Work) -> Finish:
         submitted = updates.submitted_updates(session, work.job.round_id)
     settings = context.config.strategy
     if isinstance(settings, CoPlmsSettings):
-        _require_coverage(submitted, settings.min_coverage)
         tally, adapter_sha256 = _average(work, context, settings, submitted)
     else:
         tally, adapter_sha256 = _Tally(counted=submitted), None
@@ -62,7 +57,7 @@ def aggregate(work: Work) -> Finish:
         RoundStatus.AGGREGATING,
         time.perf_counter() - start,
         num_updates=len(tally.counted),
-        num_examples=sum(update.num_examples for update in tally.counted),
+        num_examples=sum(_weight(update, settings) for update in tally.counted),
         update_norms=tally.norms,
         rejected={update.device_id: code for update, code, _ in tally.refused},
         alignment=_together(tally.counted),
@@ -97,9 +92,14 @@ def _average(
     for update in submitted:
         work.lease.check()
         try:
+            _require_coverage(update, settings.min_coverage)
             reader.read(update)
             delta, _ = read_tensors(part_path(work.blobs, update, PartKind.ADAPTER_DELTA))
-            mean.add(delta, update.num_examples)
+            mean.add(delta, _weight(update, settings))
+        except DomainError as error:
+            if error.code is not ErrorCode.COVERAGE_TOO_LOW:
+                raise
+            tally.refused.append((update, error.code, error.detail))
         except UpdateRefused as error:
             tally.refused.append((update, ErrorCode(error.code), str(error)))
         except PayloadError as error:
@@ -115,24 +115,28 @@ def _average(
     return tally, put_adapter(work.blobs, averaged, proxy_sha256=context.proxy_manifest_sha256).sha256
 
 
+def _weight(update: UpdateRecord, settings: Strategy) -> int:
+    """Return n_i. What a device says of itself cannot be checked, only bounded."""
+    return (
+        min(update.num_examples, settings.max_examples) if isinstance(settings, CoPlmsSettings) else update.num_examples
+    )
+
+
 def _alignment(update: UpdateRecord) -> AlignmentMetrics | None:
     reported = update.metrics.get("alignment")
     return None if reported is None else AlignmentMetrics.model_validate(reported)
 
 
-def _require_coverage(submitted: Sequence[UpdateRecord], least: float) -> None:
-    low = [
-        f"{update.device_id}: {alignment.coverage:.2f}"
-        for update in submitted
-        if (alignment := _alignment(update)) is not None and alignment.coverage < least
-    ]
-    if low:
+def _require_coverage(update: UpdateRecord, least: float) -> None:
+    """Refuse what was learnt through an alignment that does not work. The others of the round go on."""
+    alignment = _alignment(update)
+    if alignment is not None and alignment.coverage < least:
         raise DomainError(
             ErrorCode.COVERAGE_TOO_LOW,
-            f"expected at least {least:.2f} of the response bytes inside aligned spans, got {', '.join(low)}; "
-            "the tokenizers of these devices and of the proxy do not agree on the text",
+            f"expected at least {least:.2f} of the response bytes inside aligned spans, got {alignment.coverage:.2f}; "
+            "the tokenizers of this device and of the proxy do not agree on the text",
             expected=least,
-            received=low,
+            received=alignment.coverage,
         )
 
 

@@ -87,7 +87,7 @@ class JobRunner:
         except (Abandoned, LeaseLost) as reason:
             log.warning("job_abandoned", kind=job.kind.value, reason=str(reason))
             if self.stop.is_set():
-                self._fail(job, ErrorCode.JOB_FAILED, "the worker was stopped", retry=True)
+                self._give_back(job)
         except DomainError as error:
             log.warning("job_failed", kind=job.kind.value, code=error.code.value, reason=error.detail)
             self._fail(job, error.code, error.detail, retry=error.code in PASSING)
@@ -109,6 +109,13 @@ class JobRunner:
     def _renew(self, job: JobRecord) -> bool:
         with self.database.transaction() as session:
             return jobs.renew(session, job.job_id, self.owner, self.settings.lease_seconds, utc_now())
+
+    def _give_back(self, job: JobRecord) -> None:
+        try:
+            with self.database.transaction() as session:
+                jobs.release(session, job.job_id, self.owner, "the worker was stopped", utc_now())
+        except DomainError as error:  # the lease runs out by itself
+            log.warning("job_not_given_back", kind=job.kind.value, reason=str(error))
 
     def _fail(self, job: JobRecord, code: ErrorCode, reason: str, *, retry: bool) -> None:
         try:

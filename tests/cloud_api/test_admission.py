@@ -11,7 +11,7 @@ from protocol.safetensors_header import TensorInfo
 from protocol.statuses import PartKind
 from tests.cloud_api.running_api import TENSORS, logits, safetensors
 
-ANYTHING = PartAdmission("run", "round", None, None, None, None)
+ANYTHING = PartAdmission("run", "round", None, None, None, None, None)
 LOGITS = logits()
 
 
@@ -35,7 +35,7 @@ def test_a_good_file_passes_in_any_pieces(size: int) -> None:
 def test_a_wrong_file_is_refused_before_its_data_comes() -> None:
     big = {"w": TensorInfo("F32", (100_000,))}
     content = safetensors(big)
-    expected = PartAdmission("run", "round", None, None, None, TENSORS)
+    expected = PartAdmission("run", "round", None, None, None, TENSORS, None)
     gate = HeaderGate(PartKind.ADAPTER_DELTA, expected, len(content))
     assert feed(gate, content, 64) < 500
     impossible = (2**62).to_bytes(8, "little") + b"{}"

@@ -18,8 +18,10 @@ from protocol.headers import (
     METADATA_PROXY,
     content_digest,
 )
+from protocol.part_sizes import most_delta_bytes, most_logits_bytes
 from protocol.safetensors_header import TensorInfo
 from protocol.statuses import PartKind
+from protocol.strategies import CoPlmsSettings
 from tests.cloud_api.running_api import (
     TENSORS,
     DeviceClient,
@@ -153,7 +155,7 @@ def test_logits_of_another_probe_set_are_refused(work: Work) -> None:
         b"\xff" * 100,
         (2).to_bytes(8, "little") + b"[]",
         (4).to_bytes(8, "little") + b"{}",
-        (200_000).to_bytes(8, "little") + b"[" * 200_000,
+        (50_000).to_bytes(8, "little") + b"[" * 50_000,
     ],
     ids=["empty", "zip", "text", "ones", "no object", "short", "deep"],
 )
@@ -239,6 +241,20 @@ def test_what_is_too_large_is_refused_before_it_is_read(home: Path) -> None:
         head = f"PUT {path} HTTP/1.1\r\nHost: x\r\nConnection: close\r\nAuthorization: Bearer {device.credential}\r\n"
         head += f"Content-Length: {10**15}\r\n{CONTENT_DIGEST_HEADER}: {content_digest('0' * 64)}\r\n\r\n"
         assert b" 413 " in raw_request(strict.url, head.encode(), close=False)
+
+
+def test_a_part_is_bounded_by_what_an_honest_one_can_have(work: Work) -> None:
+    device, assignment = work
+    assert assignment.probe_set is not None
+    assert isinstance(assignment.strategy, CoPlmsSettings)
+    most = {
+        "adapter_delta": most_delta_bytes(TENSORS),
+        "logits": most_logits_bytes(assignment.probe_set.size_bytes, assignment.strategy.top_k),
+    }
+    for kind, expected in most.items():
+        problem = refused(device.upload(assignment, kind, b" " * (expected + 1)), ErrorCode.BODY_TOO_LARGE, 413)
+        assert problem["expected"] == expected
+        refused(device.upload(assignment, kind, b" " * expected), ErrorCode.NOT_SAFETENSORS, 422)
 
 
 def test_a_part_that_the_strategy_does_not_have_is_refused(api: RunningApi) -> None:

@@ -1,15 +1,19 @@
 """The client: how each kind of answer is understood, what is entered in the ledger, and that a stop ends every call."""
 
+import contextlib
+import gzip
 import hashlib
+import json
 import threading
 import time
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from functools import partial
 from pathlib import Path
 
 import pytest
 
-from edge_agent.client import CloudClient, retry_after_seconds
+from edge_agent.client import LARGEST_ANSWER_BYTES, CloudClient, retry_after_seconds
 from edge_agent.errors import CloudRefused, CloudUnavailable, NotAuthorised, Stopped
 from edge_agent.ledger import Ledger
 from protocol.assignments import Part
@@ -17,7 +21,7 @@ from protocol.devices import Heartbeat
 from protocol.headers import PROTOCOL_HEADER, content_digest
 from protocol.statuses import PartKind
 from tests.edge_agent.conftest import make_assignment
-from tests.edge_agent.fake_cloud import FakeCloud, cut, problem
+from tests.edge_agent.fake_cloud import FakeCloud, Handler, cut, problem
 
 NOW = datetime(2026, 3, 1, 12, 0, tzinfo=UTC)
 
@@ -59,6 +63,40 @@ def test_somebody_elses_page_means_try_again(client: CloudClient, cloud: FakeClo
     cloud.fail("heartbeat", lambda handler: handler.send_json(status, ["not", "ours"]))
     with pytest.raises(CloudUnavailable, match=r"expected a HeartbeatReceipt|not an answer of a Cotune server"):
         client.heartbeat(Heartbeat())
+
+
+@pytest.mark.parametrize("status", [200, 409])
+@pytest.mark.parametrize("packed", [False, True], ids=["plain", "gzip"])
+def test_an_answer_without_end_is_not_read_to_its_end(
+    client: CloudClient, cloud: FakeCloud, status: int, packed: bool
+) -> None:
+    body = b'{"detail": "' + b"x" * LARGEST_ANSWER_BYTES + b'"}'
+    cloud.fail("heartbeat", partial(send_bytes, status=status, body=gzip.compress(body, 1) if packed else body))
+    with pytest.raises(CloudUnavailable, match=f"more than {LARGEST_ANSWER_BYTES} bytes"):
+        client.heartbeat(Heartbeat())
+
+
+@pytest.mark.parametrize("status", [200, 409])
+def test_a_nest_of_brackets_is_somebody_elses_page(client: CloudClient, cloud: FakeCloud, status: int) -> None:
+    cloud.fail("heartbeat", partial(send_bytes, status=status, body=b"[" * 1_000_000))
+    with pytest.raises(CloudUnavailable):
+        client.heartbeat(Heartbeat())
+
+
+def test_a_packed_answer_is_unpacked(client: CloudClient, cloud: FakeCloud) -> None:
+    body = json.dumps({"server_time": NOW.isoformat(), "next_within_seconds": 30}).encode()
+    cloud.fail("heartbeat", partial(send_bytes, status=200, body=gzip.compress(body)))
+    assert client.heartbeat(Heartbeat()).next_within_seconds == 30
+
+
+def send_bytes(handler: Handler, status: int, body: bytes) -> None:
+    handler.send_response(status)
+    if body.startswith(b"\x1f\x8b"):
+        handler.send_header("Content-Encoding", "gzip")
+    handler.send_header("Content-Length", str(len(body)))
+    handler.end_headers()
+    with contextlib.suppress(ConnectionError):  # the client hangs up
+        handler.wfile.write(body)
 
 
 def test_no_answer_and_nobody_there_mean_try_again(client: CloudClient, cloud: FakeCloud, ledger: Ledger) -> None:

@@ -109,6 +109,25 @@ def test_a_failure_is_tried_again_a_few_times(world: World) -> None:
     assert shown.status_reason == "the disk is full (attempt 5)"
 
 
+def test_workers_that_were_asked_to_stop_never_use_up_the_attempts(world: World) -> None:
+    run = world.create_run()
+    job_id = world.sent[-1]
+    for _ in range(MAX_ATTEMPTS + 2):
+        job = world.claim(job_id)
+        assert job is not None
+        assert job.attempts == 1
+        with pytest.raises(LeaseLost, match="it is leased to worker"):
+            world.call(jobs.release, job_id, "another", "the worker was stopped", world.now)
+        world.call(jobs.release, job_id, "worker", "the worker was stopped", world.now)
+        with pytest.raises(LeaseLost, match="the job is queued"):
+            world.call(jobs.release, job_id, "worker", "the worker was stopped", world.now)
+        world.wait(10)
+        assert sweep(world) == [job_id]
+    with pytest.raises(LeaseLost, match="there is no such job"):
+        world.call(jobs.release, "job_0", "worker", "the worker was stopped", world.now)
+    assert world.run(run.run_id).status is RunStatus.PREPARING
+
+
 def test_a_failure_for_good_fails_the_run_and_its_round(world: World) -> None:
     device = world.enrol("a")
     run = world.start_run()

@@ -147,9 +147,9 @@ def test_a_mutated_file_is_admitted_only_if_the_library_admits_it(
         ({"t": entry(shape=[2**62, 2**62])}, "bytes, got 4"),
         ({"t": entry(shape=[2**63 - 1] * 64)}, "bytes, got 4"),
         ({"t": entry(shape=[2**63])}, "expected a list of sizes"),
-        ({"t": entry(shape=[10**4000] * 500)}, "expected a list of sizes"),
+        ({"t": entry(shape=[10**4000] * 200)}, "expected a list of sizes"),
         ({"t": entry(shape=[1] * 65)}, "expected a list of sizes"),
-        ({"t" * 10**6: entry(dtype="F" * 10**6)}, "unknown dtype"),
+        ({"t" * 10**5: entry(dtype="F" * 10**5)}, "unknown dtype"),
     ],
 )
 def test_what_is_wrong_is_said(header: Any, message: str) -> None:

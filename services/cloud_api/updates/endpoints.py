@@ -98,7 +98,8 @@ async def upload_part(
         return device_id, updates.admit_part(session, device_id, assignment_id, kind, cloud.now())
 
     device_id, admission = await cloud.write(admit)
-    body = announced(request, cloud.settings.upload_limits[kind])
+    limit = cloud.settings.upload_limits[kind]
+    body = announced(request, limit if admission.most_bytes is None else min(limit, admission.most_bytes))
     blob = await receive_file(request, cloud, body, HeaderGate(kind, admission, body.size_bytes))
     now = cloud.now()
 

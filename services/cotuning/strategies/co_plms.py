@@ -10,7 +10,6 @@ learns from it; the probe rows that a device's logits teach are a set share of t
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor
 
 from cotuning.adapters import activate, adapted, adapter_state, lora_config, subtract
@@ -22,17 +21,14 @@ from cotuning.mutual_learning import CoverageTooLow, Party, SharedRows, Teacher,
 from cotuning.payload import PayloadRows
 from cotuning.probe_logits import (
     ProbePlaces,
-    choose_teachers,
-    make_teacher,
+    device_teachers,
     parse_probe_payload,
-    payload_losses,
     probe_payload,
     probe_places,
-    row_losses,
 )
 from cotuning.seeding import derive_seed
 from cotuning.strategies.results import DeviceResult, ServerResult, TeacherRows
-from cotuning.training import OnProgress, draw_batches, row_sizes, tune_adapter
+from cotuning.training import OnProgress, draw_batches, draw_mixed_batches, row_sizes, tune_adapter
 from protocol.strategies import CoPlmsSettings
 
 __all__ = [
@@ -227,9 +223,17 @@ def server_step(
     ):
         if not server.steps:
             return ServerResult(adapter_state(lent_proxy, "shared"), adapter_state(lent_llm, "llm"))
-        teachers, taught = _teachers(
-            lent_llm, lent_proxy, num_public=len(public), probe=probe, payloads=device_logits, settings=settings
+        teachers, rows_taught = device_teachers(
+            {"llm": lent_llm, "proxy": lent_proxy},
+            lent_proxy,
+            probe,
+            device_logits,
+            max_length=server.max_length,
+            mode=server.device_teacher,
+            weight=server.device_teacher_weight,
+            first_row=len(public),
         )
+        taught = TeacherRows(len(probe), rows_taught["proxy"], rows_taught["llm"])
         examples = [*public, *probe]
         shared = share_rows(
             EncodedRows(lent_llm, examples, max_length=server.max_length),
@@ -274,7 +278,9 @@ def _shared_rows(
     return share_rows(
         EncodedRows(slm, examples, max_length=training.max_length),
         EncodedRows(proxy, examples, max_length=training.max_length),
-        _mixed_batches(*sizes, batch_size=training.batch_size, from_second=from_probe, steps=training.steps, seed=seed),
+        draw_mixed_batches(
+            *sizes, batch_size=training.batch_size, from_second=from_probe, steps=training.steps, seed=seed
+        ),
         min_coverage=settings.min_coverage,
     )
 
@@ -387,7 +393,7 @@ def _server_batches(
     server = settings.server
     taught = sorted({index for teacher in teachers.values() if teacher is not None for index in teacher.sample_of_row})
     from_taught = min(round(server.batch_size * server.probe_fraction), server.batch_size - 1) if taught else 0
-    batches = _mixed_batches(
+    batches = draw_mixed_batches(
         row_sizes(public),
         row_sizes([probe[index - len(public)] for index in taught]),
         batch_size=server.batch_size,
@@ -397,45 +403,3 @@ def _server_batches(
     )
     rows = [*range(len(public)), *taught]
     return [[rows[index] for index in batch] for batch in batches]
-
-
-def _mixed_batches(
-    first: Sequence[int], second: Sequence[int], *, batch_size: int, from_second: int, steps: int, seed: int
-) -> list[list[int]]:
-    """Batches of two pools of rows, given by their sizes; indices of the second pool follow those of the first."""
-    batches = draw_batches(first, batch_size=batch_size - from_second, steps=steps, seed=seed)
-    if not from_second:
-        return batches
-    others = draw_batches(second, batch_size=from_second, steps=steps, seed=derive_seed(seed, "second"))
-    return [[*batch, *(index + len(first) for index in other)] for batch, other in zip(batches, others, strict=True)]
-
-
-def _teachers(
-    llm: LanguageModel,
-    proxy: LanguageModel,
-    *,
-    num_public: int,
-    probe: Sequence[Example],
-    payloads: Sequence[PayloadRows],
-    settings: CoPlmsSettings,
-) -> tuple[dict[str, Teacher | None], TeacherRows]:
-    """The devices' logits as a teacher of each model."""
-    server = settings.server
-    row_of_sample = {sample: num_public + sample for sample in range(len(probe))}
-    teachers: dict[str, Teacher | None] = {"llm": None, "proxy": None}
-    counts = {"llm": [0] * len(payloads), "proxy": [0] * len(payloads)}
-    if not payloads or server.device_teacher == "off" or not server.device_teacher_weight:
-        return teachers, TeacherRows(len(probe), counts["proxy"], counts["llm"])
-    places = logits_places(proxy, probe, settings)
-    losses_DN = torch.stack([payload_losses(payload, places, len(probe)) for payload in payloads])
-    for name, student in (("llm", llm), ("proxy", proxy)):
-        if student.table.fingerprint != proxy.table.fingerprint:
-            continue
-        own_losses_N = row_losses(student, probe, max_length=server.max_length)
-        weights_DN = choose_teachers(losses_DN, own_losses_N, server.device_teacher)
-        placed = [payload.to(student.device) for payload in payloads]
-        teachers[name] = make_teacher(
-            placed, weights_DN.to(student.device), row_of_sample, weight=server.device_teacher_weight
-        )
-        counts[name] = torch.count_nonzero(weights_DN, 1).tolist()
-    return teachers, TeacherRows(len(probe), counts["proxy"], counts["llm"])
