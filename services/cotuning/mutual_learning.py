@@ -23,6 +23,7 @@ from cotuning.divergences import Divergence
 from cotuning.encoded_rows import EncodedRows
 from cotuning.encoding import EncodedBatch
 from cotuning.folding import FoldPair, class_agreement, fold_pair
+from cotuning.gradient_checkpointing import recomputed_layers
 from cotuning.heads import Head
 from cotuning.language_model import LanguageModel, hidden_states, output_head
 from cotuning.mutual_loss import mutual_loss, payload_loss
@@ -177,6 +178,7 @@ def learn_mutually(
     divergence: Divergence = "forward_kl",
     jsd_beta: float = 0.5,
     precision: Precision = "float32",
+    gradient_checkpointing: bool = False,
     seed: int,
     stage: str,
     on_progress: OnProgress,
@@ -188,6 +190,7 @@ def learn_mutually(
         a: one party.
         b: the other.
         shared: from `share_rows`, in the same order of parties.
+        gradient_checkpointing: see there; of both models.
         seed: of dropout.
         checkpoints: see `training.train`.
 
@@ -214,7 +217,13 @@ def learn_mutually(
             return _mutual_step(side_a, side_b, shared, shared.batches[step], compare)
 
     learners = {party.name: _learner(party, weight_decay, gradient_clip) for party in (a, b)}
-    with isolated_generators(derive_seed(seed, "dropout"), a.lm.device), training_mode(a.lm), training_mode(b.lm):
+    with (
+        isolated_generators(derive_seed(seed, "dropout"), a.lm.device),
+        training_mode(a.lm),
+        training_mode(b.lm),
+        recomputed_layers(a.lm, enabled=gradient_checkpointing),
+        recomputed_layers(b.lm, enabled=gradient_checkpointing),
+    ):
         return train(
             learners,
             step_at,

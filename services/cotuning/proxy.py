@@ -151,7 +151,11 @@ def distil_proxy(
                 checkpoints=checkpoints,
             )
     after = measure_agreement(llm, proxy, held_out, fold=fold, max_length=max_length) if steps else before
-    return losses | {
+    return losses | _before_and_after(before, after)
+
+
+def _before_and_after(before: Agreement, after: Agreement) -> dict[str, float]:
+    return {
         "kl_before": before.kl,
         "kl_after": after.kl,
         "top1_before": before.top1,

@@ -19,6 +19,7 @@ from cotuning.checkpoints import Checkpoints, TrainingState, capture, fingerprin
 from cotuning.cross_entropy import cross_entropy, response_tokens
 from cotuning.encoded_rows import EncodedRows
 from cotuning.examples import Example
+from cotuning.gradient_checkpointing import recomputed_layers
 from cotuning.language_model import LanguageModel, hidden_states, output_head
 from cotuning.seeding import derive_seed, isolated_generators
 
@@ -272,6 +273,7 @@ def tune_adapter(
     weight_decay: float = 0.0,
     gradient_clip: float = 1.0,
     precision: Precision = "float32",
+    gradient_checkpointing: bool = False,
     seed: int,
     stage: str,
     on_progress: OnProgress,
@@ -284,6 +286,7 @@ def tune_adapter(
         name: of the adapter.
         rows: to learn, as `lm` reads them.
         batches: indices of the rows of each step, for example from `draw_batches`.
+        gradient_checkpointing: see there.
         seed: of dropout.
         checkpoints: see `train`.
 
@@ -304,7 +307,11 @@ def tune_adapter(
             loss, _ = cross_entropy(hidden_BTD[tokens.sample_N, tokens.position_N], head, tokens.target_N)
         return Step({name: loss}, {"cross_entropy": loss.detach()})
 
-    with isolated_generators(derive_seed(seed, "dropout"), lm.device), training_mode(lm):
+    with (
+        isolated_generators(derive_seed(seed, "dropout"), lm.device),
+        training_mode(lm),
+        recomputed_layers(lm, enabled=gradient_checkpointing),
+    ):
         learner = Learner(parameters, learning_rate, weight_decay, gradient_clip)
         return train(
             {name: learner},

@@ -94,14 +94,8 @@ def device_step(
         adapted(slm, slm_config, {"slm": psi}) as lent_slm,
     ):
         # Aligned before any training: a pair of tokenizers that does not fit is refused with nothing spent.
-        shared = _shared_rows(
-            lent_slm,
-            lent_proxy,
-            private=private,
-            probe=probe,
-            settings=settings,
-            seed=derive_seed(seed, "rows", round_number),
-        )
+        order = derive_seed(seed, "rows", round_number)
+        shared = _shared_rows(lent_slm, lent_proxy, private=private, probe=probe, settings=settings, seed=order)
         losses = _tune_domain(
             lent_proxy,
             shared.rows_b,
@@ -239,11 +233,7 @@ def server_step(
             EncodedRows(lent_llm, examples, max_length=server.max_length),
             EncodedRows(lent_proxy, examples, max_length=server.max_length),
             _server_batches(
-                public,
-                probe,
-                teachers=teachers,
-                settings=settings,
-                seed=derive_seed(seed, "rows", round_number),
+                public, probe, teachers=teachers, settings=settings, seed=derive_seed(seed, "rows", round_number)
             ),
             min_coverage=settings.min_coverage,
         )
@@ -298,11 +288,9 @@ def _tune_domain(
     """DST: phi_i learns D_i, the first `num_private` of `rows`, by cross-entropy, with theta active and frozen."""
     training = settings.training
     activate(proxy, ["shared", "domain"], trainable=["domain"])
+    sizes = row_sizes(rows.examples[:num_private])
     batches = draw_batches(
-        row_sizes(rows.examples[:num_private]),
-        batch_size=training.batch_size,
-        steps=settings.domain_steps,
-        seed=derive_seed(seed, "rows"),
+        sizes, batch_size=training.batch_size, steps=settings.domain_steps, seed=derive_seed(seed, "rows")
     )
     losses = tune_adapter(
         proxy,
@@ -313,6 +301,7 @@ def _tune_domain(
         weight_decay=training.weight_decay,
         gradient_clip=training.gradient_clip,
         precision=training.precision,
+        gradient_checkpointing=training.gradient_checkpointing,
         seed=seed,
         stage=DOMAIN_STAGE,
         on_progress=on_progress,
@@ -345,6 +334,7 @@ def _learn_on_device(
         divergence=settings.divergence,
         jsd_beta=settings.jsd_beta,
         precision=training.precision,
+        gradient_checkpointing=training.gradient_checkpointing,
         seed=seed,
         stage=MUTUAL_STAGE,
         on_progress=on_progress,
@@ -375,6 +365,7 @@ def _learn_on_server(
         divergence=settings.divergence,
         jsd_beta=settings.jsd_beta,
         precision=server.precision,
+        gradient_checkpointing=server.gradient_checkpointing,
         seed=seed,
         stage=SERVER_STAGE,
         on_progress=on_progress,

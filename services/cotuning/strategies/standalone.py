@@ -62,6 +62,7 @@ def device_step(
             weight_decay=training.weight_decay,
             gradient_clip=training.gradient_clip,
             precision=training.precision,
+            gradient_checkpointing=training.gradient_checkpointing,
             seed=derive_seed(seed, "dropout", round_number),
             stage=STAGE,
             on_progress=on_progress,
