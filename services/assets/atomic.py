@@ -3,11 +3,18 @@
 import contextlib
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Write `content` to `path`, durably: after the return a power cut leaves it whole, before it the old file.
+    """Write `content` to `path`, durably; see `write_chunks_atomically`."""
+    write_chunks_atomically(path, [content])
+
+
+def write_chunks_atomically(path: Path, chunks: Iterable[bytes]) -> None:
+    """Write `chunks`, one after the other, to `path`: after the return a power cut leaves it whole, before it the old
+    file.
 
     A temporary file in the same folder, flushed to disk, renamed over `path`; then the folder is flushed. Missing
     parent folders are made.
@@ -19,7 +26,8 @@ def write_atomically(path: Path, content: bytes) -> None:
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as stream:
-            stream.write(content)
+            for chunk in chunks:
+                stream.write(chunk)
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(name, path)

@@ -1,5 +1,6 @@
 """Models and tokenizers as ordinary Hugging Face folders, or by their names on the hub."""
 
+import os
 from pathlib import Path
 
 import torch
@@ -64,6 +65,15 @@ def list_model_files(folder: Path) -> list[Path]:
     """
     _require_folder(folder)
     return sorted(path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+
+
+def folder_identity(path_or_name: str) -> tuple[object, ...]:
+    """What changes when the files of a model folder do: their names, sizes and times. Of a hub name, the name."""
+    folder = Path(path_or_name)
+    if not folder.is_dir():
+        return (path_or_name,)
+    files = sorted((entry.name, entry.stat()) for entry in os.scandir(folder) if entry.is_file())
+    return (path_or_name, *((name, stat.st_size, stat.st_mtime_ns) for name, stat in files))
 
 
 def _require_model(name: str) -> None:

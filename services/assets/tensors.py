@@ -1,7 +1,7 @@
 """Named tensors as safetensors bytes. Never pickle."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -37,22 +37,31 @@ def tensors_to_bytes(tensors: Mapping[str, Tensor], metadata: Mapping[str, str])
     Raises:
         ValueError: a tensor's dtype cannot be written.
     """
+    return b"".join(tensor_file_chunks(tensors, metadata))
+
+
+def tensor_file_chunks(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> Iterator[bytes]:
+    """The same bytes piece by piece, never more than one tensor copied at a time.
+
+    Raises:
+        ValueError: a tensor's dtype cannot be written.
+    """
     entries: dict[str, object] = {}
     if metadata:
         entries["__metadata__"] = dict(sorted(metadata.items()))
-    chunks: list[bytes] = []
     position = 0
-    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0])):
+    ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
+    for name, tensor in ordered:
         if tensor.dtype not in _DTYPE_NAMES:
             raise ValueError(f"tensor {name!r}: expected a plain dtype, got {tensor.dtype}")
-        chunk = _raw_bytes(tensor)
-        offsets = [position, position + len(chunk)]
+        offsets = [position, position + tensor.numel() * tensor.element_size()]
         entries[name] = {"dtype": _DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
-        position += len(chunk)
-        chunks.append(chunk)
+        position = offsets[1]
     header = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
     header += b" " * (-len(header) % 8)
-    return b"".join([len(header).to_bytes(8, "little"), header, *chunks])
+    yield len(header).to_bytes(8, "little") + header
+    for _, tensor in ordered:
+        yield _raw_bytes(tensor)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

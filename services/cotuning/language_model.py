@@ -94,6 +94,34 @@ def hidden_states(lm: LanguageModel, input_ids_BT: Tensor) -> Tensor:
     return hidden_BTD
 
 
+def all_hidden_states(lm: LanguageModel, input_ids_BT: Tensor) -> tuple[Tensor, ...]:
+    """The hidden states [B, T, D] of right-padded rows after the embedding and after each layer.
+
+    The last one is what `hidden_states` gives: normed, as the head reads it.
+    """
+    ones_BT = torch.ones_like(input_ids_BT)
+    output = lm.decoder(
+        input_ids=input_ids_BT, attention_mask=ones_BT, use_cache=False, return_dict=True, output_hidden_states=True
+    )
+    return (*output.hidden_states[:-1], output.last_hidden_state)
+
+
+def decoder_layers(model: torch.nn.Module, total: int) -> str:
+    """Name of the list of `total` decoder layers in a model.
+
+    Raises:
+        ValueError: it has none.
+    """
+    paths = [
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.ModuleList) and len(module) == total
+    ]
+    if not paths:
+        raise ValueError(f"expected a list of {total} decoder layers in {type(model).__name__}, found none")
+    return str(min(paths, key=lambda name: name.count(".")))
+
+
 def output_head(lm: LanguageModel) -> Head:
     """The model's head, cut to the tokenizer's ids, checked against the model's own logits on a few tokens.
 

@@ -17,11 +17,13 @@ from torch import Tensor
 
 from cotuning.adapters import adapter_parameters
 from cotuning.alignment import align
+from cotuning.checkpoints import Checkpoints
 from cotuning.cross_entropy import cross_entropy, response_tokens
 from cotuning.divergences import Divergence
 from cotuning.encoded_rows import EncodedRows
 from cotuning.encoding import EncodedBatch
 from cotuning.folding import FoldPair, class_agreement, fold_pair
+from cotuning.gradient_checkpointing import recomputed_layers
 from cotuning.heads import Head
 from cotuning.language_model import LanguageModel, hidden_states, output_head
 from cotuning.mutual_loss import mutual_loss, payload_loss
@@ -176,9 +178,11 @@ def learn_mutually(
     divergence: Divergence = "forward_kl",
     jsd_beta: float = 0.5,
     precision: Precision = "float32",
+    gradient_checkpointing: bool = False,
     seed: int,
     stage: str,
     on_progress: OnProgress,
+    checkpoints: Checkpoints | None = None,
 ) -> dict[str, float]:
     """Train one adapter of each party, one step a batch, in place.
 
@@ -186,7 +190,9 @@ def learn_mutually(
         a: one party.
         b: the other.
         shared: from `share_rows`, in the same order of parties.
+        gradient_checkpointing: see there; of both models.
         seed: of dropout.
+        checkpoints: see `training.train`.
 
     Returns:
         Mean of the last tenth of the steps, nats: `<party>_ce` a token, `<party>_kl` a span (the divergence times T^2,
@@ -211,8 +217,21 @@ def learn_mutually(
             return _mutual_step(side_a, side_b, shared, shared.batches[step], compare)
 
     learners = {party.name: _learner(party, weight_decay, gradient_clip) for party in (a, b)}
-    with isolated_generators(derive_seed(seed, "dropout"), a.lm.device), training_mode(a.lm), training_mode(b.lm):
-        return train(learners, step_at, steps=len(shared.batches), stage=stage, on_progress=on_progress)
+    with (
+        isolated_generators(derive_seed(seed, "dropout"), a.lm.device),
+        training_mode(a.lm),
+        training_mode(b.lm),
+        recomputed_layers(a.lm, enabled=gradient_checkpointing),
+        recomputed_layers(b.lm, enabled=gradient_checkpointing),
+    ):
+        return train(
+            learners,
+            step_at,
+            steps=len(shared.batches),
+            stage=stage,
+            on_progress=on_progress,
+            checkpoints=checkpoints,
+        )
 
 
 def _learner(party: Party, weight_decay: float, gradient_clip: float) -> Learner:

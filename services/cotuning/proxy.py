@@ -1,72 +1,41 @@
 """The distilled proxy model (DPM): a small model of the LLM's own kind that can travel to devices.
 
-Made from the LLM, then distilled from it on public rows: `(1 - lambda) CE + lambda tau^2 D(p_L || p_P)` over response
-tokens (Co-PLMs, arXiv 2511.11678; all of the proxy's weights learn, as its adapters come later). Which layers are kept
-is our choice: evenly spread, first and last always among them (the ends of a decoder are the ones it cannot spare,
-arXiv 2403.03853).
+Made from the LLM (`proxy_creation`) or given, then distilled on public rows: `(1 - lambda) CE + lambda tau^2 D(p_L ||
+p_P)` over response tokens (Co-PLMs, arXiv 2511.11678; all of the proxy's weights learn, as its adapters come later), if
+wanted with terms on hidden states (`hidden_distillation`) and partly on the proxy's own samples (GKD).
 
-Names: S span starts.
+Names: S span starts, N response tokens.
 """
 
-import copy
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from cotuning.alignment import align
+from cotuning.checkpoints import Checkpoints
 from cotuning.cross_entropy import cross_entropy, response_tokens
 from cotuning.divergences import Divergence
 from cotuning.encoded_rows import EncodedRows
 from cotuning.examples import Example
 from cotuning.folding import FoldPair, fold_pair
+from cotuning.gradient_checkpointing import recomputed_layers
 from cotuning.heads import FoldedHead
 from cotuning.language_model import LanguageModel, hidden_states, output_head
 from cotuning.mutual_loss import mutual_loss
+from cotuning.proxy_creation import create_proxy
+from cotuning.proxy_objective import DistillationObjective, PublicReader, on_policy_steps
 from cotuning.seeding import derive_seed, isolated_generators
-from cotuning.training import Learner, OnProgress, Precision, Step, autocast, draw_batches, row_sizes, train
+from cotuning.training import Learner, OnProgress, Precision, Step, draw_batches, row_sizes, train
+
+__all__ = ["STAGE", "Agreement", "create_proxy", "distil_proxy", "measure_agreement"]
 
 STAGE = "distillation"
 _HELD_OUT_SHARE = 0.1
 _MAX_HELD_OUT = 64
 _MEASURED_AT_ONCE = 16
-
-
-def create_proxy(
-    llm: LanguageModel,
-    *,
-    source: Literal["prune", "config"],
-    layers: int,
-    hidden_size: int | None = None,
-    seed: int,
-) -> LanguageModel:
-    """A new model with the LLM's architecture and tokenizer, float32, on the CPU; the LLM is only read.
-
-    Args:
-        llm: without adapters.
-        source: `prune` keeps every k-th layer of the LLM with its weights, and its embeddings and head; `config` makes
-            a fresh model from the LLM's config.
-        layers: kept or made.
-        hidden_size: `config` only; default half of the LLM's.
-        seed: of fresh weights.
-
-    Raises:
-        ValueError: more layers than the LLM has, a `hidden_size` for `prune`, or an architecture whose layers are not
-            found.
-    """
-    if source == "prune":
-        if hidden_size is not None:
-            raise ValueError(f"expected no hidden_size for source 'prune', got {hidden_size}")
-        return _prune(llm, layers, seed)
-    if source == "config":
-        config = _narrowed(llm.base.config, layers, hidden_size)
-        return llm.with_model(_fresh_model(config, seed))
-    raise ValueError(f"expected source 'prune' or 'config', got {source!r}")
 
 
 @dataclass(frozen=True)
@@ -96,10 +65,17 @@ def distil_proxy(
     distillation_weight: float,
     temperature: float,
     divergence: Divergence = "forward_kl",
+    jsd_beta: float = 0.5,
+    feature_weight: float = 0.0,
+    relation_weight: float = 0.0,
+    on_policy_fraction: float = 0.0,
+    on_policy_tokens: int = 64,
     max_length: int,
     precision: Precision = "float32",
+    gradient_checkpointing: bool = False,
     seed: int,
     on_progress: OnProgress,
+    checkpoints: Checkpoints | None = None,
 ) -> dict[str, float]:
     """Train all of the proxy's weights, in place.
 
@@ -113,36 +89,73 @@ def distil_proxy(
         distillation_weight: lambda in [0, 1].
         temperature: tau.
         divergence: D, teacher to student.
+        jsd_beta: the teacher's weight in the mixture, for `jsd`.
+        feature_weight: of `hidden_distillation.feature_loss`, all layers; its maps are dropped at the end.
+        relation_weight: of `hidden_distillation.relation_loss`, all layers.
+        on_policy_fraction: share of the steps, in [0, 1], on responses that the proxy itself samples to the rows'
+            prompts (GKD, arXiv 2306.13649, algorithm 1). Such a step has no cross-entropy: a sample is no truth.
+        on_policy_tokens: longest sample.
+        gradient_checkpointing: see there; of the proxy.
+        checkpoints: see `training.train`.
 
     Returns:
         `kl_before`, `kl_after`, `top1_before`, `top1_after`, `proxy_ce_before`, `proxy_ce_after`, `llm_ce` on held-out
-        rows (see `Agreement`); `ce` and `divergence`, means of the last tenth of the steps.
+        rows (see `Agreement`); `ce` and `divergence`, and where they are asked for `feature`, `relation` and
+        `on_policy_divergence`, means over the last tenth of the steps.
+
+    Raises:
+        ValueError: no rows, a negative weight, a fraction outside [0, 1], or an on-policy fraction when nothing weighs
+            what the teacher says.
     """
+    _require_terms(distillation_weight, feature_weight, relation_weight, on_policy_fraction)
     held_out, kept = _hold_out(examples, derive_seed(seed, "held_out"))
     fold = fold_pair(proxy.tokenizer, proxy.table, llm.tokenizer, llm.table).to(llm.device)
     before = measure_agreement(llm, proxy, held_out, fold=fold, max_length=max_length)
     losses: dict[str, float] = {}
     if steps:
-        batches = draw_batches(row_sizes(kept), batch_size=batch_size, steps=steps, seed=derive_seed(seed, "order"))
         compare = partial(
             mutual_loss,
             fold=fold,
             temperature=temperature,
             divergence=divergence,
+            jsd_beta=jsd_beta,
             weight_a=1.0 if distillation_weight else None,
             weight_b=None,
         )
-        step_at = _distillation_steps(
+        distillation = DistillationObjective(
+            llm,
+            proxy,
+            compare,
+            divergence_weight=distillation_weight,
+            feature_weight=feature_weight,
+            relation_weight=relation_weight,
+            precision=precision,
+            seed=seed,
+        )
+        reader = PublicReader(
             EncodedRows(llm, kept, max_length=max_length),
             EncodedRows(proxy, kept, max_length=max_length),
-            batches,
-            compare=compare,
-            distillation_weight=distillation_weight,
-            precision=precision,
+            draw_batches(row_sizes(kept), batch_size=batch_size, steps=steps, seed=derive_seed(seed, "order")),
+            on_policy=on_policy_steps(steps, on_policy_fraction, derive_seed(seed, "on_policy")),
+            max_new_tokens=on_policy_tokens,
+            max_length=max_length,
+            seed=seed,
         )
-        losses = _train_whole(proxy, step_at, steps=steps, learning_rate=learning_rate, on_progress=on_progress)
+        with recomputed_layers(proxy, enabled=gradient_checkpointing), isolated_generators(seed, proxy.device):
+            losses = _train_whole(
+                distillation,
+                reader,
+                steps=steps,
+                learning_rate=learning_rate,
+                on_progress=on_progress,
+                checkpoints=checkpoints,
+            )
     after = measure_agreement(llm, proxy, held_out, fold=fold, max_length=max_length) if steps else before
-    return losses | {
+    return losses | _before_and_after(before, after)
+
+
+def _before_and_after(before: Agreement, after: Agreement) -> dict[str, float]:
+    return {
         "kl_before": before.kl,
         "kl_after": after.kl,
         "top1_before": before.top1,
@@ -153,52 +166,45 @@ def distil_proxy(
     }
 
 
-def _distillation_steps(
-    llm_rows: EncodedRows,
-    proxy_rows: EncodedRows,
-    batches: Sequence[Sequence[int]],
-    *,
-    compare: Callable[..., tuple[Tensor, Tensor]],
-    distillation_weight: float,
-    precision: Precision,
-) -> Callable[[int], Step]:
-    """What the loop computes at each step; `compare` gives the divergence from teacher (second) to student (first)."""
-    llm, proxy = llm_rows.lm, proxy_rows.lm
-    llm_head, proxy_head = output_head(llm), output_head(proxy)
-    for rows in (llm_rows, proxy_rows):
-        rows.encode(index for batch in batches for index in batch)
-
-    def step_at(step: int) -> Step:
-        llm_batch, proxy_batch = llm_rows.batch(batches[step]), proxy_rows.batch(batches[step])
-        spans = align(proxy_batch, llm_batch)
-        with autocast(llm, precision):
-            proxy_BTD = hidden_states(proxy, proxy_batch.input_ids_BT)
-            with torch.no_grad():
-                llm_SD = hidden_states(llm, llm_batch.input_ids_BT)[spans.sample_S, spans.row_b_S]
-            distance, _ = compare(proxy_BTD[spans.sample_S, spans.row_a_S], proxy_head, llm_SD, llm_head)
-            tokens = response_tokens(proxy_batch)
-            loss, _ = cross_entropy(proxy_BTD[tokens.sample_N, tokens.position_N], proxy_head, tokens.target_N)
-        objective = (1 - distillation_weight) * loss + distillation_weight * distance
-        return Step({"proxy": objective}, {"ce": loss.detach(), "divergence": distance.detach()})
-
-    return step_at
+def _require_terms(distillation: float, feature: float, relation: float, on_policy: float) -> None:
+    for name, weight in (("feature_weight", feature), ("relation_weight", relation)):
+        if weight < 0:
+            raise ValueError(f"expected {name} of at least 0, got {weight}")
+    if not 0 <= on_policy <= 1:
+        raise ValueError(f"expected on_policy_fraction from 0 to 1, got {on_policy}")
+    if on_policy and not (distillation or feature or relation):
+        raise ValueError(f"expected a weight above 0 for the teacher's part of on-policy steps ({on_policy}), got none")
 
 
 def _train_whole(
-    proxy: LanguageModel,
-    step_at: Callable[[int], Step],
+    distillation: DistillationObjective,
+    reader: PublicReader,
     *,
     steps: int,
     learning_rate: float,
     on_progress: OnProgress,
+    checkpoints: Checkpoints | None,
 ) -> dict[str, float]:
     """Train every weight, without dropout: the teacher's distributions are regularisation enough. The learning rate
     falls to nothing, because this is done once."""
+    proxy = distillation.proxy
+
+    def step_at(step: int) -> Step:
+        return distillation.step(*reader.batches(step), on_policy=step in reader.on_policy)
+
     proxy.model.eval()
     proxy.model.requires_grad_(True)
     try:
-        learner = Learner([*proxy.model.parameters()], learning_rate)
-        return train({"proxy": learner}, step_at, steps=steps, stage=STAGE, on_progress=on_progress, decay=True)
+        learner = Learner([*proxy.model.parameters(), *distillation.projections], learning_rate)
+        return train(
+            {"proxy": learner},
+            step_at,
+            steps=steps,
+            stage=STAGE,
+            on_progress=on_progress,
+            decay=True,
+            checkpoints=checkpoints,
+        )
     finally:
         proxy.model.requires_grad_(False)
 
@@ -247,75 +253,3 @@ def _hold_out(examples: Sequence[Example], seed: int) -> tuple[list[Example], li
     held_out = [examples[index] for index in sorted(order[:count])]
     kept = [examples[index] for index in sorted(order[count:])]
     return held_out, kept or held_out
-
-
-def _fresh_model(config: Any, seed: int) -> Any:
-    with isolated_generators(seed):
-        return AutoModelForCausalLM.from_config(config).float().eval()
-
-
-def _prune(llm: LanguageModel, layers: int, seed: int) -> LanguageModel:
-    config = llm.base.config
-    total = config.num_hidden_layers
-    if not 1 <= layers <= total:
-        raise ValueError(f"expected 1 to {total} layers, the LLM has no more; got {layers}")
-    path = _layers_path(llm.base, total)
-    kept = [round(place * (total - 1) / max(layers - 1, 1)) for place in range(layers)]
-    model = _fresh_model(_with_layers(config, kept), seed)
-    state: dict[str, Tensor] = {}
-    for name, tensor in llm.base.state_dict().items():
-        if not name.startswith(f"{path}."):
-            state[name] = tensor
-            continue
-        index, _, rest = name.removeprefix(f"{path}.").partition(".")
-        if int(index) in kept:
-            state[f"{path}.{kept.index(int(index))}.{rest}"] = tensor
-    model.load_state_dict(state)
-    return llm.with_model(model)
-
-
-def _layers_path(model: torch.nn.Module, total: int) -> str:
-    """Name of the list of decoder layers."""
-    paths = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.ModuleList) and len(module) == total
-    ]
-    if not paths:
-        raise ValueError(f"expected a list of {total} decoder layers in {type(model).__name__}, found none")
-    return str(min(paths, key=lambda name: name.count(".")))
-
-
-def _with_layers(config: Any, kept: Sequence[int]) -> Any:
-    """The config of a model with only these layers; lists with one entry a layer (`layer_types`) are cut alike."""
-    total = config.num_hidden_layers
-    changed = copy.deepcopy(config)
-    for name, value in vars(config).items():
-        if isinstance(value, list) and len(value) == total:
-            setattr(changed, name, [value[index] for index in kept])
-    changed.num_hidden_layers = len(kept)
-    return changed
-
-
-def _narrowed(config: Any, layers: int, hidden_size: int | None) -> Any:
-    """The config of a smaller sibling: heads keep their size where they can, feed-forward layers their ratio."""
-    total, width, heads = config.num_hidden_layers, config.hidden_size, config.num_attention_heads
-    narrow = hidden_size or width // 2
-    changed = _with_layers(config, [min(total - 1, place * total // layers) for place in range(layers)])
-    changed.hidden_size = narrow
-    head_size = getattr(config, "head_dim", None) or width // heads
-    new_heads = max(1, round(heads * narrow / width))
-    if head_size * heads == width:  # else (Qwen 3) heads have a size of their own, and keep it
-        while narrow % new_heads:
-            new_heads -= 1
-        if getattr(config, "head_dim", None):
-            changed.head_dim = narrow // new_heads
-    changed.num_attention_heads = new_heads
-    groups = getattr(config, "num_key_value_heads", None)
-    if groups:
-        changed.num_key_value_heads = math.gcd(new_heads, max(1, groups * new_heads // heads))
-    for name in ("intermediate_size", "ffn_dim", "n_inner", "word_embed_proj_dim"):
-        size = getattr(config, name, None)
-        if isinstance(size, int):
-            setattr(changed, name, max(1, size * narrow // width))
-    return changed

@@ -1,7 +1,8 @@
 """The one training loop, the order in which rows are drawn, and tuning by cross-entropy.
 
 Everything random here is a pure function of a seed: the same inputs give the same bits on the same machine. The loop
-knows nothing of models: it is given, for every step, an objective for each learner.
+knows nothing of models: it is given, for every step, an objective for each learner. Given `Checkpoints`, it goes on
+from the last one, with the bits of a training that was never interrupted.
 """
 
 import math
@@ -14,9 +15,11 @@ import torch
 from torch import Tensor
 
 from cotuning.adapters import adapter_parameters
+from cotuning.checkpoints import Checkpoints, TrainingState, capture, fingerprint, restore
 from cotuning.cross_entropy import cross_entropy, response_tokens
 from cotuning.encoded_rows import EncodedRows
 from cotuning.examples import Example
+from cotuning.gradient_checkpointing import recomputed_layers
 from cotuning.language_model import LanguageModel, hidden_states, output_head
 from cotuning.seeding import derive_seed, isolated_generators
 
@@ -83,6 +86,7 @@ def train(
     stage: str,
     on_progress: OnProgress,
     decay: bool = False,
+    checkpoints: Checkpoints | None = None,
 ) -> dict[str, float]:
     """Take `steps` AdamW steps for every learner; linear warm-up over the first tenth, then a constant rate.
 
@@ -91,6 +95,9 @@ def train(
     Args:
         decay: fall from the full rate towards none in a straight line, for training that is not continued. Without it
             the last steps of a model whose weights all learn undo much of what it had.
+        checkpoints: where the state is kept; a stage that has a state there goes on from it. Everything else must be
+            as it was in the interrupted training: frozen weights, rows, and `step_at` a function of the step alone.
+            torch's global generators are then set too, so call this inside `seeding.isolated_generators`.
 
     Returns:
         Mean of each reported number over the last tenth of the steps (at least one).
@@ -105,28 +112,78 @@ def train(
         )
         for name, learner in learners.items()
     }
-    warm_up = max(1, round(steps * WARM_UP_SHARE))
     report = _Report(first_step=steps - max(1, round(steps * _REPORTED_SHARE)))
-    for step in range(steps):
+    keeper = None
+    if checkpoints:
+        keeper = _Keeper(checkpoints, learners, optimizers, stage=stage, steps=steps, decay=decay)
+    for step in range(keeper.resume(report) if keeper else 0, steps):
         result = step_at(step)
         losses = {name: float(value) for name, value in result.report.items()}
         for name, learner in learners.items():
-            optimizer = optimizers[name]
-            for group in optimizer.param_groups:
-                group["lr"] = learner.learning_rate * min(1.0, (step + 1) / warm_up) * (1.0 - decay * step / steps)
-            optimizer.zero_grad(set_to_none=True)
-            result.objectives[name].backward()  # type: ignore[no-untyped-call]
-            norm = float(torch.nn.utils.clip_grad_norm_(learner.parameters, learner.gradient_clip))
-            objective = float(result.objectives[name].detach())
-            if not (math.isfinite(norm) and math.isfinite(objective)):
-                raise TrainingDiverged(
-                    f"{stage}, step {step + 1} of {steps}: expected a finite loss and gradient for {name}, "
-                    f"got loss {objective} and gradient norm {norm}"
-                )
-            optimizer.step()
+            rate = learner.learning_rate * _rate(step, steps, decay)
+            try:
+                _move(learner, optimizers[name], result.objectives[name], rate)
+            except TrainingDiverged as error:
+                expected = f"expected a finite loss and gradient for {name}"
+                raise TrainingDiverged(f"{stage}, step {step + 1} of {steps}: {expected}, {error}") from None
         report.add(step, losses)
+        if keeper:
+            keeper.keep(step + 1, report)
         on_progress(stage, step + 1, steps, losses)
     return report.means()
+
+
+def _rate(step: int, steps: int, decay: bool) -> float:
+    """Share of the full learning rate at a step, from 0."""
+    warm_up = max(1, round(steps * WARM_UP_SHARE))
+    return min(1.0, (step + 1) / warm_up) * (1.0 - decay * step / steps)
+
+
+def _move(learner: Learner, optimizer: torch.optim.Optimizer, objective: Tensor, rate: float) -> None:
+    """One AdamW step; `TrainingDiverged` before anything moved if the loss or a gradient is not finite."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+    optimizer.zero_grad(set_to_none=True)
+    objective.backward()  # type: ignore[no-untyped-call]
+    norm = float(torch.nn.utils.clip_grad_norm_(learner.parameters, learner.gradient_clip))
+    loss = float(objective.detach())
+    if not (math.isfinite(norm) and math.isfinite(loss)):
+        raise TrainingDiverged(f"got loss {loss} and gradient norm {norm}")
+    optimizer.step()
+
+
+class _Keeper:
+    """Reads and writes one stage's checkpoints; made before the first step, whose parameters are in the fingerprint."""
+
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        learners: Mapping[str, Learner],
+        optimizers: Mapping[str, torch.optim.Optimizer],
+        *,
+        stage: str,
+        steps: int,
+        decay: bool,
+    ) -> None:
+        rates = {name: [each.learning_rate, each.gradient_clip] for name, each in learners.items()}
+        settings = {"stage": stage, "steps": steps, "decay": decay, "learners": rates}
+        self._checkpoints, self._stage, self._steps, self._optimizers = checkpoints, stage, steps, optimizers
+        self._fingerprint = fingerprint(settings, optimizers)
+
+    def resume(self, report: _Report) -> int:
+        """Put back the kept state, if there is one; return the step to go on from."""
+        state = self._checkpoints.read(self._stage, self._fingerprint)
+        if state is None:
+            return 0
+        restore(self._optimizers, state.tensors)
+        report.values = {name: list(values) for name, values in state.reported.items()}
+        return state.step
+
+    def keep(self, step: int, report: _Report) -> None:
+        """Keep the state if it is due."""
+        if self._checkpoints.due(step, self._steps):
+            state = TrainingState(step, capture(self._optimizers), report.values)
+            self._checkpoints.write(self._stage, self._fingerprint, state)
 
 
 def draw_batches(sizes: Sequence[int], *, batch_size: int, steps: int, seed: int) -> list[list[int]]:
@@ -216,9 +273,11 @@ def tune_adapter(
     weight_decay: float = 0.0,
     gradient_clip: float = 1.0,
     precision: Precision = "float32",
+    gradient_checkpointing: bool = False,
     seed: int,
     stage: str,
     on_progress: OnProgress,
+    checkpoints: Checkpoints | None = None,
 ) -> dict[str, float]:
     """Train one adapter by cross-entropy on responses; everything else is frozen. Changes it in place.
 
@@ -227,7 +286,9 @@ def tune_adapter(
         name: of the adapter.
         rows: to learn, as `lm` reads them.
         batches: indices of the rows of each step, for example from `draw_batches`.
+        gradient_checkpointing: see there.
         seed: of dropout.
+        checkpoints: see `train`.
 
     Returns:
         `{"cross_entropy": mean of the last tenth of the steps}`, nats a token; empty for no steps.
@@ -246,6 +307,17 @@ def tune_adapter(
             loss, _ = cross_entropy(hidden_BTD[tokens.sample_N, tokens.position_N], head, tokens.target_N)
         return Step({name: loss}, {"cross_entropy": loss.detach()})
 
-    with isolated_generators(derive_seed(seed, "dropout"), lm.device), training_mode(lm):
+    with (
+        isolated_generators(derive_seed(seed, "dropout"), lm.device),
+        training_mode(lm),
+        recomputed_layers(lm, enabled=gradient_checkpointing),
+    ):
         learner = Learner(parameters, learning_rate, weight_decay, gradient_clip)
-        return train({name: learner}, step_at, steps=len(batches), stage=stage, on_progress=on_progress)
+        return train(
+            {name: learner},
+            step_at,
+            steps=len(batches),
+            stage=stage,
+            on_progress=on_progress,
+            checkpoints=checkpoints,
+        )

@@ -175,6 +175,7 @@ def _running(home: Path, log_file: Path | None) -> Iterator[tuple[Agent, DeviceP
 def build_agent(current: Settings, client: CloudClient, stop: threading.Event) -> Agent:
     """Put the agent together. torch is not imported before the first assignment."""
     trainers: list[Trainer] = []
+    states = LocalStates(current.home / "runs")
 
     def new_backoff() -> Backoff:
         return Backoff(random.random)
@@ -183,7 +184,7 @@ def build_agent(current: Settings, client: CloudClient, stop: threading.Event) -
         if not trainers:
             from edge_agent.training import LocalTrainer
 
-            trainers.append(LocalTrainer(current.config))
+            trainers.append(LocalTrainer(current.config, states))
         return trainers[0]
 
     retrier = Retrier(stop.wait, new_backoff)
@@ -194,7 +195,7 @@ def build_agent(current: Settings, client: CloudClient, stop: threading.Event) -
         stop=stop,
         cache=ArtifactCache(current.home / "cache", retrier.call),
         outbox=Outbox(current.home / "outbox"),
-        states=LocalStates(current.home / "runs"),
+        states=states,
         trainer=trainer,
     )
 

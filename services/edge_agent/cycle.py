@@ -168,6 +168,7 @@ def train(agent: Agent, assignment: Assignment) -> OutboxEntry:
         return Submission(base_sha256=base, num_examples=update.num_examples, parts=parts, metrics=metrics)
 
     entry = agent.outbox.put(assignment, update.parts, update.write_state, submission)
+    agent.states.end_training(assignment.run_id)
     log.info("training_done", num_examples=update.num_examples, seconds=metrics.seconds_by_stage)
     return entry
 

@@ -3,11 +3,13 @@
     runs/<run id>/rounds/<round>/slm_adapter/        peft's own format: `PeftModel.from_pretrained(slm, <this folder>)`
     runs/<run id>/rounds/<round>/domain_adapter.safetensors
     runs/<run id>/rounds/<round>/state.json          what it was trained from
+    runs/<run id>/training/<assignment id>/          checkpoints of the training under way; see `assets.checkpoints`
 
 A round's state becomes current only when the server has its update, so a repeated round always starts from the same
 place: the newest state of an earlier round.
 """
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -88,6 +90,21 @@ class LocalStates:
         for state in outdated:
             durable.remove(state.folder)
         return [state.record for state in outdated]
+
+    def begin_training(self, run_id: str, assignment_id: str) -> Path:
+        """Return the folder for this training's checkpoints; whatever other trainings left behind is removed."""
+        folder = self._training(run_id) / durable.folder_name(assignment_id)
+        for other in self._folder.glob("*/training/*"):
+            if other != folder:
+                shutil.rmtree(other)
+        return folder
+
+    def end_training(self, run_id: str) -> None:
+        """Forget the checkpoints: the update that they led to is stored."""
+        shutil.rmtree(self._training(run_id), ignore_errors=True)
+
+    def _training(self, run_id: str) -> Path:
+        return self._folder / durable.folder_name(run_id) / "training"
 
     def _newest_first(self, run_id: str) -> Iterator[LocalState]:
         for folder in sorted(durable.finished(self._rounds(run_id)), reverse=True):

@@ -2,30 +2,35 @@
 
 What owns models and files is here; the mathematics is not. Models stay loaded between rounds: a strategy gives them
 back as they came. Everything random follows from the assignment's seed, so training the same assignment again from the
-same local state gives the same bytes.
+same local state gives the same bytes; and so does going on from a checkpoint of it.
 """
 
+import hashlib
+import json
 import re
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
+import structlog
 import torch
 from peft import LoraConfig
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 from assets.adapters import read_adapter, save_adapter
+from assets.checkpoints import FolderCheckpoints
 from assets.data import read_examples
 from assets.errors import AssetError, ModelFolderError
-from assets.models import load_language_model
+from assets.models import folder_identity, load_language_model
 from assets.tensors import read_tensors, tensors_to_bytes
 from cotuning.adapters import AdapterMismatch, adapted, lora_config
 from cotuning.evaluation import evaluate
+from cotuning.examples import Example, rows_digest
 from cotuning.language_model import LanguageModel, UnknownHead
 from cotuning.mutual_learning import CoverageTooLow
 from cotuning.strategies import co_plms, standalone
@@ -33,7 +38,7 @@ from cotuning.strategies.results import DeviceResult
 from cotuning.training import OnProgress, TrainingDiverged
 from edge_agent.cycle import RoundFiles, TrainedUpdate
 from edge_agent.errors import CannotTrain
-from edge_agent.local_state import DOMAIN_ADAPTER, SLM_ADAPTER, LocalState, StateRecord, write_record
+from edge_agent.local_state import DOMAIN_ADAPTER, SLM_ADAPTER, LocalState, LocalStates, StateRecord, write_record
 from edge_agent.settings import Config
 from protocol.assignments import Assignment
 from protocol.errors import ErrorCode
@@ -41,6 +46,8 @@ from protocol.headers import ADAPTER_FORMAT, METADATA_BASE, METADATA_FORMAT, MET
 from protocol.runs import AlignmentMetrics, DeviceMetrics, Scores
 from protocol.statuses import PartKind
 from protocol.strategies import CoPlmsSettings
+
+log = structlog.get_logger(__name__)
 
 
 class Stopwatch:
@@ -65,12 +72,18 @@ class Stopwatch:
 
 
 class LocalTrainer:
-    """Implements `edge_agent.cycle.Trainer`."""
+    """Implements `edge_agent.cycle.Trainer`.
 
-    def __init__(self, config: Config) -> None:
+    Args:
+        config: of the agent.
+        states: where checkpoints go; without it a killed training starts anew.
+    """
+
+    def __init__(self, config: Config, states: LocalStates | None = None) -> None:
         torch.set_num_threads(config.training.torch_threads)
         disable_progress_bar()  # a log is no terminal
         self._config = config
+        self._states = states
         self._slm: LanguageModel | None = None
         self._proxy: tuple[Path, LanguageModel] | None = None
 
@@ -140,6 +153,7 @@ class LocalTrainer:
     ) -> DeviceResult:
         private = read_examples(self._config.data.train)
         slm_adapter = read_adapter(start.slm_adapter)[0] if start else None
+        checkpoints = self._checkpoints(assignment, start, private)
         strategy = assignment.strategy
         if not isinstance(strategy, CoPlmsSettings):
             return standalone.device_step(
@@ -150,6 +164,7 @@ class LocalTrainer:
                 round_number=assignment.round_number,
                 seed=assignment.seed,
                 on_progress=on_progress,
+                checkpoints=checkpoints,
             )
         if files.proxy_folder is None or files.adapter is None or files.probe_set is None:
             raise CannotTrain("incomplete_assignment", "expected a proxy, an adapter and a probe set")
@@ -166,6 +181,29 @@ class LocalTrainer:
             round_number=assignment.round_number,
             seed=assignment.seed,
             on_progress=on_progress,
+            checkpoints=checkpoints,
+        )
+
+    def _checkpoints(
+        self, assignment: Assignment, start: LocalState | None, private: Sequence[Example]
+    ) -> FolderCheckpoints | None:
+        """Where this training's states are kept, under the name of everything that determines it."""
+        every = self._config.training.checkpoint_steps
+        if self._states is None or not every:
+            return None
+        about = assignment.model_dump(
+            mode="json",
+            include={"assignment_id", "run_id", "round_number", "strategy", "seed", "proxy_manifest", "adapter"},
+        )
+        start_record = start.record.model_dump(mode="json") if start else None
+        probe = assignment.probe_set.sha256 if assignment.probe_set else None
+        model = folder_identity(self._config.model.path)
+        configuration = json.dumps([about, start_record, probe, model, rows_digest(private)], sort_keys=True)
+        return FolderCheckpoints(
+            self._states.begin_training(assignment.run_id, assignment.assignment_id),
+            configuration=hashlib.sha256(configuration.encode()).hexdigest(),
+            every=every,
+            on_ignored=lambda reason: log.warning("checkpoint_ignored", reason=reason),
         )
 
     def _scores(

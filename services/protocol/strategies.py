@@ -39,6 +39,9 @@ class LocalTraining(SettingsModel):
     precision: Literal["float32", "bfloat16"] = Field(
         default="float32", description="Autocast dtype of the forward pass."
     )
+    gradient_checkpointing: bool = Field(
+        default=False, description="Keep less for the backward pass and compute it again: less memory, more time."
+    )
 
 
 class StandaloneSettings(SettingsModel):
@@ -59,6 +62,7 @@ class ServerTraining(SettingsModel):
     max_length: int = Field(default=256, ge=16, le=131_072)
     gradient_clip: float = Field(default=1.0, gt=0)
     precision: Literal["float32", "bfloat16"] = "float32"
+    gradient_checkpointing: bool = Field(default=False, description="As in `training`; of the LLM and the proxy.")
     device_teacher: Literal["least_ce", "ce_weighted", "off"] = Field(
         default="least_ce",
         description="How the devices' probe-set logits become a teacher (FedMKT's choice: least_ce).",

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from assets.errors import ModelFolderError
-from assets.models import load_language_model
+from assets.models import folder_identity, load_language_model
 from cotuning.language_model import LanguageModel
 from persistence.blobs import FolderBlobStore
 from protocol.assignments import ModelManifest
@@ -43,7 +43,7 @@ class ModelCache:
         Raises:
             DomainError: MODEL_FOLDER_MISSING, there is no causal language model.
         """
-        identity = _folder_identity(source)
+        identity = folder_identity(source)
         if self._llm is None or self._llm[0] != identity:
             self._llm = self._proxy = None  # free the memory before it is needed again
             self._llm = (identity, load_model(source))
@@ -80,14 +80,6 @@ def load_model(source: str) -> LanguageModel:
         return load_language_model(source)
     except ModelFolderError as error:
         raise DomainError(ErrorCode.MODEL_FOLDER_MISSING, str(error), received=source) from error
-
-
-def _folder_identity(source: str) -> _Identity:
-    folder = Path(source)
-    if not folder.is_dir():
-        return (source,)
-    files = sorted((entry.name, entry.stat()) for entry in os.scandir(folder) if entry.is_file())
-    return (source, *((name, stat.st_size, stat.st_mtime_ns) for name, stat in files))
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

@@ -4,19 +4,24 @@ What later stages and the devices need goes to the blob store; of the user's fil
 afterwards.
 """
 
+import hashlib
+import json
+import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import structlog
 from sqlalchemy.orm import Session
 
+from assets.checkpoints import FolderCheckpoints
 from assets.data import read_examples
 from assets.errors import DataFileError
-from assets.models import list_model_files, save_language_model
+from assets.models import folder_identity, list_model_files, save_language_model
 from cotuning.adapters import fresh_adapter
-from cotuning.examples import Example
+from cotuning.examples import Example, rows_digest
 from cotuning.language_model import LanguageModel
 from cotuning.proxy import create_proxy, distil_proxy
 from cotuning.seeding import derive_seed
@@ -37,6 +42,11 @@ from worker.scoring import as_json, score
 from worker.stage import Finish, Stopwatch, Work, peak_memory_bytes, utc_now
 
 T = TypeVar("T")
+
+_IMPORTANCE_ROWS = 256
+"""Public rows on which the importance of heads and neurons is measured."""
+
+log = structlog.get_logger("worker.preparation")
 
 
 @dataclass(frozen=True)
@@ -71,7 +81,7 @@ def _prepare(work: Work, config: RunCreate, settings: CoPlmsSettings) -> Finish:
         llm = work.cache.llm(config.llm)
     work.lease.check()
     with watch.measure("distillation"):
-        fresh_proxy = _make_proxy(llm, config)
+        fresh_proxy = _make_proxy(llm, rows.training, config)
         distilled = _distil(work, llm, fresh_proxy, rows.training, config)
         manifest, proxy_files = store_model(work.blobs, fresh_proxy)
         # From now on the one that everybody loads, also here.
@@ -112,6 +122,8 @@ def _finish(work: Work, files: _Files, metrics: dict[str, Any]) -> Finish:
     )
 
     def finish(session: Session) -> None:
+        if work.checkpoints:
+            shutil.rmtree(work.checkpoints / work.job.run_id, ignore_errors=True)
         now, run_id = utc_now(), work.job.run_id
         for blob in (files.manifest, *files.proxy):
             artifacts.register(session, blob.sha256, blob.size, "proxy_base", run_id, now)
@@ -175,7 +187,7 @@ def _store_rows(blobs: FolderBlobStore, public: PublicRows, test: list[Example])
     )
 
 
-def _make_proxy(llm: LanguageModel, config: RunCreate) -> LanguageModel:
+def _make_proxy(llm: LanguageModel, training: list[Example], config: RunCreate) -> LanguageModel:
     proxy = config.proxy
     if proxy.source == "pretrained":
         assert proxy.path is not None
@@ -184,7 +196,17 @@ def _make_proxy(llm: LanguageModel, config: RunCreate) -> LanguageModel:
     hidden_size = proxy.hidden_size if source == "config" else None
     return _asked_for(
         "proxy",
-        lambda: create_proxy(llm, source=source, layers=proxy.layers, hidden_size=hidden_size, seed=seed),
+        lambda: create_proxy(
+            llm,
+            source=source,
+            layers=proxy.layers,
+            hidden_size=hidden_size,
+            head_share=proxy.head_share,
+            neuron_share=proxy.neuron_share,
+            examples=training[:_IMPORTANCE_ROWS],
+            max_length=proxy.max_length,
+            seed=seed,
+        ),
     )
 
 
@@ -203,13 +225,36 @@ def _distil(
             distillation_weight=settings.distillation_weight,
             temperature=settings.temperature,
             divergence=settings.divergence,
+            jsd_beta=settings.jsd_beta,
+            feature_weight=settings.feature_weight,
+            relation_weight=settings.relation_weight,
+            on_policy_fraction=settings.on_policy_fraction,
+            on_policy_tokens=settings.on_policy_tokens,
             max_length=settings.max_length,
             precision=settings.precision,
+            gradient_checkpointing=settings.gradient_checkpointing,
             seed=derive_seed(config.seed, "distillation"),
             on_progress=work.lease.on_progress,
+            checkpoints=_checkpoints(work, training, config),
         )
     except TrainingDiverged as error:
         raise DomainError(ErrorCode.JOB_FAILED, str(error)) from error
+
+
+def _checkpoints(work: Work, training: list[Example], config: RunCreate) -> FolderCheckpoints | None:
+    """Where the distillation's states are kept until the run is prepared: a worker that is killed goes on from them."""
+    if work.checkpoints is None or not config.proxy.checkpoint_steps:
+        return None
+    assert config.llm is not None
+    path = config.proxy.path
+    models = [folder_identity(config.llm), folder_identity(path) if path else None]
+    about = [config.proxy.model_dump(mode="json"), config.seed, models, rows_digest(training)]
+    return FolderCheckpoints(
+        work.checkpoints / work.job.run_id,
+        configuration=hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest(),
+        every=config.proxy.checkpoint_steps,
+        on_ignored=lambda reason: log.warning("checkpoint_ignored", reason=reason),
+    )
 
 
 def _fresh_adapter(

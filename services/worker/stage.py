@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sqlalchemy.orm import Session
@@ -30,7 +31,10 @@ def utc_now() -> datetime:
 
 @dataclass(frozen=True)
 class Work:
-    """One claimed job and the means to do it."""
+    """One claimed job and the means to do it.
+
+    `checkpoints` is a folder of this machine for the states of trainings under way; None keeps none.
+    """
 
     job: JobRecord
     owner: str
@@ -38,6 +42,7 @@ class Work:
     blobs: FolderBlobStore
     cache: "ModelCache"
     lease: Lease
+    checkpoints: Path | None = None
 
 
 Stage = Callable[[Work], Finish]

@@ -103,6 +103,7 @@ class JobRunner:
             blobs=self.blobs,
             cache=self._cache,
             lease=lease,
+            checkpoints=self.settings.home / "checkpoints",
         )
 
     def _renew(self, job: JobRecord) -> bool:

@@ -8,6 +8,7 @@ from cotuning.adapters import activate, adapted, lora_config
 from cotuning.encoded_rows import EncodedRows
 from cotuning.evaluation import Scores, bits_per_byte, evaluate, generate
 from cotuning.examples import Example, render_prompt
+from cotuning.generation import sample
 from cotuning.language_model import LanguageModel
 from cotuning.training import draw_batches, row_sizes, tune_adapter
 from tests.tiny_models import NAMES, tiny_examples, tiny_language_model
@@ -154,3 +155,34 @@ def test_over_long_rows_lose_their_head_and_an_answer_is_given() -> None:
 def test_no_rows_are_refused() -> None:
     with pytest.raises(ValueError, match="expected at least one row"):
         evaluate(tiny_language_model("gpt2"), [], max_new_tokens=3)
+
+
+def test_sampled_answers_follow_from_the_seed_and_leave_the_global_generator_alone() -> None:
+    lm, rows = tiny_language_model("llama"), tiny_examples(6)
+    generator = torch.get_rng_state()
+    first = sample(lm, rows, max_new_tokens=8, seed=1)
+    assert torch.equal(torch.get_rng_state(), generator)
+    assert first == sample(lm, rows, max_new_tokens=8, seed=1)
+    assert first != sample(lm, rows, max_new_tokens=8, seed=2)
+    cold = sample(lm, rows, max_new_tokens=8, temperature=1e-6, seed=1)
+    assert cold == generate(lm, rows, max_new_tokens=8)
+    with pytest.raises(ValueError, match="expected a temperature above 0, got 0"):
+        sample(lm, rows, max_new_tokens=8, temperature=0, seed=1)
+
+
+def test_samples_have_the_models_own_frequencies() -> None:
+    lm = tiny_language_model("llama")
+    for tensor in lm.model.parameters():
+        if tensor.dim() > 1:
+            tensor.mul_(12)
+    row = tiny_examples(1)[0]
+    prompt = render_prompt(lm.tokenizer, row)
+    ids = torch.tensor([lm.tokenizer(prompt)["input_ids"]])
+    with torch.no_grad():
+        probs_V = (lm.model(input_ids=ids).logits[0, -1] / 0.3).softmax(-1)
+    best = int(probs_V.argmax())
+    answers = sample(lm, [row] * 600, max_new_tokens=1, temperature=0.3, seed=5)
+    share = sum(answer == lm.tokenizer.decode([best]) for answer in answers) / 600
+    expected = float(probs_V[best])
+    assert 0.05 < expected < 0.95
+    assert abs(share - expected) < 4 * (expected * (1 - expected) / 600) ** 0.5

@@ -1,8 +1,11 @@
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from assets.checkpoints import FolderCheckpoints
 from cotuning.encoding import encode_batch
 from cotuning.examples import render_prompt
 from cotuning.folding import fold_pair
@@ -209,3 +212,134 @@ def test_one_row_is_enough() -> None:
         on_progress=silent,
     )
     assert metrics["kl_before"] > 0
+
+
+@pytest.mark.parametrize("change", [{"feature_weight": 1.0}, {"relation_weight": 5.0}, {"on_policy_fraction": 1.0}])
+@pytest.mark.parametrize("student", ["llama", "opt"])
+def test_every_mode_brings_the_proxy_closer_and_reports_its_term(student: str, change: dict[str, float]) -> None:
+    """The OPT student has another tokenizer and a narrower last hidden state."""
+    llm = opinionated()
+    pruned = create_proxy(llm, source="prune", layers=2, seed=1)
+    proxy = pruned if student == "llama" else tiny_language_model("opt")
+    metrics = distil(llm, proxy, on_policy_tokens=12, **change)
+    assert metrics["kl_after"] < metrics["kl_before"]
+    assert {"top1_before", "top1_after"} <= metrics.keys()
+    names = {"feature_weight": "feature", "relation_weight": "relation", "on_policy_fraction": "on_policy_divergence"}
+    term = names[next(iter(change))]
+    assert metrics[term] > 0
+    assert metrics.keys() & set(names.values()) == {term}
+    assert not any(tensor.requires_grad for tensor in proxy.model.parameters())
+
+
+def test_terms_on_hidden_states_fall_when_they_are_trained() -> None:
+    llm = opinionated()
+    results: dict[float, dict[str, float]] = {}
+    for weight in (1e-9, 3.0):
+        proxy = create_proxy(llm, source="config", layers=2, seed=1)
+        results[weight] = distil(llm, proxy, feature_weight=weight, relation_weight=weight)
+    assert results[3.0]["feature"] < 0.9 * results[1e-9]["feature"]
+    assert results[3.0]["relation"] < 0.9 * results[1e-9]["relation"]
+
+
+def test_the_maps_are_no_part_of_the_proxy() -> None:
+    llm = opinionated()
+    proxies = [create_proxy(llm, source="config", layers=1, seed=1) for _ in range(2)]
+    distil(llm, proxies[0], steps=2)
+    distil(llm, proxies[1], steps=2, feature_weight=1.0)
+    assert proxies[0].model.state_dict().keys() == proxies[1].model.state_dict().keys()
+    assert proxies[0].num_parameters == proxies[1].num_parameters
+
+
+def test_on_policy_steps_read_the_proxys_own_words_and_have_no_cross_entropy() -> None:
+    llm = opinionated()
+    reported: list[set[str]] = []
+
+    def note(stage: str, step: int, steps: int, losses: dict[str, float]) -> None:
+        reported.append(set(losses))
+
+    proxy = create_proxy(llm, source="prune", layers=1, seed=1)
+    distil(llm, proxy, on_policy_fraction=0.5, on_policy_tokens=8, on_progress=note)
+    own = reported.count({"on_policy_divergence"})
+    assert own + reported.count({"ce", "divergence"}) == 40
+    assert 10 < own < 30
+
+
+def test_on_policy_needs_nothing_of_the_rows_answers() -> None:
+    llm = opinionated()
+    results = []
+    for answer in ("one thing", "quite another"):
+        proxy = create_proxy(llm, source="prune", layers=1, seed=1)
+        # Of one length, so that the order of the rows is the same.
+        rows = [replace(row, output=answer.ljust(20, ".")) for row in tiny_examples(8)]
+        distil_proxy(
+            llm,
+            proxy,
+            rows,
+            steps=3,
+            batch_size=4,
+            learning_rate=1e-2,
+            distillation_weight=0.7,
+            temperature=1.0,
+            on_policy_fraction=1.0,
+            on_policy_tokens=8,
+            max_length=64,
+            seed=0,
+            on_progress=silent,
+        )
+        results.append(torch.cat([tensor.flatten() for tensor in proxy.model.parameters()]))
+    assert torch.equal(results[0], results[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"feature_weight": -1.0}, "expected feature_weight of at least 0, got -1.0"),
+        ({"relation_weight": -0.5}, "expected relation_weight of at least 0, got -0.5"),
+        ({"on_policy_fraction": 1.5}, "expected on_policy_fraction from 0 to 1, got 1.5"),
+        ({"on_policy_fraction": 0.5, "distillation_weight": 0.0}, "expected a weight above 0 for the teacher's part"),
+    ],
+)
+def test_impossible_modes_are_refused(change: dict[str, float], message: str) -> None:
+    llm = opinionated()
+    with pytest.raises(ValueError, match=message):
+        distil(llm, create_proxy(llm, source="prune", layers=1, seed=1), **change)
+
+
+def test_a_killed_distillation_goes_on_to_the_same_bits_in_every_mode(tmp_path: Path) -> None:
+    """With samples of the proxy and learned maps: both follow from the checkpoint."""
+    llm = opinionated()
+    options: dict[str, Any] = {
+        "steps": 9,
+        "on_policy_fraction": 0.5,
+        "on_policy_tokens": 8,
+        "feature_weight": 1.0,
+        "relation_weight": 1.0,
+    }
+
+    class Killed(Exception):
+        pass
+
+    def kill(stage: str, step: int, steps: int, losses: dict[str, float]) -> None:
+        if step == 5:
+            raise Killed
+
+    def fresh() -> LanguageModel:
+        return create_proxy(llm, source="prune", layers=1, seed=1)
+
+    checkpoints = FolderCheckpoints(tmp_path, configuration="one", every=2, on_ignored=pytest.fail)
+    whole, resumed = fresh(), fresh()
+    whole_metrics = distil(llm, whole, **options)
+    with pytest.raises(Killed):
+        distil(llm, fresh(), checkpoints=checkpoints, on_progress=kill, **options)
+    assert distil(llm, resumed, checkpoints=checkpoints, **options) == whole_metrics
+    pairs = zip(whole.model.parameters(), resumed.model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_gradient_checkpointing_changes_no_bit() -> None:
+    llm = opinionated()
+    proxies = [create_proxy(llm, source="prune", layers=2, seed=1) for _ in range(2)]
+    plain = distil(llm, proxies[0], steps=4, feature_weight=1.0)
+    assert distil(llm, proxies[1], steps=4, feature_weight=1.0, gradient_checkpointing=True) == plain
+    pairs = zip(proxies[0].model.parameters(), proxies[1].model.parameters(), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)

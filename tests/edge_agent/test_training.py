@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from structlog.testing import capture_logs
 
 from assets.models import load_language_model
 from assets.tensors import read_tensors
@@ -137,6 +138,56 @@ def test_a_stop_unwinds_and_leaves_the_models_as_they_were(world: TinyWorld, clo
         trainer.train(assignment, world.files, None, stop_at_the_second_step)
     assert stop.is_set()
     assert train(world, assignment, trainer=trainer).parts == train(world, assignment).parts
+
+
+def test_a_killed_round_goes_on_from_its_checkpoint_to_the_same_bytes(
+    world: TinyWorld, cloud: FakeCloud, tmp_path: Path
+) -> None:
+    class Killed(BaseException):
+        pass
+
+    def kill_at_the_third_step(stage: str, step: int, steps: int, losses: Mapping[str, float]) -> None:
+        if (stage, step) == ("mutual_learning", 3):
+            raise Killed
+
+    assignment = world.assignment(cloud, 1, evaluate_before=False, evaluate_after=False)
+    often = world.config.training.model_copy(update={"checkpoint_steps": 2})
+    config = world.config.model_copy(update={"training": often})
+    states = LocalStates(tmp_path / "runs")
+    with pytest.raises(Killed):
+        LocalTrainer(config, states).train(assignment, world.files, None, kill_at_the_third_step)
+    folder = tmp_path / "runs" / "run_1" / "training" / assignment.assignment_id
+    assert {path.name for path in folder.iterdir()} == {"domain_tuning.safetensors", "mutual_learning.safetensors"}
+
+    taken: list[tuple[str, int]] = []
+    update = LocalTrainer(config, states).train(
+        assignment, world.files, None, lambda stage, step, steps, losses: taken.append((stage, step))
+    )
+    assert taken == [("mutual_learning", 3), ("mutual_learning", 4)]
+    whole = train(world, assignment)
+    assert update.parts == whole.parts
+    assert state_bytes(update, tmp_path / "resumed") == state_bytes(whole, tmp_path / "whole")
+    states.end_training("run_1")
+    assert not folder.exists()
+
+
+def test_a_checkpoint_from_other_rows_is_not_used_and_that_of_another_assignment_removed(
+    world: TinyWorld, cloud: FakeCloud, tmp_path: Path
+) -> None:
+    states = LocalStates(tmp_path / "runs")
+    assignment = world.standalone_assignment(cloud)
+    LocalTrainer(world.config, states).train(assignment, world.files, None, quiet)
+    fewer = tmp_path / "fewer.jsonl"
+    fewer.write_text("".join(world.config.data.train.read_text().splitlines(keepends=True)[:-1]))
+    data = world.config.data.model_copy(update={"train": fewer})
+    config = world.config.model_copy(update={"data": data})
+    with capture_logs() as logs:
+        update = LocalTrainer(config, states).train(assignment, world.files, None, quiet)
+    assert [entry["event"] for entry in logs] == ["checkpoint_ignored"]
+    expected = LocalTrainer(config).train(assignment, world.files, None, quiet)
+    assert state_bytes(update, tmp_path / "a") == state_bytes(expected, tmp_path / "b")
+    assert states.begin_training("run_2", "asg_9") == tmp_path / "runs" / "run_2" / "training" / "asg_9"
+    assert list((tmp_path / "runs").glob("*/training/*")) == []
 
 
 def test_tokenizers_that_do_not_fit_are_refused(world: TinyWorld, cloud: FakeCloud) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from structlog.testing import capture_logs
 
 from assets.models import load_language_model
 from assets.tensors import read_tensors
@@ -23,7 +24,7 @@ from protocol.runs import RoundMetrics, Scores
 from protocol.statuses import AssignmentStatus, PartKind, RoundStatus, RunStatus
 from tests.tiny_models import tiny_examples
 from tests.worker.cloud import Cloud, write_rows
-from worker.leases import Lease
+from worker.leases import Abandoned, Lease
 from worker.model_cache import ModelCache
 from worker.preparation import prepare
 from worker.scoring import not_worse
@@ -327,6 +328,64 @@ def test_a_proxy_of_ones_own(cloud: Cloud, llm: str) -> None:
     assert cloud.run(run.run_id).status is RunStatus.RUNNING
     scores = cloud.version(run.run_id, 0).metrics["validation"]
     assert scores["llm"] == scores["proxy"]
+
+
+EVERY_MODE = {
+    "layers": 2,
+    "neuron_share": 0.5,
+    "steps": 6,
+    "batch_size": 4,
+    "max_length": 64,
+    "feature_weight": 1.0,
+    "relation_weight": 1.0,
+    "on_policy_fraction": 0.5,
+    "on_policy_tokens": 4,
+    "gradient_checkpointing": True,
+    "checkpoint_steps": 2,
+}
+
+
+def test_every_mode_of_distillation_reaches_the_proxy(cloud: Cloud, llm: str) -> None:
+    (device,) = cloud.enrol("a")
+    run = cloud.create_run(llm, proxy=EVERY_MODE)
+    cloud.work()
+    distilled = cloud.version(run.run_id, 0).metrics["distillation"]
+    assert {"kl_before", "kl_after", "top1_before", "top1_after", "feature", "relation"} <= distilled.keys()
+    proxy, _, _ = cloud.for_device(cloud.take(device))
+    assert (proxy.base.config.num_hidden_layers, proxy.base.config.intermediate_size) == (2, 16)
+
+
+def test_a_killed_distillation_is_taken_up_where_it_was(cloud: Cloud, llm: str) -> None:
+    class Dying(Lease):
+        def on_progress(self, stage: str, step: int, steps: int, losses: dict[str, float]) -> None:
+            steps_taken.append(step)
+            if step == 5:
+                raise Abandoned("killed")
+
+    steps_taken: list[int] = []
+    (device,) = cloud.enrol("a")
+    whole = cloud.create_run(llm, proxy=EVERY_MODE)
+    cloud.work()
+    whole_proxy = cloud.take(device).proxy_manifest
+    cloud.call(runs.stop_run, whole.run_id, "enough", utc_now())
+    run = cloud.create_run(llm, proxy=EVERY_MODE)
+    (job_id,) = cloud.sent
+    job = cloud.call(jobs.claim, job_id, "killed", 0.001, utc_now())
+    assert job is not None
+    folder = cloud.settings.home / "checkpoints"
+    with Dying(lambda: True, 60, threading.Event()) as lease:
+        cache = ModelCache(cloud.settings.home, cloud.blobs)
+        work = Work(job, "killed", cloud.database, cloud.blobs, cache, lease, folder)
+        with pytest.raises(Abandoned):
+            prepare(work)
+    assert (folder / run.run_id / "distillation.safetensors").exists()
+    time.sleep(0.01)
+    with capture_logs() as logs:
+        cloud.work()
+    first = next(entry for entry in logs if entry.get("stage") == "distillation")
+    assert (steps_taken, first["step"]) == ([1, 2, 3, 4, 5], 5)  # the state after step 4 was the last one kept
+    assert cloud.take(device).proxy_manifest == whole_proxy
+    assert not (folder / run.run_id).exists()
 
 
 def test_what_the_preparation_cannot_use(cloud: Cloud, llm: str, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from cotuning.adapters import activate, adapted, adapter_state, lora_config, subtract
+from cotuning.checkpoints import Checkpoints
 from cotuning.encoded_rows import EncodedRows
 from cotuning.examples import Example
 from cotuning.language_model import LanguageModel
@@ -62,6 +63,7 @@ def device_step(
     round_number: int,
     seed: int,
     on_progress: OnProgress,
+    checkpoints: Checkpoints | None = None,
 ) -> DeviceResult:
     """One device's round: DST (phi_i), SAML (theta and psi_i), the delta of theta, and logits on the probe set.
 
@@ -77,6 +79,7 @@ def device_step(
         round_number: from 1.
         seed: the run's; equal arguments give equal bits.
         on_progress: see `training.OnProgress`.
+        checkpoints: see `training.train`; each stage has its own.
 
     Raises:
         CoverageTooLow: the tokenizers cannot be aligned on this data; no adapter was trained by SAML.
@@ -91,14 +94,8 @@ def device_step(
         adapted(slm, slm_config, {"slm": psi}) as lent_slm,
     ):
         # Aligned before any training: a pair of tokenizers that does not fit is refused with nothing spent.
-        shared = _shared_rows(
-            lent_slm,
-            lent_proxy,
-            private=private,
-            probe=probe,
-            settings=settings,
-            seed=derive_seed(seed, "rows", round_number),
-        )
+        order = derive_seed(seed, "rows", round_number)
+        shared = _shared_rows(lent_slm, lent_proxy, private=private, probe=probe, settings=settings, seed=order)
         losses = _tune_domain(
             lent_proxy,
             shared.rows_b,
@@ -106,6 +103,7 @@ def device_step(
             settings=settings,
             seed=derive_seed(seed, DOMAIN_STAGE, round_number),
             on_progress=on_progress,
+            checkpoints=checkpoints,
         )
         losses |= _learn_on_device(
             lent_slm,
@@ -114,6 +112,7 @@ def device_step(
             settings=settings,
             seed=derive_seed(seed, MUTUAL_STAGE, round_number),
             on_progress=on_progress,
+            checkpoints=checkpoints,
         )
         logits, metadata = probe_payload(
             lent_proxy,
@@ -235,11 +234,7 @@ def server_step(
             EncodedRows(lent_llm, examples, max_length=server.max_length),
             EncodedRows(lent_proxy, examples, max_length=server.max_length),
             _server_batches(
-                public,
-                probe,
-                teachers=teachers,
-                settings=settings,
-                seed=derive_seed(seed, "rows", round_number),
+                public, probe, teachers=teachers, settings=settings, seed=derive_seed(seed, "rows", round_number)
             ),
             min_coverage=settings.min_coverage,
         )
@@ -289,15 +284,14 @@ def _tune_domain(
     settings: CoPlmsSettings,
     seed: int,
     on_progress: OnProgress,
+    checkpoints: Checkpoints | None,
 ) -> dict[str, float]:
     """DST: phi_i learns D_i, the first `num_private` of `rows`, by cross-entropy, with theta active and frozen."""
     training = settings.training
     activate(proxy, ["shared", "domain"], trainable=["domain"])
+    sizes = row_sizes(rows.examples[:num_private])
     batches = draw_batches(
-        row_sizes(rows.examples[:num_private]),
-        batch_size=training.batch_size,
-        steps=settings.domain_steps,
-        seed=derive_seed(seed, "rows"),
+        sizes, batch_size=training.batch_size, steps=settings.domain_steps, seed=derive_seed(seed, "rows")
     )
     losses = tune_adapter(
         proxy,
@@ -308,9 +302,11 @@ def _tune_domain(
         weight_decay=training.weight_decay,
         gradient_clip=training.gradient_clip,
         precision=training.precision,
+        gradient_checkpointing=training.gradient_checkpointing,
         seed=seed,
         stage=DOMAIN_STAGE,
         on_progress=on_progress,
+        checkpoints=checkpoints,
     )
     return {"domain_ce": losses["cross_entropy"]} if losses else {}
 
@@ -323,6 +319,7 @@ def _learn_on_device(
     settings: CoPlmsSettings,
     seed: int,
     on_progress: OnProgress,
+    checkpoints: Checkpoints | None,
 ) -> dict[str, float]:
     """SAML: theta and psi_i learn, phi_i speaks and is frozen."""
     training = settings.training
@@ -338,9 +335,11 @@ def _learn_on_device(
         divergence=settings.divergence,
         jsd_beta=settings.jsd_beta,
         precision=training.precision,
+        gradient_checkpointing=training.gradient_checkpointing,
         seed=seed,
         stage=MUTUAL_STAGE,
         on_progress=on_progress,
+        checkpoints=checkpoints,
     )
 
 
@@ -367,6 +366,7 @@ def _learn_on_server(
         divergence=settings.divergence,
         jsd_beta=settings.jsd_beta,
         precision=server.precision,
+        gradient_checkpointing=server.gradient_checkpointing,
         seed=seed,
         stage=SERVER_STAGE,
         on_progress=on_progress,

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from cotuning.adapters import activate, adapted, adapter_state, lora_config
+from cotuning.checkpoints import Checkpoints
 from cotuning.encoded_rows import EncodedRows
 from cotuning.examples import Example
 from cotuning.language_model import LanguageModel
@@ -27,6 +28,7 @@ def device_step(
     round_number: int,
     seed: int,
     on_progress: OnProgress,
+    checkpoints: Checkpoints | None = None,
 ) -> DeviceResult:
     """Train psi_i on the private rows for one round; nothing but numbers leaves.
 
@@ -38,6 +40,7 @@ def device_step(
         round_number: from 1.
         seed: the run's; equal arguments give equal bits.
         on_progress: see `training.OnProgress`.
+        checkpoints: see `training.train`; each stage has its own.
     """
     training = settings.training
     config = lora_config(slm, **settings.slm_lora.model_dump())
@@ -59,9 +62,11 @@ def device_step(
             weight_decay=training.weight_decay,
             gradient_clip=training.gradient_clip,
             precision=training.precision,
+            gradient_checkpointing=training.gradient_checkpointing,
             seed=derive_seed(seed, "dropout", round_number),
             stage=STAGE,
             on_progress=on_progress,
+            checkpoints=checkpoints,
         )
         tuned = adapter_state(lent, "slm")
     return DeviceResult(
