@@ -41,6 +41,7 @@ class Alignment:
         sample_S: the row of the batch.
         row_a_S, row_b_S: position whose logits predict the span's first token (that token's position minus one).
         first_token_a_S, first_token_b_S: id of the span's first observed token.
+        token_before_a_S, token_before_b_S: id of the token before it, the last that was read.
         byte_start_S, byte_end_S: the span's bytes in the response; equal for END.
         is_end_S: the span is the end of turn.
         covered_bytes: bytes in spans; 0-dim.
@@ -53,6 +54,8 @@ class Alignment:
     row_b_S: Tensor
     first_token_a_S: Tensor
     first_token_b_S: Tensor
+    token_before_a_S: Tensor
+    token_before_b_S: Tensor
     byte_start_S: Tensor
     byte_end_S: Tensor
     is_end_S: Tensor
@@ -112,6 +115,8 @@ def align(a: EncodedBatch, b: EncodedBatch) -> Alignment:
         row_b_S=row_b_S,
         first_token_a_S=a.input_ids_BT[sample_S, row_a_S + 1],
         first_token_b_S=b.input_ids_BT[sample_S, row_b_S + 1],
+        token_before_a_S=a.input_ids_BT[sample_S, row_a_S],
+        token_before_b_S=b.input_ids_BT[sample_S, row_b_S],
         byte_start_S=byte_J[kept_J],
         byte_end_S=following_J[kept_J],
         is_end_S=is_end_J[kept_J],

@@ -11,6 +11,7 @@ must not be compared ("Ġthe" is "▁the"); their bytes may.
 import hashlib
 import json
 import re
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -168,7 +169,15 @@ def _metaspace_piece(text: str) -> bytes:
 
 
 def _word_piece(text: str, prefix: str) -> bytes:
-    return text.removeprefix(prefix).encode() if text.startswith(prefix) and text != prefix else f" {text}".encode()
+    if text.startswith(prefix) and text != prefix:
+        return text.removeprefix(prefix).encode()
+    return text.encode() if stands_alone(text[:1]) else f" {text}".encode()
+
+
+def stands_alone(character: str) -> bool:
+    """Whether a WordPiece word may begin with `character` without white space before it: marks, kana, ideographs."""
+    punctuation = unicodedata.category(character or " ")[0] == "P" or character in "$+<=>^`|~"
+    return punctuation or "\u3040" <= character <= "\u9fff" or "\uf900" <= character <= "\ufaff" or character > "\uffff"
 
 
 def _end_id(tokenizer: Any) -> int:
