@@ -92,34 +92,39 @@ def align(a: EncodedBatch, b: EncodedBatch) -> Alignment:
     """
     _require_same_responses(a, b)
     skipped_B = ~(a.aligned_B & b.aligned_B)
-    position_a_P, position_b_P = a.closing_positions(), b.closing_positions()
-    place_J = ((position_a_P >= -1) & (position_b_P >= -1)).nonzero().flatten()  # the common boundaries
-    first_B = a.first_bytes()
-    sample_J = torch.searchsorted(first_B, place_J, right=True) - 1
-    byte_J = place_J - first_B[sample_J]
-    row_a_J, row_b_J = position_a_P[place_J], position_b_P[place_J]
+    found = a.boundaries()
+    row_b_J = b.closing_positions().index_select(0, found.place_J)
+    common_J = (row_b_J >= -1).nonzero().flatten()
+    sample_J, byte_J, row_a_J, row_b_J = (
+        values_J.index_select(0, common_J) for values_J in (found.sample_J, found.byte_J, found.position_J, row_b_J)
+    )
     is_last_J = torch.ones_like(sample_J, dtype=torch.bool)
     is_last_J[:-1] = sample_J[1:] != sample_J[:-1]
     following_J = torch.where(is_last_J, byte_J, byte_J.roll(-1))
     whole_B = (a.end_position_B >= 0) & (b.end_position_B >= 0)
     is_end_J = is_last_J & (byte_J == a.num_bytes_B[sample_J]) & whole_B[sample_J]
-    usable_J = ~skipped_B[sample_J] & (is_end_J | ~is_last_J)
+    usable_J = (is_end_J | ~is_last_J) & ~skipped_B[sample_J]
     # Text that one side drops is in a span without a token there; with no row before it nothing predicts a token.
     predicts_J = (row_a_J >= 0) & (row_b_J >= 0) & (row_a_J != row_a_J.roll(-1)) & (row_b_J != row_b_J.roll(-1))
-    kept_J = usable_J & (predicts_J | (is_end_J & (row_a_J >= 0) & (row_b_J >= 0)))
-    sample_S, row_a_S, row_b_S = sample_J[kept_J], row_a_J[kept_J], row_b_J[kept_J]
+    kept_S = (usable_J & (predicts_J | (is_end_J & (row_a_J >= 0) & (row_b_J >= 0)))).nonzero().flatten()
+    sample_S, row_a_S, row_b_S, byte_start_S, byte_end_S, is_end_S = (
+        values_J.index_select(0, kept_S) for values_J in (sample_J, row_a_J, row_b_J, byte_J, following_J, is_end_J)
+    )
+    before_a_S = sample_S * a.input_ids_BT.shape[1] + row_a_S
+    before_b_S = sample_S * b.input_ids_BT.shape[1] + row_b_S
+    ids_a_N, ids_b_N = a.input_ids_BT.flatten(), b.input_ids_BT.flatten()
     seen_B = torch.minimum(_bytes_seen(a), _bytes_seen(b))
     return Alignment(
         sample_S=sample_S,
         row_a_S=row_a_S,
         row_b_S=row_b_S,
-        first_token_a_S=a.input_ids_BT[sample_S, row_a_S + 1],
-        first_token_b_S=b.input_ids_BT[sample_S, row_b_S + 1],
-        token_before_a_S=a.input_ids_BT[sample_S, row_a_S],
-        token_before_b_S=b.input_ids_BT[sample_S, row_b_S],
-        byte_start_S=byte_J[kept_J],
-        byte_end_S=following_J[kept_J],
-        is_end_S=is_end_J[kept_J],
+        first_token_a_S=ids_a_N.index_select(0, before_a_S + 1),
+        first_token_b_S=ids_b_N.index_select(0, before_b_S + 1),
+        token_before_a_S=ids_a_N.index_select(0, before_a_S),
+        token_before_b_S=ids_b_N.index_select(0, before_b_S),
+        byte_start_S=byte_start_S,
+        byte_end_S=byte_end_S,
+        is_end_S=is_end_S,
         covered_bytes=((following_J - byte_J) * usable_J).sum(),
         total_bytes=torch.where(skipped_B, a.num_bytes_B, seen_B).sum(),
         skipped_B=skipped_B,

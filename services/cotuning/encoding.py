@@ -10,9 +10,9 @@ stay `aligned=False`, for their cross-entropy only. Positions are never guessed.
 """
 
 import hashlib
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import chain
 from typing import Any
 
 import torch
@@ -67,6 +67,30 @@ class EncodedBatch:
         sizes_B = self.num_bytes_B + 1
         return sizes_B.cumsum(0) - sizes_B
 
+    def boundaries(self) -> "Boundaries":
+        """Where tokens end, or begin the response, in order of rows and bytes.
+
+        A boundary lies before the response where it begins on a token's, after each token of `closes_BT`, and at
+        every byte of text that the tokenizer drops: that is read as soon as what precedes it is.
+        """
+        # Column 0 stands for the token before the response.
+        marked_BU = torch.cat([self.clean_start_B[:, None], self.closes_BT], 1)
+        place_J = marked_BU.flatten().nonzero().flatten()
+        sample_J = place_J // marked_BU.shape[1]
+        column_J = place_J - sample_J * marked_BU.shape[1] - 1
+        starts_J = column_J < 0
+        token_J = (place_J - sample_J - 1).clamp_(min=0)
+        position_J = torch.where(starts_J, self.start_row_B.index_select(0, sample_J), column_J)
+        byte_J = _at(self.byte_ends_BT, token_J).masked_fill_(starts_J, 0)
+        if bool((self.byte_reaches_BT != self.byte_ends_BT).any() | self.start_reaches_B.any()):
+            reach_J = _at(self.byte_reaches_BT, token_J)
+            reach_J = torch.where(starts_J, self.start_reaches_B.index_select(0, sample_J), reach_J)
+            count_J = 1 + (reach_J - byte_J).clamp_(min=0)
+            index_Q = torch.arange(len(count_J), device=count_J.device).repeat_interleave(count_J)
+            rank_Q = torch.arange(len(index_Q), device=count_J.device) - (count_J.cumsum(0) - count_J)[index_Q]
+            sample_J, position_J, byte_J = sample_J[index_Q], position_J[index_Q], byte_J[index_Q] + rank_Q
+        return Boundaries(sample_J, position_J, byte_J, self.first_bytes().index_select(0, sample_J) + byte_J)
+
     def closing_positions(self) -> Tensor:
         """For every byte of the responses, the position of the token after which the text up to that byte is read.
 
@@ -75,31 +99,36 @@ class EncodedBatch:
             the response starts the row, so that nothing predicts its first token. -2 where no boundary is.
         """
         total = int(self.num_bytes_B.sum()) + len(self.num_bytes_B)
+        found = self.boundaries()
         position_P = torch.full((total,), -2, dtype=torch.int64, device=self.input_ids_BT.device)
-        first_B = self.first_bytes()
-        start_B = torch.where(self.clean_start_B, self.start_row_B, -2)
-        row_K, column_K = self.closes_BT.nonzero(as_tuple=True)
-        first_K = first_B[row_K]
-        position_P[first_B] = start_B
-        end_K = self.byte_ends_BT[row_K, column_K]
-        dropped_K = self.byte_reaches_BT[row_K, column_K] - end_K
-        position_P[first_K + end_K] = column_K
-        # Dropped text is read as soon as what precedes it is: every byte of it is a boundary.
-        _fill(position_P, first_K + end_K, dropped_K, column_K)
-        _fill(position_P, first_B, self.start_reaches_B, start_B)
-        return position_P
+        return position_P.scatter_(0, found.place_J, found.position_J)
 
     def to(self, device: torch.device | str) -> "EncodedBatch":
         """The same batch on `device`."""
         return replace(self, **{field.name: getattr(self, field.name).to(device) for field in fields(self)})
 
 
-def _fill(target_P: Tensor, first_K: Tensor, count_K: Tensor, values_K: Tensor) -> None:
-    """Write `values_K[k]` to the `count_K[k]` places after `first_K[k]`."""
-    total = int(count_K.sum())
-    if total:
-        rank_Q = torch.arange(total, device=count_K.device) - (count_K.cumsum(0) - count_K).repeat_interleave(count_K)
-        target_P[first_K.repeat_interleave(count_K) + 1 + rank_Q] = values_K.repeat_interleave(count_K)
+@dataclass(frozen=True)
+class Boundaries:
+    """The boundaries of a batch, J in all.
+
+    Attributes:
+        sample_J: the row.
+        position_J: position of the token after which the text is read up to here; -1 before a row's first token.
+        byte_J: where in the response.
+        place_J: the same in `EncodedBatch.closing_positions`; ascending.
+    """
+
+    sample_J: Tensor
+    position_J: Tensor
+    byte_J: Tensor
+    place_J: Tensor
+
+
+def _at(values_BT: Tensor, index_J: Tensor) -> Tensor:
+    """Entries by their place in the flattened tensor; no entries of an empty one stand for zeros."""
+    flat_N = values_BT.flatten()
+    return flat_N.index_select(0, index_J) if len(flat_N) else torch.zeros_like(index_J)
 
 
 def response_digest(response: str) -> int:
@@ -184,7 +213,7 @@ def _flatten(
 ) -> _FlatBatch:
     """Byte ends by cumulative sum, counted from each row's end, and verified against the response's bytes."""
     lengths_B = torch.tensor([len(row) for row in rows], dtype=torch.int64)
-    ids_N = torch.tensor(list(chain.from_iterable(rows)), dtype=torch.int64)
+    ids_N = _joined(rows)
     row_N = torch.arange(len(rows)).repeat_interleave(lengths_B)
     num_bytes_B = torch.tensor([len(response) for response in responses], dtype=torch.int64)
     sizes_N = table.byte_lengths_V[ids_N]
@@ -195,7 +224,8 @@ def _flatten(
     straddles_N = content_N & (byte_ends_N < sizes_N)
     clean_B = torch.ones(len(rows), dtype=torch.bool)
     clean_B[row_N[straddles_N]] = False
-    flat = _FlatBatch(
+    aligned = [table.exact and _spells(row, table, response) for row, response in zip(rows, responses, strict=True)]
+    return _FlatBatch(
         ids_N=ids_N,
         row_N=row_N,
         lengths_B=lengths_B,
@@ -207,31 +237,21 @@ def _flatten(
         # Before an empty prompt only a dummy space can straddle, and that is no text.
         clean_start_B=clean_B | torch.tensor([not prompt for prompt in prompts], dtype=torch.bool),
         num_bytes_B=num_bytes_B,
-        aligned_B=torch.full((len(rows),), table.exact),
+        aligned_B=torch.tensor(aligned, dtype=torch.bool),
     )
-    if table.exact:
-        flat.aligned_B &= _spells_response(flat, table, responses)
-    return flat
 
 
-def _spells_response(flat: _FlatBatch, table: TokenTable, responses: Sequence[bytes]) -> Tensor:
-    """Per row [B], whether the content tokens' bytes are the response's, byte for byte. P: bytes of all tokens."""
-    ids_M, row_M, end_M = flat.ids_N[flat.content_N], flat.row_N[flat.content_N], flat.byte_ends_N[flat.content_N]
-    size_M = table.byte_lengths_V[ids_M]
-    spells_B = torch.zeros_like(flat.num_bytes_B).index_add_(0, row_M, size_M) >= flat.num_bytes_B
-    total = int(size_M.sum())
-    within_P = torch.arange(total) - (size_M.cumsum(0) - size_M).repeat_interleave(size_M, output_size=total)
-    position_P = (end_M - size_M).repeat_interleave(size_M, output_size=total) + within_P
-    source_P = table.byte_starts_V[ids_M].repeat_interleave(size_M, output_size=total) + within_P
-    row_P = row_M.repeat_interleave(size_M, output_size=total)
-    inside_P = position_P >= 0  # the rest is a seam token's share of the prompt, or a dummy space
-    row_P = row_P[inside_P]
-    joined = bytearray(b"".join(responses))
-    text_R = torch.frombuffer(joined, dtype=torch.uint8) if joined else torch.zeros(0, dtype=torch.uint8)
-    first_B = flat.num_bytes_B.cumsum(0) - flat.num_bytes_B
-    wrong_P = table.bytes_N[source_P[inside_P]] != text_R[first_B[row_P] + position_P[inside_P]]
-    spells_B[row_P[wrong_P]] = False
-    return spells_B
+def _joined(rows: Sequence[Sequence[int]]) -> Tensor:
+    """All ids one after the other; an array in between, because `torch.tensor` of a list is four times slower."""
+    ids = array("q")
+    for row in rows:
+        ids.extend(row)
+    return torch.frombuffer(ids, dtype=torch.int64) if ids else torch.zeros(0, dtype=torch.int64)
+
+
+def _spells(row: Sequence[int], table: TokenTable, response: bytes) -> bool:
+    """Whether the ids' bytes end in the response's, byte for byte; what comes before is prompt or a dummy space."""
+    return b"".join(map(table.spelled.__getitem__, row)).endswith(response)
 
 
 def _use_offsets(
@@ -292,11 +312,12 @@ def _lay_out(
     width = int(total_B.max()) if num_rows else 0
     place_N = torch.arange(len(flat.ids_N)) - flat.first_tokens()[flat.row_N] - (prompt_B - prompt_kept_B)[flat.row_N]
     kept_N = (place_N >= 0) & (place_N < (prompt_kept_B + content_kept_B)[flat.row_N])
-    row_M, column_M = flat.row_N[kept_N], (place_N + prefix_B[flat.row_N])[kept_N]
+    source_M = kept_N.nonzero().flatten()
+    target_M = (flat.row_N * width + place_N + prefix_B[flat.row_N]).index_select(0, source_M)
 
     def spread(values_N: Tensor, fill: int) -> Tensor:
         grid_BT = torch.full((num_rows, width), fill, dtype=values_N.dtype)
-        grid_BT[row_M, column_M] = values_N[kept_N]
+        grid_BT.flatten().scatter_(0, target_M, values_N.index_select(0, source_M))
         return grid_BT
 
     input_ids_BT = spread(flat.ids_N, table.end_id)  # END and padding are the same id: no separate write
