@@ -67,30 +67,6 @@ class EncodedBatch:
         sizes_B = self.num_bytes_B + 1
         return sizes_B.cumsum(0) - sizes_B
 
-    def boundaries(self) -> "Boundaries":
-        """Where tokens end, or begin the response, in order of rows and bytes.
-
-        A boundary lies before the response where it begins on a token's, after each token of `closes_BT`, and at
-        every byte of text that the tokenizer drops: that is read as soon as what precedes it is.
-        """
-        # Column 0 stands for the token before the response.
-        marked_BU = torch.cat([self.clean_start_B[:, None], self.closes_BT], 1)
-        place_J = marked_BU.flatten().nonzero().flatten()
-        sample_J = place_J // marked_BU.shape[1]
-        column_J = place_J - sample_J * marked_BU.shape[1] - 1
-        starts_J = column_J < 0
-        token_J = (place_J - sample_J - 1).clamp_(min=0)
-        position_J = torch.where(starts_J, self.start_row_B.index_select(0, sample_J), column_J)
-        byte_J = _at(self.byte_ends_BT, token_J).masked_fill_(starts_J, 0)
-        if bool((self.byte_reaches_BT != self.byte_ends_BT).any() | self.start_reaches_B.any()):
-            reach_J = _at(self.byte_reaches_BT, token_J)
-            reach_J = torch.where(starts_J, self.start_reaches_B.index_select(0, sample_J), reach_J)
-            count_J = 1 + (reach_J - byte_J).clamp_(min=0)
-            index_Q = torch.arange(len(count_J), device=count_J.device).repeat_interleave(count_J)
-            rank_Q = torch.arange(len(index_Q), device=count_J.device) - (count_J.cumsum(0) - count_J)[index_Q]
-            sample_J, position_J, byte_J = sample_J[index_Q], position_J[index_Q], byte_J[index_Q] + rank_Q
-        return Boundaries(sample_J, position_J, byte_J, self.first_bytes().index_select(0, sample_J) + byte_J)
-
     def closing_positions(self) -> Tensor:
         """For every byte of the responses, the position of the token after which the text up to that byte is read.
 
@@ -98,37 +74,39 @@ class EncodedBatch:
             int64, flat: `num_bytes + 1` entries a row, row after row. At byte 0 the token before the response: -1 if
             the response starts the row, so that nothing predicts its first token. -2 where no boundary is.
         """
-        total = int(self.num_bytes_B.sum()) + len(self.num_bytes_B)
-        found = self.boundaries()
-        position_P = torch.full((total,), -2, dtype=torch.int64, device=self.input_ids_BT.device)
-        return position_P.scatter_(0, found.place_J, found.position_J)
+        places_P = self.closing_places()
+        return torch.where(places_P >= 0, places_P % (self.closes_BT.shape[1] + 1), -1) - 1
+
+    def closing_places(self) -> Tensor:
+        """The same with the row: `row * (T + 1) + position + 1`; -1 where no boundary is."""
+        num_rows, width = self.closes_BT.shape
+        first_B = self.first_bytes()
+        total = int(self.num_bytes_B.sum()) + num_rows
+        # Every token writes, those without a boundary past the end: cheaper than to pick out the others first.
+        target_BT = (first_B[:, None] + self.byte_ends_BT).masked_fill_(~self.closes_BT, total)
+        device = self.closes_BT.device
+        token_BU = torch.arange(num_rows * (width + 1), device=device).view(num_rows, width + 1)
+        places_P = torch.full((total + 1,), -1, dtype=torch.int64, device=device)
+        places_P.scatter_(0, target_BT.flatten(), token_BU[:, 1:].flatten())
+        start_B = torch.where(self.clean_start_B, token_BU[:, 0] + self.start_row_B + 1, -1)
+        places_P.scatter_(0, first_B, start_B)
+        if bool((self.byte_reaches_BT != self.byte_ends_BT).any() | self.start_reaches_B.any()):
+            # Dropped text is read as soon as what precedes it is: every byte of it is a boundary.
+            dropped_BT = (self.byte_reaches_BT - self.byte_ends_BT) * self.closes_BT
+            _fill(places_P, target_BT.flatten(), dropped_BT.flatten(), token_BU[:, 1:].flatten())
+            _fill(places_P, first_B, self.start_reaches_B, start_B)
+        return places_P[:-1]
 
     def to(self, device: torch.device | str) -> "EncodedBatch":
         """The same batch on `device`."""
         return replace(self, **{field.name: getattr(self, field.name).to(device) for field in fields(self)})
 
 
-@dataclass(frozen=True)
-class Boundaries:
-    """The boundaries of a batch, J in all.
-
-    Attributes:
-        sample_J: the row.
-        position_J: position of the token after which the text is read up to here; -1 before a row's first token.
-        byte_J: where in the response.
-        place_J: the same in `EncodedBatch.closing_positions`; ascending.
-    """
-
-    sample_J: Tensor
-    position_J: Tensor
-    byte_J: Tensor
-    place_J: Tensor
-
-
-def _at(values_BT: Tensor, index_J: Tensor) -> Tensor:
-    """Entries by their place in the flattened tensor; no entries of an empty one stand for zeros."""
-    flat_N = values_BT.flatten()
-    return flat_N.index_select(0, index_J) if len(flat_N) else torch.zeros_like(index_J)
+def _fill(target_P: Tensor, first_K: Tensor, count_K: Tensor, values_K: Tensor) -> None:
+    """Write `values_K[k]` to the `count_K[k]` places after `first_K[k]`."""
+    index_Q = torch.arange(len(count_K), device=count_K.device).repeat_interleave(count_K)
+    rank_Q = torch.arange(len(index_Q), device=count_K.device) - (count_K.cumsum(0) - count_K)[index_Q]
+    target_P.scatter_(0, first_K[index_Q] + 1 + rank_Q, values_K[index_Q])
 
 
 def response_digest(response: str) -> int:
@@ -216,10 +194,8 @@ def _flatten(
     ids_N = _joined(rows)
     row_N = torch.arange(len(rows)).repeat_interleave(lengths_B)
     num_bytes_B = torch.tensor([len(response) for response in responses], dtype=torch.int64)
-    sizes_N = table.byte_lengths_V[ids_N]
-    total_N = sizes_N.cumsum(0)
-    before_B = torch.cat([torch.zeros(1, dtype=torch.int64), total_N])[lengths_B.cumsum(0)]
-    byte_ends_N = total_N - before_B[row_N] + num_bytes_B[row_N]
+    sizes_N = table.byte_lengths_V.index_select(0, ids_N)
+    byte_ends_N = byte_ends(sizes_N, lengths_B, num_bytes_B)
     content_N = (byte_ends_N > 0) & (sizes_N > 0)
     straddles_N = content_N & (byte_ends_N < sizes_N)
     clean_B = torch.ones(len(rows), dtype=torch.bool)
@@ -239,6 +215,19 @@ def _flatten(
         num_bytes_B=num_bytes_B,
         aligned_B=torch.tensor(aligned, dtype=torch.bool),
     )
+
+
+def byte_ends(sizes_N: Tensor, lengths_B: Tensor, num_bytes_B: Tensor) -> Tensor:
+    """Bytes of its response up to and including each token; at most 0 in the prompt.
+
+    Args:
+        sizes_N: `TokenTable.byte_lengths_V` of the ids of all rows, one row after the other.
+        lengths_B: tokens of each row.
+        num_bytes_B: bytes of each response, which ends its row.
+    """
+    total_N = sizes_N.cumsum(0)
+    before_B = torch.cat([total_N.new_zeros(1), total_N]).index_select(0, lengths_B.cumsum(0)) - num_bytes_B
+    return total_N - before_B.repeat_interleave(lengths_B, output_size=len(sizes_N))
 
 
 def _joined(rows: Sequence[Sequence[int]]) -> Tensor:
