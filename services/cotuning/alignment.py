@@ -40,25 +40,45 @@ class Alignment:
     Attributes:
         sample_S: the row of the batch.
         row_a_S, row_b_S: position whose logits predict the span's first token (that token's position minus one).
-        first_token_a_S, first_token_b_S: id of the span's first observed token.
         byte_start_S, byte_end_S: the span's bytes in the response; equal for END.
         is_end_S: the span is the end of turn.
         covered_bytes: bytes in spans; 0-dim.
         total_bytes: bytes of the responses as far as both sides hold them (whole, for rows not aligned); 0-dim.
         skipped_B: rows left out because a side's byte ends are unknown.
+        input_ids_a_BT, input_ids_b_BT: the batches' own.
     """
 
     sample_S: Tensor
     row_a_S: Tensor
     row_b_S: Tensor
-    first_token_a_S: Tensor
-    first_token_b_S: Tensor
     byte_start_S: Tensor
     byte_end_S: Tensor
     is_end_S: Tensor
     covered_bytes: Tensor
     total_bytes: Tensor
     skipped_B: Tensor
+    input_ids_a_BT: Tensor
+    input_ids_b_BT: Tensor
+
+    @property
+    def first_token_a_S(self) -> Tensor:  # noqa: N802 - a tensor, named by its shape
+        """Id of each span's first observed token, side A."""
+        return self.input_ids_a_BT[self.sample_S, self.row_a_S + 1]
+
+    @property
+    def first_token_b_S(self) -> Tensor:  # noqa: N802 - a tensor, named by its shape
+        """Id of each span's first observed token, side B."""
+        return self.input_ids_b_BT[self.sample_S, self.row_b_S + 1]
+
+    @property
+    def token_before_a_S(self) -> Tensor:  # noqa: N802 - a tensor, named by its shape
+        """Id of the last token that was read before the span, side A."""
+        return self.input_ids_a_BT[self.sample_S, self.row_a_S]
+
+    @property
+    def token_before_b_S(self) -> Tensor:  # noqa: N802 - a tensor, named by its shape
+        """Id of the last token that was read before the span, side B."""
+        return self.input_ids_b_BT[self.sample_S, self.row_b_S]
 
     @property
     def num_spans(self) -> int:
@@ -89,35 +109,41 @@ def align(a: EncodedBatch, b: EncodedBatch) -> Alignment:
     """
     _require_same_responses(a, b)
     skipped_B = ~(a.aligned_B & b.aligned_B)
-    position_a_P, position_b_P = a.closing_positions(), b.closing_positions()
-    place_J = ((position_a_P >= -1) & (position_b_P >= -1)).nonzero().flatten()  # the common boundaries
-    first_B = a.first_bytes()
-    sample_J = torch.searchsorted(first_B, place_J, right=True) - 1
-    byte_J = place_J - first_B[sample_J]
-    row_a_J, row_b_J = position_a_P[place_J], position_b_P[place_J]
+    place_a_P, place_b_P = a.closing_places(), b.closing_places()
+    common_J = ((place_a_P >= 0) & (place_b_P >= 0)).nonzero().flatten()
+    place_a_J, place_b_J = place_a_P.index_select(0, common_J), place_b_P.index_select(0, common_J)
+    sample_J = place_a_J // (a.closes_BT.shape[1] + 1)
+    byte_J = common_J - a.first_bytes().index_select(0, sample_J)
+    # The next boundary of the same row; after a row's last one nothing is left but the turn's end.
     is_last_J = torch.ones_like(sample_J, dtype=torch.bool)
-    is_last_J[:-1] = sample_J[1:] != sample_J[:-1]
-    following_J = torch.where(is_last_J, byte_J, byte_J.roll(-1))
-    whole_B = (a.end_position_B >= 0) & (b.end_position_B >= 0)
-    is_end_J = is_last_J & (byte_J == a.num_bytes_B[sample_J]) & whole_B[sample_J]
-    usable_J = ~skipped_B[sample_J] & (is_end_J | ~is_last_J)
+    torch.ne(sample_J[1:], sample_J[:-1], out=is_last_J[:-1])
+    length_J = (byte_J.roll(-1) - byte_J).masked_fill_(is_last_J, 0)
+    ended_B = (a.end_position_B >= 0) & (b.end_position_B >= 0)
+    is_end_J = is_last_J & (byte_J == a.num_bytes_B.where(ended_B, -1).index_select(0, sample_J))
+    usable_J = is_end_J | ~is_last_J
+    if bool(skipped_B.any()):
+        usable_J &= ~skipped_B[sample_J]
+    row_a_J = place_a_J - sample_J * (a.closes_BT.shape[1] + 1) - 1
+    row_b_J = place_b_J - sample_J * (b.closes_BT.shape[1] + 1) - 1
     # Text that one side drops is in a span without a token there; with no row before it nothing predicts a token.
-    predicts_J = (row_a_J >= 0) & (row_b_J >= 0) & (row_a_J != row_a_J.roll(-1)) & (row_b_J != row_b_J.roll(-1))
-    kept_J = usable_J & (predicts_J | (is_end_J & (row_a_J >= 0) & (row_b_J >= 0)))
-    sample_S, row_a_S, row_b_S = sample_J[kept_J], row_a_J[kept_J], row_b_J[kept_J]
+    predicts_J = ((place_a_J != place_a_J.roll(-1)) & (place_b_J != place_b_J.roll(-1))) | is_end_J
+    kept_S = (usable_J & predicts_J & (row_a_J >= 0) & (row_b_J >= 0)).nonzero().flatten()
+    sample_S, row_a_S, row_b_S, byte_start_S, length_S, is_end_S = (
+        values_J.index_select(0, kept_S) for values_J in (sample_J, row_a_J, row_b_J, byte_J, length_J, is_end_J)
+    )
     seen_B = torch.minimum(_bytes_seen(a), _bytes_seen(b))
     return Alignment(
         sample_S=sample_S,
         row_a_S=row_a_S,
         row_b_S=row_b_S,
-        first_token_a_S=a.input_ids_BT[sample_S, row_a_S + 1],
-        first_token_b_S=b.input_ids_BT[sample_S, row_b_S + 1],
-        byte_start_S=byte_J[kept_J],
-        byte_end_S=following_J[kept_J],
-        is_end_S=is_end_J[kept_J],
-        covered_bytes=((following_J - byte_J) * usable_J).sum(),
+        byte_start_S=byte_start_S,
+        byte_end_S=byte_start_S + length_S,
+        is_end_S=is_end_S,
+        covered_bytes=(length_J * usable_J).sum(),
         total_bytes=torch.where(skipped_B, a.num_bytes_B, seen_B).sum(),
         skipped_B=skipped_B,
+        input_ids_a_BT=a.input_ids_BT,
+        input_ids_b_BT=b.input_ids_BT,
     )
 
 

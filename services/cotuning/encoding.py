@@ -10,9 +10,9 @@ stay `aligned=False`, for their cross-entropy only. Positions are never guessed.
 """
 
 import hashlib
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from itertools import chain
 from typing import Any
 
 import torch
@@ -74,20 +74,28 @@ class EncodedBatch:
             int64, flat: `num_bytes + 1` entries a row, row after row. At byte 0 the token before the response: -1 if
             the response starts the row, so that nothing predicts its first token. -2 where no boundary is.
         """
-        total = int(self.num_bytes_B.sum()) + len(self.num_bytes_B)
-        position_P = torch.full((total,), -2, dtype=torch.int64, device=self.input_ids_BT.device)
+        places_P = self.closing_places()
+        return torch.where(places_P >= 0, places_P % (self.closes_BT.shape[1] + 1), -1) - 1
+
+    def closing_places(self) -> Tensor:
+        """The same with the row: `row * (T + 1) + position + 1`; -1 where no boundary is."""
+        num_rows, width = self.closes_BT.shape
         first_B = self.first_bytes()
-        start_B = torch.where(self.clean_start_B, self.start_row_B, -2)
-        row_K, column_K = self.closes_BT.nonzero(as_tuple=True)
-        first_K = first_B[row_K]
-        position_P[first_B] = start_B
-        end_K = self.byte_ends_BT[row_K, column_K]
-        dropped_K = self.byte_reaches_BT[row_K, column_K] - end_K
-        position_P[first_K + end_K] = column_K
-        # Dropped text is read as soon as what precedes it is: every byte of it is a boundary.
-        _fill(position_P, first_K + end_K, dropped_K, column_K)
-        _fill(position_P, first_B, self.start_reaches_B, start_B)
-        return position_P
+        total = int(self.num_bytes_B.sum()) + num_rows
+        # Every token writes, those without a boundary past the end: cheaper than to pick out the others first.
+        target_BT = (first_B[:, None] + self.byte_ends_BT).masked_fill_(~self.closes_BT, total)
+        device = self.closes_BT.device
+        token_BU = torch.arange(num_rows * (width + 1), device=device).view(num_rows, width + 1)
+        places_P = torch.full((total + 1,), -1, dtype=torch.int64, device=device)
+        places_P.scatter_(0, target_BT.flatten(), token_BU[:, 1:].flatten())
+        start_B = torch.where(self.clean_start_B, token_BU[:, 0] + self.start_row_B + 1, -1)
+        places_P.scatter_(0, first_B, start_B)
+        if bool((self.byte_reaches_BT != self.byte_ends_BT).any() | self.start_reaches_B.any()):
+            # Dropped text is read as soon as what precedes it is: every byte of it is a boundary.
+            dropped_BT = (self.byte_reaches_BT - self.byte_ends_BT) * self.closes_BT
+            _fill(places_P, target_BT.flatten(), dropped_BT.flatten(), token_BU[:, 1:].flatten())
+            _fill(places_P, first_B, self.start_reaches_B, start_B)
+        return places_P[:-1]
 
     def to(self, device: torch.device | str) -> "EncodedBatch":
         """The same batch on `device`."""
@@ -96,10 +104,9 @@ class EncodedBatch:
 
 def _fill(target_P: Tensor, first_K: Tensor, count_K: Tensor, values_K: Tensor) -> None:
     """Write `values_K[k]` to the `count_K[k]` places after `first_K[k]`."""
-    total = int(count_K.sum())
-    if total:
-        rank_Q = torch.arange(total, device=count_K.device) - (count_K.cumsum(0) - count_K).repeat_interleave(count_K)
-        target_P[first_K.repeat_interleave(count_K) + 1 + rank_Q] = values_K.repeat_interleave(count_K)
+    index_Q = torch.arange(len(count_K), device=count_K.device).repeat_interleave(count_K)
+    rank_Q = torch.arange(len(index_Q), device=count_K.device) - (count_K.cumsum(0) - count_K)[index_Q]
+    target_P.scatter_(0, first_K[index_Q] + 1 + rank_Q, values_K[index_Q])
 
 
 def response_digest(response: str) -> int:
@@ -184,18 +191,17 @@ def _flatten(
 ) -> _FlatBatch:
     """Byte ends by cumulative sum, counted from each row's end, and verified against the response's bytes."""
     lengths_B = torch.tensor([len(row) for row in rows], dtype=torch.int64)
-    ids_N = torch.tensor(list(chain.from_iterable(rows)), dtype=torch.int64)
+    ids_N = _joined(rows)
     row_N = torch.arange(len(rows)).repeat_interleave(lengths_B)
     num_bytes_B = torch.tensor([len(response) for response in responses], dtype=torch.int64)
-    sizes_N = table.byte_lengths_V[ids_N]
-    total_N = sizes_N.cumsum(0)
-    before_B = torch.cat([torch.zeros(1, dtype=torch.int64), total_N])[lengths_B.cumsum(0)]
-    byte_ends_N = total_N - before_B[row_N] + num_bytes_B[row_N]
+    sizes_N = table.byte_lengths_V.index_select(0, ids_N)
+    byte_ends_N = byte_ends(sizes_N, lengths_B, num_bytes_B)
     content_N = (byte_ends_N > 0) & (sizes_N > 0)
     straddles_N = content_N & (byte_ends_N < sizes_N)
     clean_B = torch.ones(len(rows), dtype=torch.bool)
     clean_B[row_N[straddles_N]] = False
-    flat = _FlatBatch(
+    aligned = [table.exact and _spells(row, table, response) for row, response in zip(rows, responses, strict=True)]
+    return _FlatBatch(
         ids_N=ids_N,
         row_N=row_N,
         lengths_B=lengths_B,
@@ -207,31 +213,34 @@ def _flatten(
         # Before an empty prompt only a dummy space can straddle, and that is no text.
         clean_start_B=clean_B | torch.tensor([not prompt for prompt in prompts], dtype=torch.bool),
         num_bytes_B=num_bytes_B,
-        aligned_B=torch.full((len(rows),), table.exact),
+        aligned_B=torch.tensor(aligned, dtype=torch.bool),
     )
-    if table.exact:
-        flat.aligned_B &= _spells_response(flat, table, responses)
-    return flat
 
 
-def _spells_response(flat: _FlatBatch, table: TokenTable, responses: Sequence[bytes]) -> Tensor:
-    """Per row [B], whether the content tokens' bytes are the response's, byte for byte. P: bytes of all tokens."""
-    ids_M, row_M, end_M = flat.ids_N[flat.content_N], flat.row_N[flat.content_N], flat.byte_ends_N[flat.content_N]
-    size_M = table.byte_lengths_V[ids_M]
-    spells_B = torch.zeros_like(flat.num_bytes_B).index_add_(0, row_M, size_M) >= flat.num_bytes_B
-    total = int(size_M.sum())
-    within_P = torch.arange(total) - (size_M.cumsum(0) - size_M).repeat_interleave(size_M, output_size=total)
-    position_P = (end_M - size_M).repeat_interleave(size_M, output_size=total) + within_P
-    source_P = table.byte_starts_V[ids_M].repeat_interleave(size_M, output_size=total) + within_P
-    row_P = row_M.repeat_interleave(size_M, output_size=total)
-    inside_P = position_P >= 0  # the rest is a seam token's share of the prompt, or a dummy space
-    row_P = row_P[inside_P]
-    joined = bytearray(b"".join(responses))
-    text_R = torch.frombuffer(joined, dtype=torch.uint8) if joined else torch.zeros(0, dtype=torch.uint8)
-    first_B = flat.num_bytes_B.cumsum(0) - flat.num_bytes_B
-    wrong_P = table.bytes_N[source_P[inside_P]] != text_R[first_B[row_P] + position_P[inside_P]]
-    spells_B[row_P[wrong_P]] = False
-    return spells_B
+def byte_ends(sizes_N: Tensor, lengths_B: Tensor, num_bytes_B: Tensor) -> Tensor:
+    """Bytes of its response up to and including each token; at most 0 in the prompt.
+
+    Args:
+        sizes_N: `TokenTable.byte_lengths_V` of the ids of all rows, one row after the other.
+        lengths_B: tokens of each row.
+        num_bytes_B: bytes of each response, which ends its row.
+    """
+    total_N = sizes_N.cumsum(0)
+    before_B = torch.cat([total_N.new_zeros(1), total_N]).index_select(0, lengths_B.cumsum(0)) - num_bytes_B
+    return total_N - before_B.repeat_interleave(lengths_B, output_size=len(sizes_N))
+
+
+def _joined(rows: Sequence[Sequence[int]]) -> Tensor:
+    """All ids one after the other; an array in between, because `torch.tensor` of a list is four times slower."""
+    ids = array("q")
+    for row in rows:
+        ids.extend(row)
+    return torch.frombuffer(ids, dtype=torch.int64) if ids else torch.zeros(0, dtype=torch.int64)
+
+
+def _spells(row: Sequence[int], table: TokenTable, response: bytes) -> bool:
+    """Whether the ids' bytes end in the response's, byte for byte; what comes before is prompt or a dummy space."""
+    return b"".join(map(table.spelled.__getitem__, row)).endswith(response)
 
 
 def _use_offsets(
@@ -292,11 +301,12 @@ def _lay_out(
     width = int(total_B.max()) if num_rows else 0
     place_N = torch.arange(len(flat.ids_N)) - flat.first_tokens()[flat.row_N] - (prompt_B - prompt_kept_B)[flat.row_N]
     kept_N = (place_N >= 0) & (place_N < (prompt_kept_B + content_kept_B)[flat.row_N])
-    row_M, column_M = flat.row_N[kept_N], (place_N + prefix_B[flat.row_N])[kept_N]
+    source_M = kept_N.nonzero().flatten()
+    target_M = (flat.row_N * width + place_N + prefix_B[flat.row_N]).index_select(0, source_M)
 
     def spread(values_N: Tensor, fill: int) -> Tensor:
         grid_BT = torch.full((num_rows, width), fill, dtype=values_N.dtype)
-        grid_BT[row_M, column_M] = values_N[kept_N]
+        grid_BT.flatten().scatter_(0, target_M, values_N.index_select(0, source_M))
         return grid_BT
 
     input_ids_BT = spread(flat.ids_N, table.end_id)  # END and padding are the same id: no separate write

@@ -11,9 +11,15 @@ A token that the other side lacks goes where the *other* tokenizer would go: to 
 gives the token's text, followed until a shared string is reached. So when one side reads " international" and the
 other " inter", "national", both first tokens fall in the same class by construction. What no piece is known for
 (fragments of UTF-8) goes to its longest shared prefix; what has none, and every special token, to OTHER.
+
+Where one side drops white space (WordPiece), its word "is" stands for " is" and for "is", which the other side may cut
+differently (" is", but "i", "s"). One map cannot serve both, and a map coarse enough for both would leave little more
+than first letters. So such a pair has two folds, and what precedes a span, which both models have read, says which:
+after white space or an opening mark a word begins without a space (`unspaced`), anywhere else with one.
 """
 
 import hashlib
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,11 +28,13 @@ import torch
 from torch import Tensor
 
 from cotuning.alignment import Alignment
-from cotuning.token_tables import TokenTable
+from cotuning.token_tables import TokenTable, stands_alone
 
 _MAX_CHAIN = 64
-# Put before a token's text, so that no tokenizer adds a dummy space to it; the second where the first would merge.
+# Put before a token's text, so that no tokenizer adds a dummy space to it; the next where one would merge with it.
 _SENTINELS = ("\n", "a", "")
+# In the middle of a word, where it matters whether a piece continues one: few pieces join a digit and a letter.
+_SENTINELS_IN_WORDS = ("0", "a", "\n", "")
 
 
 @dataclass(frozen=True)
@@ -42,7 +50,9 @@ class FoldPair:
             have nothing in it (a class that one side cannot reach would make a KL infinite).
         num_shared: how many byte strings both vocabularies hold.
         identical: both tables are the same: classes are the ids themselves and nothing is folded.
-        fingerprint: SHA-256 over both tables and both maps, hex.
+        fingerprint: SHA-256 over both tables and all maps, hex.
+        unspaced: the fold of spans after a break, with classes of its own; None where one fold serves all spans.
+        breaks_a_V, breaks_b_V: bool, ids after which a word begins without a space; None without `unspaced`.
     """
 
     map_a_V: Tensor
@@ -53,38 +63,103 @@ class FoldPair:
     num_shared: int
     identical: bool
     fingerprint: str
+    unspaced: "FoldPair | None" = None
+    breaks_a_V: Tensor | None = None
+    breaks_b_V: Tensor | None = None
 
     def to(self, device: torch.device | str) -> "FoldPair":
         """The same maps on `device`."""
-        return replace(self, map_a_V=self.map_a_V.to(device), map_b_V=self.map_b_V.to(device))
+        return replace(
+            self,
+            map_a_V=self.map_a_V.to(device),
+            map_b_V=self.map_b_V.to(device),
+            unspaced=None if self.unspaced is None else self.unspaced.to(device),
+            breaks_a_V=None if self.breaks_a_V is None else self.breaks_a_V.to(device),
+            breaks_b_V=None if self.breaks_b_V is None else self.breaks_b_V.to(device),
+        )
+
+    def after_break(self, alignment: Alignment) -> Tensor | None:
+        """Which spans [S] are folded by `unspaced`; None where one fold serves all."""
+        if self.breaks_a_V is None or self.breaks_b_V is None:
+            return None
+        return self.breaks_a_V[alignment.token_before_a_S] | self.breaks_b_V[alignment.token_before_b_S]
+
+    def parts(self, after_break_S: Tensor | None, num_spans: int) -> list[tuple["FoldPair", Tensor | slice]]:
+        """Each fold in use with the index of its spans.
+
+        Args:
+            after_break_S: from `after_break`.
+            num_spans: S.
+
+        Raises:
+            ValueError: no `after_break_S` of that length, and the fold has two parts.
+        """
+        if self.unspaced is None:
+            return [(self, slice(None))]
+        if after_break_S is None or after_break_S.shape != (num_spans,):
+            received = "none" if after_break_S is None else f"shape {list(after_break_S.shape)}"
+            raise ValueError(f"expected after_break_S of {num_spans} spans for a fold in two parts, got {received}")
+        return [(self, (~after_break_S).nonzero().flatten()), (self.unspaced, after_break_S.nonzero().flatten())]
+
+
+@dataclass(frozen=True)
+class _Side:
+    """One vocabulary as it is compared.
+
+    Attributes:
+        texts: what each id stands for; None for specials.
+        keys: the same, None also for ids that are not to be shared by equality.
+    """
+
+    tokenizer: Any
+    table: TokenTable
+    texts: Sequence[bytes | None]
+    keys: Sequence[bytes | None]
 
 
 def fold_pair(tokenizer_a: Any, table_a: TokenTable, tokenizer_b: Any, table_b: TokenTable) -> FoldPair:
     """Build both maps. Deterministic; about one second for vocabularies of 32k and 150k."""
     if table_a.fingerprint == table_b.fingerprint:
         return _identical(table_a)
-    spaces_count = table_a.exact and table_b.exact
-    keys_a, keys_b = _class_keys(table_a, spaces_count), _class_keys(table_b, spaces_count)
-    shared = sorted({key for key in keys_a if key} & {key for key in keys_b if key})
+    inputs = ((tokenizer_a, table_a), (tokenizer_b, table_b))
+    sides = [_Side(tokenizer, table, table.pieces, table.pieces) for tokenizer, table in inputs]
+    if table_a.exact == table_b.exact:
+        return _fold(sides[0], sides[1], _SENTINELS)
+    spaced = _fold(sides[0], sides[1], _SENTINELS_IN_WORDS)
+    sides = [side if side.table.exact else _without_spaces(side) for side in sides]
+    unspaced = _fold(sides[0], sides[1], _SENTINELS)
+    return replace(
+        spaced,
+        unspaced=unspaced,
+        breaks_a_V=_breaks(table_a),
+        breaks_b_V=_breaks(table_b),
+        fingerprint=hashlib.sha256(f"{spaced.fingerprint} {unspaced.fingerprint}".encode()).hexdigest(),
+    )
+
+
+def _fold(a: _Side, b: _Side, sentinels: Sequence[str]) -> FoldPair:
+    shared = sorted({key for key in a.keys if key} & {key for key in b.keys if key})
     class_of = {key: index for index, key in enumerate(shared)}
     end_class, other_class = len(shared), len(shared) + 1
-    sides = ((table_a, keys_a, tokenizer_b, table_b), (table_b, keys_b, tokenizer_a, table_a))
+    num_a = a.table.num_tokens
     classes: list[int] = []
     pointers: list[int] = []
-    for side, (table, keys, other_tokenizer, other_table) in enumerate(sides):
-        known = [class_of.get(key, -1) if key else other_class for key in keys]
-        known[table.end_id] = end_class
-        first = _first_pieces(table, known, other_tokenizer)
-        shift = table_a.num_tokens if side == 0 else 0  # ids of side B come after those of side A
-        known_ids = [piece is not None for piece in other_table.pieces]
+    for side, other, shift in ((a, b, num_a), (b, a, 0)):  # ids of side B come after those of side A
+        known = [
+            class_of.get(key or b"", -1) if text else other_class
+            for key, text in zip(side.keys, side.texts, strict=True)
+        ]
+        known[side.table.end_id] = end_class
+        first = _first_pieces(side.texts, known, other.tokenizer, sentinels)
+        known_ids = [text is not None for text in other.texts]
         pointers += [piece + shift if piece is not None and known_ids[piece] else -1 for piece in first]
         classes += known
-    keys_U = keys_a + keys_b
+    texts_U = [text or b"" for text in (*a.texts, *b.texts)]
     classes_U, pointers_U = torch.tensor(classes), torch.tensor(pointers)
-    _use_prefixes(classes_U, (classes_U < 0) & (pointers_U < 0), keys_U, class_of, other_class)
+    _use_prefixes(classes_U, (classes_U < 0) & (pointers_U < 0), texts_U, class_of, other_class)
     classes_U = _follow(classes_U, pointers_U)
-    _use_prefixes(classes_U, classes_U < 0, keys_U, class_of, other_class)  # cycles, which normalisers can make
-    maps = [classes_U[: table_a.num_tokens], classes_U[table_a.num_tokens :]]
+    _use_prefixes(classes_U, classes_U < 0, texts_U, class_of, other_class)  # cycles, which normalisers can make
+    maps = [classes_U[:num_a], classes_U[num_a:]]
     reachable = all(bool((map_V == other_class).any()) for map_V in maps)
     if not reachable:
         maps = [map_V.where(map_V != other_class, end_class) for map_V in maps]
@@ -97,7 +172,7 @@ def fold_pair(tokenizer_a: Any, table_a: TokenTable, tokenizer_b: Any, table_b: 
         other_class=other_class,
         num_shared=len(shared),
         identical=False,
-        fingerprint=_fingerprint(table_a, table_b, maps),
+        fingerprint=_fingerprint(a.table, b.table, maps),
     )
 
 
@@ -106,10 +181,32 @@ def class_agreement(alignment: Alignment, fold: FoldPair) -> float:
 
     Below about 0.8 the fold does not describe this pair of tokenizers and distillation would teach noise.
     """
-    text_S = ~alignment.is_end_S
-    class_a_S = fold.map_a_V[alignment.first_token_a_S[text_S]]
-    class_b_S = fold.map_b_V[alignment.first_token_b_S[text_S]]
+    class_a_S, class_b_S, _ = _observed_classes(alignment, fold)
     return float((class_a_S == class_b_S).double().mean()) if len(class_a_S) else 1.0
+
+
+def other_share(alignment: Alignment, fold: FoldPair) -> float:
+    """Share of text spans where both observed first tokens fall in OTHER: they agree, but on nothing; 0 without spans.
+
+    Large where one vocabulary lacks what the text is written in and has no bytes to write it with.
+    """
+    class_a_S, class_b_S, other_S = _observed_classes(alignment, fold)
+    both_S = (class_a_S == other_S) & (class_b_S == other_S)
+    return float(both_S.double().mean()) if len(both_S) else 0.0
+
+
+def _observed_classes(alignment: Alignment, fold: FoldPair) -> tuple[Tensor, Tensor, Tensor]:
+    """The classes of both sides' first tokens of the text spans, and OTHER in the fold of each."""
+    first_a_S, first_b_S = alignment.first_token_a_S, alignment.first_token_b_S
+    class_a_S, class_b_S = fold.map_a_V[first_a_S], fold.map_b_V[first_b_S]
+    other_S = torch.full_like(class_a_S, fold.other_class)
+    after_break_S = fold.after_break(alignment)
+    if fold.unspaced is not None and after_break_S is not None:
+        class_a_S = fold.unspaced.map_a_V[first_a_S].where(after_break_S, class_a_S)
+        class_b_S = fold.unspaced.map_b_V[first_b_S].where(after_break_S, class_b_S)
+        other_S[after_break_S] = fold.unspaced.other_class
+    text_S = ~alignment.is_end_S
+    return class_a_S[text_S], class_b_S[text_S], other_S[text_S]
 
 
 def _identical(table: TokenTable) -> FoldPair:
@@ -126,27 +223,45 @@ def _identical(table: TokenTable) -> FoldPair:
     )
 
 
-def _class_keys(table: TokenTable, spaces_count: bool) -> list[bytes]:
-    """What is compared across vocabularies: the piece, empty for specials.
+def _without_spaces(side: _Side) -> _Side:
+    """The side's words as they stand after a break; pieces that continue a word cannot stand there."""
+    texts = [None if text is None else text.removeprefix(b" ") for text in side.texts]
+    if not any(text is not None and text.startswith(b" ") for text in side.texts):
+        return side  # marks where words end, not where they begin: any piece may be the first
+    begins = [text is not None and (text.startswith(b" ") or stands_alone(text.decode()[:1])) for text in side.texts]
+    keys = [text if may_begin else None for text, may_begin in zip(texts, begins, strict=True)]
+    return replace(side, texts=texts, keys=keys)
 
-    Where one side drops white space, leading white space is dropped from both: that side says "to" whether a space
-    comes before it or not, so telling " to" from "to" would be telling apart what it cannot.
+
+def _breaks(table: TokenTable) -> Tensor:
+    """Ids [V] after which a word begins without a space: white space, opening marks, connectors, symbols, specials.
+
+    After letters, digits and closing marks a space comes first. Pieces without white space never end in it, so for
+    the side that drops it only the marks count.
     """
-    pieces = (piece or b"" for piece in table.pieces)
-    return list(pieces) if spaces_count else [piece.lstrip() for piece in pieces]
+    return torch.tensor([piece is None or _is_break(piece) for piece in table.pieces], dtype=torch.bool)
 
 
-def _first_pieces(table: TokenTable, known: Sequence[int], other: Any) -> list[int | None]:
+def _is_break(piece: bytes) -> bool:
+    last = piece.decode(errors="replace")[-1:]
+    # Po holds closing marks (".", ",", "?") and others ("/", "&", "@", "#"); a quote opens as often as it closes.
+    closing = last in ".,;:!?%…。、，" or unicodedata.category(last or " ") in ("Pe", "Pf")
+    return last.isspace() or (not closing and unicodedata.category(last or " ")[0] in "PS" and last != "\ufffd")
+
+
+def _first_pieces(
+    texts: Sequence[bytes | None], known: Sequence[int], other: Any, sentinels: Sequence[str]
+) -> list[int | None]:
     """For each id without a class, the first id that the other tokenizer gives its text; None where unknown."""
-    first: list[int | None] = [None] * table.num_tokens
+    first: list[int | None] = [None] * len(texts)
     waiting: dict[int, str] = {}
-    for index, piece in enumerate(table.pieces):
-        if known[index] < 0 and piece:
+    for index, text in enumerate(texts):
+        if known[index] < 0 and text:
             try:
-                waiting[index] = piece.decode()
+                waiting[index] = text.decode()
             except UnicodeDecodeError:
                 continue  # a fragment of a character: only a prefix can tell
-    for sentinel in _SENTINELS:
+    for sentinel in sentinels:
         if not waiting:
             break
         found = _first_after(other, sentinel, list(waiting.values()))

@@ -255,6 +255,7 @@ def _mutual_step(
         side_a.head,
         hidden_b_BTD[spans.sample_S, spans.row_b_S],
         side_b.head,
+        after_break_S=shared.fold.after_break(spans),
     )
     objective_a, report_a = side_a.objective(batch_a, hidden_a_BTD, kl_a, indices)
     objective_b, report_b = side_b.objective(batch_b, hidden_b_BTD, kl_b, indices)

@@ -44,6 +44,7 @@ def mutual_loss(
     weight_b: float | None = 1.0,
     weights_S: Tensor | None = None,
     num_spans: float | None = None,
+    after_break_S: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Both directions of the folded distillation loss, each a mean over spans, fused with both heads.
 
@@ -62,6 +63,8 @@ def mutual_loss(
         weights_S: weight of each span, 1 if not given; constants.
         num_spans: what the sums are divided by, S if not given. Under gradient accumulation give the number of spans
             of the whole window, so that the result does not depend on how the window is cut.
+        after_break_S: `fold.after_break(alignment)`, bool: the spans that `fold.unspaced` folds. Required where the
+            fold has one.
 
     Returns:
         loss_a, loss_b: float32 (float64 if an input is), 0-dim, in nats. loss_a depends on A's tensors only, loss_b on
@@ -74,19 +77,19 @@ def mutual_loss(
     for name, head, map_V in (("a", head_a, fold.map_a_V), ("b", head_b, fold.map_b_V)):
         _require_map(f"head {name}", head, map_V)
     factor = _factor(temperature, num_spans, hidden_a_SD, weights_S)
-    maps = (None, None) if fold.identical else (fold.map_a_V, fold.map_b_V)
-    a, b = (
-        FoldedHead(hidden_SD, head, map_V, fold.num_classes, temperature=temperature, scale=factor * (weight or 0.0))
-        for hidden_SD, head, map_V, weight in (
-            (hidden_a_SD, head_a, maps[0], weight_a),
-            (hidden_b_SD, head_b, maps[1], weight_b),
-        )
-    )
-    if a.scale or b.scale:
-        with a.forward_only():
-            for rows, weights_N in a.chunks(chunk_rows, weights_S):
-                _compare(a, b, rows, weights_N, partial(divergence_and_slope, divergence=divergence, jsd_beta=jsd_beta))
-    return a.loss(), b.loss()
+    scales = factor * (weight_a or 0.0), factor * (weight_b or 0.0)
+    compare = partial(divergence_and_slope, divergence=divergence, jsd_beta=jsd_beta)
+    losses: list[tuple[Tensor, Tensor]] = []
+    for part, chosen in fold.parts(after_break_S, len(hidden_a_SD)):
+        maps = (None, None) if part.identical else (part.map_a_V, part.map_b_V)
+        a = FoldedHead(hidden_a_SD[chosen], head_a, maps[0], part.num_classes, temperature=temperature, scale=scales[0])
+        b = FoldedHead(hidden_b_SD[chosen], head_b, maps[1], part.num_classes, temperature=temperature, scale=scales[1])
+        if a.scale or b.scale:
+            with a.forward_only():
+                for rows, weights_N in a.chunks(chunk_rows, None if weights_S is None else weights_S[chosen]):
+                    _compare(a, b, rows, weights_N, compare)
+        losses.append((a.loss(), b.loss()))
+    return losses[0] if len(losses) == 1 else (losses[0][0] + losses[1][0], losses[0][1] + losses[1][1])
 
 
 def _compare(

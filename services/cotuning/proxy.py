@@ -22,7 +22,7 @@ from cotuning.encoded_rows import EncodedRows
 from cotuning.examples import Example
 from cotuning.folding import FoldPair, fold_pair
 from cotuning.gradient_checkpointing import recomputed_layers
-from cotuning.heads import FoldedHead
+from cotuning.heads import FoldedHead, Head
 from cotuning.language_model import LanguageModel, hidden_states, output_head
 from cotuning.mutual_loss import mutual_loss
 from cotuning.proxy_creation import create_proxy
@@ -115,7 +115,6 @@ def distil_proxy(
     if steps:
         compare = partial(
             mutual_loss,
-            fold=fold,
             temperature=temperature,
             divergence=divergence,
             jsd_beta=jsd_beta,
@@ -125,6 +124,7 @@ def distil_proxy(
         distillation = DistillationObjective(
             llm,
             proxy,
+            fold,
             compare,
             divergence_weight=distillation_weight,
             feature_weight=feature_weight,
@@ -215,7 +215,6 @@ def measure_agreement(
 ) -> Agreement:
     """Compare both models on `examples` at temperature 1; `fold` has the proxy as side A."""
     sides = [(model, output_head(model), EncodedRows(model, examples, max_length=max_length)) for model in (proxy, llm)]
-    maps = (None, None) if fold.identical else (fold.map_a_V, fold.map_b_V)
     divergence = same_top = 0.0
     losses = [0.0, 0.0]
     num_spans, num_tokens = 0, [0, 0]
@@ -223,19 +222,24 @@ def measure_agreement(
         chosen = range(start, min(start + _MEASURED_AT_ONCE, len(examples)))
         batches = [rows.batch(chosen) for _, _, rows in sides]
         spans = align(*batches)
-        logs: list[Tensor] = []
+        heads: list[tuple[Tensor, Head]] = []
         for place, ((model, head, _), row_S) in enumerate(zip(sides, (spans.row_a_S, spans.row_b_S), strict=True)):
             hidden_BTD = hidden_states(model, batches[place].input_ids_BT)
             tokens = response_tokens(batches[place])
             _, losses_N = cross_entropy(hidden_BTD[tokens.sample_N, tokens.position_N], head, tokens.target_N)
             losses[place] += float(losses_N.sum())
             num_tokens[place] += len(losses_N)
-            hidden_SD = hidden_BTD[spans.sample_S, row_S]
-            folded = FoldedHead(hidden_SD, head, maps[place], fold.num_classes, temperature=1.0, scale=0.0)
-            logs.append(folded.class_log_probs(slice(None)))
-        student_SC, teacher_SC = logs
-        divergence += float((teacher_SC.exp() * (teacher_SC - student_SC)).sum())
-        same_top += float((teacher_SC.argmax(1) == student_SC.argmax(1)).sum())
+            heads.append((hidden_BTD[spans.sample_S, row_S], head))
+        for part, index_N in fold.parts(fold.after_break(spans), spans.num_spans):
+            maps = (None, None) if part.identical else (part.map_a_V, part.map_b_V)
+            student_NC, teacher_NC = (
+                FoldedHead(
+                    hidden_SD[index_N], head, map_V, part.num_classes, temperature=1.0, scale=0.0
+                ).class_log_probs(slice(None))
+                for (hidden_SD, head), map_V in zip(heads, maps, strict=True)
+            )
+            divergence += float((teacher_NC.exp() * (teacher_NC - student_NC)).sum())
+            same_top += float((teacher_NC.argmax(1) == student_NC.argmax(1)).sum())
         num_spans += spans.num_spans
     return Agreement(
         kl=divergence / max(num_spans, 1),

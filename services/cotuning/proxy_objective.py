@@ -13,6 +13,7 @@ from cotuning.alignment import align
 from cotuning.cross_entropy import cross_entropy, response_tokens
 from cotuning.encoded_rows import EncodedRows
 from cotuning.encoding import EncodedBatch
+from cotuning.folding import FoldPair
 from cotuning.generation import sample
 from cotuning.hidden_distillation import feature_loss, fresh_projections, map_layers, relation_loss
 from cotuning.language_model import LanguageModel, all_hidden_states, hidden_states, output_head
@@ -78,6 +79,7 @@ class DistillationObjective:
         self,
         llm: LanguageModel,
         proxy: LanguageModel,
+        fold: FoldPair,
         compare: Callable[..., tuple[Tensor, Tensor]],
         *,
         divergence_weight: float,
@@ -88,6 +90,7 @@ class DistillationObjective:
     ) -> None:
         self.llm, self.proxy = llm, proxy
         self._heads = output_head(llm), output_head(proxy)
+        self._fold = fold
         self._compare = compare
         self._weight = divergence_weight
         self._weights = {"feature": feature_weight, "relation": relation_weight}
@@ -108,7 +111,14 @@ class DistillationObjective:
             proxy_states = self._read(self.proxy, proxy_batch)
             with torch.no_grad():
                 llm_states = self._read(self.llm, llm_batch)
-            distance, _ = self._compare(proxy_states[-1][place_proxy], proxy_head, llm_states[-1][place_llm], llm_head)
+            distance, _ = self._compare(
+                proxy_states[-1][place_proxy],
+                proxy_head,
+                llm_states[-1][place_llm],
+                llm_head,
+                self._fold,
+                after_break_S=self._fold.after_break(spans),
+            )
             if on_policy:
                 objective = self._weight * distance
                 report = {"on_policy_divergence": distance.detach()}

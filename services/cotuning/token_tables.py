@@ -11,8 +11,10 @@ must not be compared ("Ġthe" is "▁the"); their bytes may.
 import hashlib
 import json
 import re
+import unicodedata
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -30,8 +32,6 @@ class TokenTable:
     Attributes:
         pieces: bytes by id; None for special tokens and for ids that name nothing.
         byte_lengths_V: `len(pieces[id])`, 0 where None; int64.
-        bytes_N: all pieces one after the other; uint8.
-        byte_starts_V: where each id's bytes begin in `bytes_N`; int64.
         end_id: the id that ends the model's turn.
         prefix_ids: what the tokenizer puts before every text (a BOS, a `[CLS]`), often nothing.
         exact: False when the pieces are known not to spell the text (WordPiece drops white space).
@@ -40,8 +40,6 @@ class TokenTable:
 
     pieces: tuple[bytes | None, ...]
     byte_lengths_V: Tensor
-    bytes_N: Tensor
-    byte_starts_V: Tensor
     end_id: int
     prefix_ids: tuple[int, ...]
     exact: bool
@@ -54,12 +52,12 @@ class TokenTable:
 
     def to(self, device: torch.device | str) -> "TokenTable":
         """The same table with its tensors on `device`."""
-        return replace(
-            self,
-            byte_lengths_V=self.byte_lengths_V.to(device),
-            bytes_N=self.bytes_N.to(device),
-            byte_starts_V=self.byte_starts_V.to(device),
-        )
+        return replace(self, byte_lengths_V=self.byte_lengths_V.to(device))
+
+    @cached_property
+    def spelled(self) -> tuple[bytes, ...]:
+        """`pieces` with nothing where there is None: what ids spell when joined."""
+        return tuple(piece or b"" for piece in self.pieces)
 
 
 def token_table(tokenizer: Any) -> TokenTable:
@@ -90,15 +88,12 @@ def token_table(tokenizer: Any) -> TokenTable:
 
 def _assemble(pieces: tuple[bytes | None, ...], end_id: int, prefix_ids: tuple[int, ...], exact: bool) -> TokenTable:
     lengths_V = torch.tensor([len(piece or b"") for piece in pieces], dtype=torch.int64)
-    joined = bytearray(b"".join(piece or b"" for piece in pieces))
     digest = hashlib.sha256(f"cotune-token-table-1 {len(pieces)} {end_id}\n".encode())
     for piece in pieces:
         digest.update(b"-" if piece is None else b"%d:" % len(piece) + piece)
     return TokenTable(
         pieces=pieces,
         byte_lengths_V=lengths_V,
-        bytes_N=torch.frombuffer(joined, dtype=torch.uint8) if joined else torch.zeros(0, dtype=torch.uint8),
-        byte_starts_V=lengths_V.cumsum(0) - lengths_V,
         end_id=end_id,
         prefix_ids=prefix_ids,
         exact=exact,
@@ -168,7 +163,15 @@ def _metaspace_piece(text: str) -> bytes:
 
 
 def _word_piece(text: str, prefix: str) -> bytes:
-    return text.removeprefix(prefix).encode() if text.startswith(prefix) and text != prefix else f" {text}".encode()
+    if text.startswith(prefix) and text != prefix:
+        return text.removeprefix(prefix).encode()
+    return text.encode() if stands_alone(text[:1]) else f" {text}".encode()
+
+
+def stands_alone(character: str) -> bool:
+    """Whether a WordPiece word may begin with `character` without white space before it: marks, kana, ideographs."""
+    punctuation = unicodedata.category(character or " ")[0] == "P" or character in "$+<=>^`|~"
+    return punctuation or "\u3040" <= character <= "\u9fff" or "\uf900" <= character <= "\ufaff" or character > "\uffff"
 
 
 def _end_id(tokenizer: Any) -> int:

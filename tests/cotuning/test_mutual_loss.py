@@ -1,6 +1,7 @@
 """The mutual loss against slow formulas, by hand, against PyTorch's own KL, and its invariants."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -250,6 +251,36 @@ def test_two_micro_batches_equal_one_batch():
         hidden_a, head_a, hidden_b, head_b, a_fold(), weights_S=torch.tensor([1.0, 1, 0, 0, 0, 0, 0]), num_spans=SPANS
     )
     assert of_zeros[0].item() == pytest.approx(parts[0][0].item(), rel=1e-13)
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_a_fold_in_two_parts_is_the_mean_over_both(divergence):
+    """Spans after a break are compared by the other map: loss and gradients are those of the parts, by share."""
+    hidden_a, head_a, hidden_b, head_b = sides()
+    spaced, unspaced = a_fold(0), a_fold(1, classes=4)
+    no_break = [torch.zeros(size, dtype=torch.bool) for size in (VOCAB_A, VOCAB_B)]
+    pair = replace(spaced, unspaced=unspaced, breaks_a_V=no_break[0], breaks_b_V=no_break[1])
+    after_break = torch.tensor([True, False, False, True, True, False, False])
+    weights = torch.rand(SPANS, dtype=torch.float64)
+    options = {"divergence": divergence, "chunk_rows": 2, "num_spans": 5.0}
+    whole = mutual_loss(
+        hidden_a, head_a, hidden_b, head_b, pair, after_break_S=after_break, weights_S=weights, **options
+    )
+    (whole[0] + 2 * whole[1]).backward()
+    got = [tensor.grad for tensor in (hidden_a, head_a.weight_VD, hidden_b, head_b.weight_VD)]
+    again = sides()
+    parts = [
+        mutual_loss(again[0][rows], again[1], again[2][rows], again[3], part, weights_S=weights[rows], **options)
+        for part, rows in ((spaced, ~after_break), (unspaced, after_break))
+    ]
+    (parts[0][0] + parts[1][0] + 2 * parts[0][1] + 2 * parts[1][1]).backward()
+    expected = [tensor.grad for tensor in (again[0], again[1].weight_VD, again[2], again[3].weight_VD)]
+    for direction in (0, 1):
+        assert whole[direction].item() == pytest.approx((parts[0][direction] + parts[1][direction]).item(), rel=1e-13)
+    for mine, theirs in zip(got, expected, strict=True):
+        assert (mine - theirs).abs().max() <= 1e-14
+    with pytest.raises(ValueError, match="after_break_S of 7 spans"):
+        mutual_loss(hidden_a, head_a, hidden_b, head_b, pair)
 
 
 def test_a_frozen_head_gets_no_gradient():
