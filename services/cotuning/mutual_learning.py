@@ -3,14 +3,14 @@
 Co-PLMs (arXiv 2511.11678): `L_a = CE_a + w_a T^2 D(sg p_b -> p_a)`, and the same with the sides swapped; two
 optimizers, one data pass, the teacher's side detached. On a device: the proxy's shared adapter and the SLM's; in the
 cloud: the proxy's and the LLM's, where received logits may teach as a third party. Which distributions are compared,
-and how two vocabularies are, is in `alignment`, `folding` and `mutual_loss`; that part is ours, not the paper's.
+and how two vocabularies are, is a `matching`; the default, in `alignment`, `folding` and `mutual_loss`, is ours, not
+the paper's.
 
 Names: B rows, T tokens, S span starts, D hidden size.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor
@@ -26,7 +26,9 @@ from cotuning.folding import FoldPair, class_agreement, fold_pair
 from cotuning.gradient_checkpointing import recomputed_layers
 from cotuning.heads import Head
 from cotuning.language_model import LanguageModel, hidden_states, output_head
-from cotuning.mutual_loss import mutual_loss, payload_loss
+from cotuning.matching.choose import choose_matching
+from cotuning.matching.interface import Lesson, Matching, MatchingName, Reading
+from cotuning.mutual_loss import payload_loss
 from cotuning.payload import PayloadRows, match_rows
 from cotuning.seeding import derive_seed, isolated_generators
 from cotuning.training import Learner, OnProgress, Precision, Step, autocast, train, training_mode
@@ -177,6 +179,8 @@ def learn_mutually(
     temperature: float = 1.0,
     divergence: Divergence = "forward_kl",
     jsd_beta: float = 0.5,
+    matching: MatchingName = "fold",
+    span_likelihood_weight: float = 0.0,
     precision: Precision = "float32",
     gradient_checkpointing: bool = False,
     seed: int,
@@ -190,31 +194,34 @@ def learn_mutually(
         a: one party.
         b: the other.
         shared: from `share_rows`, in the same order of parties.
+        temperature, divergence, jsd_beta, matching, span_likelihood_weight: see `choose_matching`.
         gradient_checkpointing: see there; of both models.
         seed: of dropout.
         checkpoints: see `training.train`.
 
     Returns:
-        Mean of the last tenth of the steps, nats: `<party>_ce` a token, `<party>_kl` a span (the divergence times T^2,
-        before its weight), `<party>_teacher_kl` a taught row.
+        Mean of the last tenth of the steps, nats: `<party>_ce` a token, `<party>_teacher_kl` a taught row, and before
+        their weights the matching's terms: of `fold`, `<party>_kl` a span (the divergence times T^2).
 
     Raises:
+        ValueError: see `choose_matching`.
         TrainingDiverged: see `training.train`.
     """
     side_a, side_b = _Side(a, output_head(a.lm)), _Side(b, output_head(b.lm))
-    compare = partial(
-        mutual_loss,
-        fold=shared.fold,
+    match = choose_matching(
+        matching,
+        a.lm,
+        b.lm,
+        shared.fold,
         temperature=temperature,
         divergence=divergence,
         jsd_beta=jsd_beta,
-        weight_a=1.0 if a.divergence_weight else None,
-        weight_b=1.0 if b.divergence_weight else None,
+        span_likelihood_weight=span_likelihood_weight,
     )
 
     def step_at(step: int) -> Step:
         with autocast(a.lm, precision):
-            return _mutual_step(side_a, side_b, shared, shared.batches[step], compare)
+            return _mutual_step(side_a, side_b, shared, shared.batches[step], match)
 
     learners = {party.name: _learner(party, weight_decay, gradient_clip) for party in (a, b)}
     with (
@@ -239,26 +246,12 @@ def _learner(party: Party, weight_decay: float, gradient_clip: float) -> Learner
     return Learner(parameters, party.learning_rate, weight_decay, gradient_clip)
 
 
-def _mutual_step(
-    side_a: "_Side",
-    side_b: "_Side",
-    shared: SharedRows,
-    indices: Sequence[int],
-    compare: Callable[..., tuple[Tensor, Tensor]],
-) -> Step:
+def _mutual_step(side_a: "_Side", side_b: "_Side", shared: SharedRows, indices: Sequence[int], match: Matching) -> Step:
     """Both objectives on one batch, from one forward pass of each model."""
-    batch_a, batch_b = shared.rows_a.batch(indices), shared.rows_b.batch(indices)
-    spans = align(batch_a, batch_b)
-    hidden_a_BTD, hidden_b_BTD = side_a.read(batch_a), side_b.read(batch_b)
-    kl_a, kl_b = compare(
-        hidden_a_BTD[spans.sample_S, spans.row_a_S],
-        side_a.head,
-        hidden_b_BTD[spans.sample_S, spans.row_b_S],
-        side_b.head,
-        after_break_S=shared.fold.after_break(spans),
-    )
-    objective_a, report_a = side_a.objective(batch_a, hidden_a_BTD, kl_a, indices)
-    objective_b, report_b = side_b.objective(batch_b, hidden_b_BTD, kl_b, indices)
+    read_a, read_b = side_a.read(shared.rows_a.batch(indices)), side_b.read(shared.rows_b.batch(indices))
+    lesson_a, lesson_b = match(read_a, read_b)
+    objective_a, report_a = side_a.objective(read_a, lesson_a, indices)
+    objective_b, report_b = side_b.objective(read_b, lesson_b, indices)
     return Step({side_a.party.name: objective_a, side_b.party.name: objective_b}, report_a | report_b)
 
 
@@ -269,21 +262,22 @@ class _Side:
     party: Party
     head: Head
 
-    def read(self, batch: EncodedBatch) -> Tensor:
-        return hidden_states(self.party.lm, batch.input_ids_BT)
+    def read(self, batch: EncodedBatch) -> Reading:
+        hidden_BTD = hidden_states(self.party.lm, batch.input_ids_BT)
+        return Reading(batch, hidden_BTD, self.head, learns=bool(self.party.divergence_weight))
 
-    def objective(
-        self, batch: EncodedBatch, hidden_BTD: Tensor, divergence: Tensor, indices: Sequence[int]
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def objective(self, reading: Reading, lesson: Lesson, indices: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy plus what the other model, and the teacher if there is one, add."""
-        party = self.party
+        party, batch, hidden_BTD = self.party, reading.batch, reading.hidden_BTD
         tokens = response_tokens(batch)
         loss, _ = cross_entropy(hidden_BTD[tokens.sample_N, tokens.position_N], self.head, tokens.target_N)
         report = {f"{party.name}_ce": loss.detach()}
         objective = loss
-        if party.divergence_weight:
-            objective = objective + party.divergence_weight * divergence
-            report[f"{party.name}_kl"] = divergence.detach()
+        learnt = lesson.loss()
+        if learnt is not None:
+            objective = objective + party.divergence_weight * learnt
+        for name, value in [*lesson.terms.items(), *lesson.metrics.items()]:
+            report[f"{party.name}_{name}"] = value.detach()
         if party.teacher is not None:
             taught = self._taught(party.teacher, batch, hidden_BTD, indices)
             if taught is not None:

@@ -13,6 +13,8 @@ from pydantic import Field, model_validator
 from protocol.base import MAX_COUNT, SettingsModel
 from protocol.statuses import PartKind
 
+Matching = Literal["fold", "ce_only", "uld", "gold", "mined_dtw", "alm"]
+
 
 class LoraSettings(SettingsModel):
     """Low-rank adapters (LoRA, arXiv 2106.09685); the same meaning as in peft."""
@@ -97,6 +99,17 @@ class CoPlmsSettings(SettingsModel):
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
     jsd_beta: float = Field(default=0.5, gt=0, lt=1, description="Only for `jsd`: the mixture's weight of the teacher.")
     temperature: float = Field(default=1.0, gt=0, le=20)
+    matching: Matching = Field(
+        default="fold",
+        description="What the two models of SAML compare: distributions folded onto common classes; or, to compare "
+        "methods with: nothing (ce_only), sorted probabilities (uld), GOLD's hybrid (gold), top tokens mapped by edit "
+        "distance and DTW (mined_dtw), span likelihoods (alm). With ce_only no device's logits teach either.",
+    )
+    span_likelihood_weight: float = Field(
+        default=0.0,
+        ge=0,
+        description="Weight, beside matching fold only, of the divergence of likelihoods of spans of several tokens.",
+    )
     public_fraction: float = Field(
         default=0.0, ge=0, lt=1, description="Share of a device's SAML batches drawn from the public probe set."
     )
@@ -130,6 +143,15 @@ class CoPlmsSettings(SettingsModel):
         if self.aggregation != "fedavg" and self.server_optimizer.name != "sgd":
             name = self.server_optimizer.name
             raise ValueError(f"`aggregation` {self.aggregation} goes with `server_optimizer.name` sgd, got {name}")
+        return self
+
+    @model_validator(mode="after")
+    def _one_likelihood_term(self) -> Self:
+        if self.span_likelihood_weight and self.matching != "fold":
+            raise ValueError(
+                "expected span_likelihood_weight 0, or matching 'fold' which alone takes that term; "
+                f"got {self.span_likelihood_weight} beside {self.matching!r}"
+            )
         return self
 
 

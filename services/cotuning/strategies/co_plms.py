@@ -9,6 +9,7 @@ learns from it; the probe rows that a device's logits teach are a set share of t
 """
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -224,7 +225,7 @@ def server_step(
             probe,
             device_logits,
             max_length=server.max_length,
-            mode=server.device_teacher,
+            mode="off" if settings.matching == "ce_only" else server.device_teacher,
             weight=server.device_teacher_weight,
             first_row=len(public),
         )
@@ -331,9 +332,7 @@ def _learn_on_device(
         shared,
         weight_decay=training.weight_decay,
         gradient_clip=training.gradient_clip,
-        temperature=settings.temperature,
-        divergence=settings.divergence,
-        jsd_beta=settings.jsd_beta,
+        **_compared(settings),
         precision=training.precision,
         gradient_checkpointing=training.gradient_checkpointing,
         seed=seed,
@@ -362,15 +361,19 @@ def _learn_on_server(
         Party("proxy", proxy, "shared", server.proxy_learning_rate, settings.beta, teachers["proxy"]),
         shared,
         gradient_clip=server.gradient_clip,
-        temperature=settings.temperature,
-        divergence=settings.divergence,
-        jsd_beta=settings.jsd_beta,
+        **_compared(settings),
         precision=server.precision,
         gradient_checkpointing=server.gradient_checkpointing,
         seed=seed,
         stage=SERVER_STAGE,
         on_progress=on_progress,
     )
+
+
+def _compared(settings: CoPlmsSettings) -> dict[str, Any]:
+    """What the two models compare, and how: the same on devices and on the server."""
+    names = ("temperature", "divergence", "jsd_beta", "matching", "span_likelihood_weight")
+    return {name: getattr(settings, name) for name in names}
 
 
 def _server_batches(

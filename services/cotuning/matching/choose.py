@@ -1,0 +1,119 @@
+"""Which matching a name stands for. `fold` is ours; the others are what it is compared with."""
+
+from dataclasses import replace
+from functools import partial
+from typing import TypedDict, get_args
+
+from cotuning.alignment import align
+from cotuning.divergences import Divergence
+from cotuning.folding import FoldPair
+from cotuning.language_model import LanguageModel
+from cotuning.matching.gold import gold, match_vocabularies
+from cotuning.matching.interface import Direction, Lesson, Matching, MatchingName, Reading, both_ways
+from cotuning.matching.likelihood import span_likelihood
+from cotuning.matching.mined import MinedDtw
+from cotuning.matching.uld import uld
+from cotuning.mutual_loss import mutual_loss
+
+
+class _Compared(TypedDict):
+    """How what is compared is compared."""
+
+    temperature: float
+    divergence: Divergence
+    jsd_beta: float
+
+
+def choose_matching(
+    name: MatchingName,
+    a: LanguageModel,
+    b: LanguageModel,
+    fold: FoldPair,
+    *,
+    temperature: float = 1.0,
+    divergence: Divergence = "forward_kl",
+    jsd_beta: float = 0.5,
+    span_likelihood_weight: float = 0.0,
+) -> Matching:
+    """The matching of two models.
+
+    Args:
+        name: `fold` (`mutual_loss`), `ce_only` (neither learns from the other), `uld`, `gold`, `mined_dtw`, `alm`.
+        a: one model; its tokenizer matters, its weights do not.
+        b: the other.
+        fold: of their vocabularies, on their device.
+        temperature: T; tau for the likelihood of spans.
+        divergence: where the matching has one: `fold`, the matched ids of `gold`, the two events of `alm`.
+        jsd_beta: for `jsd`.
+        span_likelihood_weight: of the term on spans of several tokens beside `fold`; 0 is without.
+
+    Raises:
+        ValueError: an unknown name, a negative weight, or a weight beside another matching than `fold`.
+    """
+    if span_likelihood_weight and (name != "fold" or span_likelihood_weight < 0):
+        raise ValueError(
+            f"expected span_likelihood_weight 0 or, beside matching 'fold', above 0; got {span_likelihood_weight} "
+            f"beside {name!r}"
+        )
+    compared: _Compared = {"temperature": temperature, "divergence": divergence, "jsd_beta": jsd_beta}
+    if name == "fold":
+        folded = partial(_fold, fold=fold, **compared)
+        if not span_likelihood_weight:
+            return folded
+        inside = span_likelihood(**compared, spans="several_tokens", name="span_likelihood")
+        return partial(_with_term, folded, both_ways(inside, inside), weight=span_likelihood_weight)
+    if name == "ce_only":
+        return _nothing
+    return both_ways(_direction(name, a, b, compared), _direction(name, b, a, compared))
+
+
+def _direction(name: MatchingName, student: LanguageModel, teacher: LanguageModel, compared: _Compared) -> Direction:
+    """What a student learns from a teacher by a matching whose two directions are apart."""
+    match name:
+        case "uld":
+            return uld(temperature=compared["temperature"])
+        case "gold":
+            return gold(match_vocabularies(student.table, teacher.table, device=student.device), **compared)
+        case "mined_dtw":
+            return MinedDtw(student.table, teacher.table, temperature=compared["temperature"])
+        case "alm":
+            return span_likelihood(**compared)
+    raise ValueError(f"expected a matching of {', '.join(get_args(MatchingName))}, got {name!r}")
+
+
+def _fold(
+    a: Reading, b: Reading, *, fold: FoldPair, temperature: float, divergence: Divergence, jsd_beta: float
+) -> tuple[Lesson, Lesson]:
+    """Both directions of `mutual_loss` at the starts of the common spans, in one pass; reported as `kl`."""
+    spans = align(a.batch, b.batch)
+    losses = mutual_loss(
+        a.hidden_BTD[spans.sample_S, spans.row_a_S],
+        a.head,
+        b.hidden_BTD[spans.sample_S, spans.row_b_S],
+        b.head,
+        fold,
+        temperature=temperature,
+        divergence=divergence,
+        jsd_beta=jsd_beta,
+        weight_a=1.0 if a.learns else None,
+        weight_b=1.0 if b.learns else None,
+        after_break_S=fold.after_break(spans),
+    )
+    return (
+        Lesson({"kl": losses[0]}) if a.learns else Lesson(),
+        Lesson({"kl": losses[1]}) if b.learns else Lesson(),
+    )
+
+
+def _nothing(a: Reading, b: Reading) -> tuple[Lesson, Lesson]:
+    return Lesson(), Lesson()
+
+
+def _with_term(first: Matching, second: Matching, a: Reading, b: Reading, *, weight: float) -> tuple[Lesson, Lesson]:
+    """Both matchings' terms, those of the second at `weight`."""
+    lessons = zip(first(a, b), second(a, b), strict=True)
+    joined = [
+        replace(one, terms={**one.terms, **other.terms}, weights={**one.weights, **dict.fromkeys(other.terms, weight)})
+        for one, other in lessons
+    ]
+    return joined[0], joined[1]
