@@ -35,6 +35,7 @@ from protocol.runs import RunCreate
 from protocol.safetensors_header import read_header
 from protocol.strategies import CoPlmsSettings, LoraSettings
 from worker.adapter_files import peft_config, put_adapter
+from worker.memory_check import check_memory
 from worker.model_cache import load_model
 from worker.public_rows import PublicRows, in_hashed_order, split_public_rows
 from worker.row_files import ROWS, RowFiles, put_rows
@@ -78,10 +79,12 @@ def _prepare(work: Work, config: RunCreate, settings: CoPlmsSettings) -> Finish:
     watch = Stopwatch()
     with watch.measure("loading"):
         rows, test_rows = _read_rows(config)
-        llm = work.cache.llm(config.llm)
+        check_memory(config, settings, rows.training)
+        llm = work.cache.llm(config.llm, config.llm_loading)
     work.lease.check()
     with watch.measure("distillation"):
         fresh_proxy = _make_proxy(llm, rows.training, config)
+        fresh_proxy.model.to(llm.device)
         distilled = _distil(work, llm, fresh_proxy, rows.training, config)
         manifest, proxy_files = store_model(work.blobs, fresh_proxy)
         # From now on the one that everybody loads, also here.
