@@ -33,6 +33,7 @@ from protocol.assignments import ModelFile, ModelManifest
 from protocol.errors import DomainError, ErrorCode
 from protocol.runs import RunCreate
 from protocol.safetensors_header import read_header
+from protocol.statuses import RunStatus
 from protocol.strategies import CoPlmsSettings, LoraSettings
 from worker.adapter_files import peft_config, put_adapter
 from worker.memory_check import check_memory
@@ -77,6 +78,7 @@ def prepare(work: Work) -> Finish:
 def _prepare(work: Work, config: RunCreate, settings: CoPlmsSettings) -> Finish:
     assert config.llm is not None
     watch = Stopwatch()
+    _drop_outdated_checkpoints(work)
     with watch.measure("loading"):
         rows, test_rows = _read_rows(config)
         check_memory(config, settings, rows.training)
@@ -242,6 +244,20 @@ def _distil(
         )
     except TrainingDiverged as error:
         raise DomainError(ErrorCode.JOB_FAILED, str(error)) from error
+
+
+def _drop_outdated_checkpoints(work: Work) -> None:
+    """Remove the states of runs that are not being prepared any more: they failed or were stopped."""
+    if work.checkpoints is None or not work.checkpoints.exists():
+        return
+    for folder in work.checkpoints.iterdir():
+        try:
+            with work.database.reading() as session:
+                keep = runs.get_run(session, folder.name).status is RunStatus.PREPARING
+        except DomainError:  # of another database
+            keep = False
+        if not keep:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _checkpoints(work: Work, training: list[Example], config: RunCreate) -> FolderCheckpoints | None:

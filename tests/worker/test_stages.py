@@ -334,6 +334,17 @@ def test_a_killed_distillation_is_taken_up_where_it_was(cloud: Cloud, llm: str) 
     assert not (folder / run.run_id).exists()
 
 
+def test_states_of_runs_that_ended_are_removed(cloud: Cloud, llm: str) -> None:
+    folder = cloud.settings.home / "checkpoints"
+    run = cloud.create_run(llm)
+    cloud.call(runs.stop_run, run.run_id, "enough", utc_now())
+    for name in (run.run_id, "run_of_another_database"):
+        (folder / name).mkdir(parents=True)
+    cloud.create_run(llm)
+    cloud.work()
+    assert list(folder.iterdir()) == []
+
+
 def test_a_run_that_cannot_fit_is_refused_before_anything_is_loaded(cloud: Cloud, llm: str) -> None:
     many = {"layers": 1, "steps": 2, "batch_size": 4_000_000, "max_length": 64}
     run = cloud.create_run(llm, proxy=many)
