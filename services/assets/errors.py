@@ -3,7 +3,8 @@
 AssetError
 ├── ModelFolderError   a model folder that is missing, incomplete or not a causal language model
 ├── DataFileError      a data file that is missing, or a row in it that cannot be read
-└── TensorFileError    bytes that are not a safetensors file
+├── TensorFileError    bytes that are not a safetensors file
+└── DeviceError        what a device was asked for, it or its software cannot do
 """
 
 
@@ -21,3 +22,7 @@ class DataFileError(AssetError):
 
 class TensorFileError(AssetError):
     """The bytes are not a well-formed safetensors file."""
+
+
+class DeviceError(AssetError):
+    """The device, or the software for it, is not what the settings need."""

@@ -2,12 +2,14 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from assets.devices import Devices, chosen_devices, four_bit_config, spread_layers
 from assets.errors import ModelFolderError
 from cotuning.language_model import LanguageModel
 
@@ -23,22 +25,42 @@ _LOADING_ERRORS = (
 """What transformers raises on a config whose values make no sense, among other things."""
 
 
-def load_language_model(path_or_name: str | Path, *, dtype: torch.dtype = torch.float32) -> LanguageModel:
+def load_language_model(
+    path_or_name: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    four_bit: bool = False,
+    devices: Devices = "cpu",
+) -> LanguageModel:
     """Load a causal language model from a folder or by its hub name; frozen, ready to be adapted.
 
     No code of the model's author is run, and no pickled weights are read.
 
+    Args:
+        path_or_name: of the model.
+        dtype: of the weights.
+        four_bit: hold the linear layers, but the head, in 4 bits; see `devices.four_bit_config`.
+        devices: where to; over several GPUs the layers are dealt.
+
     Raises:
         ModelFolderError: there is no such model, it is incomplete, or it is not a causal language model.
+        DeviceError: 4-bit weights cannot be had here.
     """
     name = str(path_or_name)
-    _require_model(name)
+    config = read_config(name)
+    options: dict[str, Any] = {"quantization_config": four_bit_config()} if four_bit else {}
     try:
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
-        if config._attn_implementation not in _ATTENTION:
-            raise ValueError(f"config.json asks for attention {config._attn_implementation!r}")
+        names = chosen_devices(devices)
+        if names != ["cpu"]:
+            options["device_map"] = spread_layers(config, names)
         model, report = AutoModelForCausalLM.from_pretrained(
-            name, config=config, dtype=dtype, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+            name,
+            config=config,
+            dtype=dtype,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
         )
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         lm = LanguageModel.of(model.eval().requires_grad_(False), tokenizer)
@@ -48,6 +70,37 @@ def load_language_model(path_or_name: str | Path, *, dtype: torch.dtype = torch.
         missing = ", ".join(sorted(report["missing_keys"])[:3])
         raise ModelFolderError(f"{name}: expected all weights, {len(report['missing_keys'])} are missing: {missing}")
     return lm
+
+
+def read_config(path_or_name: str | Path) -> Any:
+    """The config of a model, without its weights.
+
+    Raises:
+        ModelFolderError: there is no such model, or its config cannot be used.
+    """
+    name = str(path_or_name)
+    _require_model(name)
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False)
+        if config._attn_implementation not in _ATTENTION:
+            raise ValueError(f"config.json asks for attention {config._attn_implementation!r}")
+    except _LOADING_ERRORS as error:
+        raise ModelFolderError(f"{name}: expected a causal language model ({_HOLDS}): {error}") from error
+    return config
+
+
+def read_tokenizer(path_or_name: str | Path) -> Any:
+    """The tokenizer of a model, without its weights.
+
+    Raises:
+        ModelFolderError: there is no such model, or its tokenizer cannot be read.
+    """
+    name = str(path_or_name)
+    _require_model(name)
+    try:
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except _LOADING_ERRORS as error:
+        raise ModelFolderError(f"{name}: expected a causal language model ({_HOLDS}): {error}") from error
 
 
 def save_language_model(lm: LanguageModel, folder: Path) -> None:

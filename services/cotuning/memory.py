@@ -10,7 +10,7 @@ Names: B rows, T tokens, V token ids, D hidden size.
 
 import math
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -25,9 +25,13 @@ from transformers import AutoModelForCausalLM
 
 from cotuning.adapters import activate, attach_adapter, lora_config
 from cotuning.cross_entropy import DEFAULT_CHUNK_ROWS
+from cotuning.examples import Example, render_prompt
 from cotuning.gradient_checkpointing import recomputed_layers
 from cotuning.language_model import LanguageModel, decoder_layers, hidden_states
+from cotuning.proxy_creation import first_layers
 from cotuning.training import Precision
+
+Learns = Literal["everything", "adapter", "nothing"]
 
 FOUR_BIT_BYTES = 0.5 + 1 / 64
 """A weight in 4 bits, with one 8-bit scale for each block of 64 (QLoRA, arXiv 2305.14314, section 3)."""
@@ -35,8 +39,17 @@ FOUR_BIT_BYTES = 0.5 + 1 / 64
 _CHUNK_COPIES = 3
 """Of a chunk of rows in `cross_entropy`: log-probabilities, slopes, and what either is made from; float32."""
 
+_FEW_LAYERS = 3
+"""More layers than these are not run: what the third one adds to two, each further one does."""
+
+_ROWS_TRIED = 32
+
 _MOMENTS = 2
 """AdamW's, each of its parameter's size."""
+
+
+class CannotEstimate(ValueError):
+    """The model does something that depends on values, and there are none."""
 
 
 class NotEnoughMemory(ValueError):
@@ -93,14 +106,14 @@ class MemoryEstimate:
         return math.ceil(kept * (1 - self.layer_share * (1 - dealt)))
 
     def __str__(self) -> str:
-        names = ("weights", "gradients", "optimizer", "activations", "working")
-        return ", ".join(f"{name} {_readable(getattr(self, name))}" for name in names)
+        parts = {name: getattr(self, name) for name in ("weights", "gradients", "optimizer", "activations", "working")}
+        return f"{_readable(self.total)}, mostly {max(parts, key=lambda name: parts[name])}"
 
 
 def estimate_memory(
     config: Any,
     *,
-    learns: Literal["everything", "adapter", "nothing"],
+    learns: Learns,
     rank: int = 8,
     adapters: int = 1,
     batch_size: int,
@@ -123,12 +136,29 @@ def estimate_memory(
         four_bit: linear layers but the head in 4 bits.
         precision: of the forward pass.
         gradient_checkpointing: see there.
+
+    Raises:
+        CannotEstimate: the architecture cannot be run without values, or has no list of decoder layers.
     """
+    total = config.num_hidden_layers
+    parts = learns, rank, adapters, dtype
+    try:
+        few = [
+            _fake_step(_on_meta(each, *parts), (batch_size, length), precision, gradient_checkpointing)
+            for each in ([config] if total <= _FEW_LAYERS else map(partial(first_layers, config), (2, 3)))
+        ]
+    except (RuntimeError, ValueError) as error:
+        raise CannotEstimate(f"{config.model_type}: expected a model that runs on shapes alone: {error}") from error
+    seen = few[0] if len(few) == 1 else few[0].grown(few[1], total - 2)
+    return _add_up(_on_meta(config, *parts), seen, (batch_size, length), learns=learns, four_bit=four_bit)
+
+
+def _on_meta(config: Any, learns: Learns, rank: int, adapters: int, dtype: torch.dtype) -> LanguageModel:
+    """The model with its adapters and what learns of it, without storage."""
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
         # No tokenizer: only ids are read here, and adapters do not ask for it.
         lm = LanguageModel(base, None, None)  # type: ignore[arg-type]
-        path = decoder_layers(base, config.num_hidden_layers)
         if learns == "adapter":
             lora = lora_config(lm, rank=rank, alpha=1.0)
             for index in range(adapters):
@@ -136,53 +166,83 @@ def estimate_memory(
             activate(lm, [f"adapter{index}" for index in range(adapters)], trainable=["adapter0"])
         else:
             base.requires_grad_(learns == "everything")
+    return lm
+
+
+@dataclass(frozen=True)
+class _Seen:
+    """Bytes of a fake step: alive after the forward pass, and at the worst moment; without weights and gradients."""
+
+    kept: int
+    peak: int
+
+    def grown(self, next_layer: "_Seen", layers: int) -> "_Seen":
+        """What so many more layers make of it, each as the one that `next_layer` has more."""
+        kept = self.kept + layers * (next_layer.kept - self.kept)
+        return _Seen(kept, kept + max(self.peak - self.kept, next_layer.peak - next_layer.kept))
+
+
+def _fake_step(lm: LanguageModel, ids_shape: tuple[int, int], precision: Precision, checkpointing: bool) -> _Seen:
+    """Forward and, if something learns, backward through the decoder. Changes `lm` for good."""
+    learns = any(tensor.requires_grad for tensor in lm.model.parameters())
     # Fake tensors on the CPU and not those of "meta": only they choose the attention kernel that the CPU does.
     with FakeTensorMode():
-        _become_fake(lm.model, gradients=learns != "nothing")
-        live = _LiveBytes()
-        ids_BT = torch.zeros(batch_size, length, dtype=torch.int64)
-        with live, torch.set_grad_enabled(learns != "nothing"), recomputed_layers(lm, enabled=gradient_checkpointing):
+        live = _LiveBytes(_become_fake(lm.model))
+        with live, torch.set_grad_enabled(learns), recomputed_layers(lm, enabled=checkpointing):
+            ids_BT = torch.zeros(ids_shape, dtype=torch.int64)
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision == "bfloat16"):
                 hidden_BTD = hidden_states(lm, ids_BT)
             kept = live.now
-            if learns != "nothing":
+            if learns:
                 hidden_BTD.sum().backward()  # type: ignore[no-untyped-call]
-    return _add_up(lm, path, hidden_BTD, kept=kept, peak=live.peak, learns=learns, four_bit=four_bit)
+    return _Seen(kept, live.peak)
 
 
-def _become_fake(model: torch.nn.Module, *, gradients: bool) -> None:
-    """Replace every tensor by one without storage that claims to be on the CPU, with `gradients` where they will be.
-    Inside `FakeTensorMode`."""
+def _become_fake(model: torch.nn.Module) -> list[Tensor]:
+    """Replace every tensor by one without storage that claims to be on the CPU, with gradients where they will be.
+
+    Inside `FakeTensorMode`. Returns all of them.
+    """
+    made: dict[int, Tensor] = {}  # tied weights stay tied
+    gradients: list[Tensor] = []
     for module in model.modules():
         for name, tensor in list(module.named_parameters(recurse=False)):
-            fake = torch.nn.Parameter(torch.empty(tensor.shape, dtype=tensor.dtype), requires_grad=tensor.requires_grad)
-            fake.grad = torch.empty_like(fake) if gradients and fake.requires_grad else None
-            module.register_parameter(name, fake)
+            if id(tensor) not in made:
+                fake = torch.nn.Parameter(torch.empty(tensor.shape, dtype=tensor.dtype), tensor.requires_grad)
+                if fake.requires_grad:
+                    fake.grad = torch.empty_like(fake)
+                    gradients.append(fake.grad)
+                made[id(tensor)] = fake
+            module.register_parameter(name, made[id(tensor)])  # type: ignore[arg-type]
         for name, buffer in list(module.named_buffers(recurse=False)):
-            module.register_buffer(name, torch.empty(buffer.shape, dtype=buffer.dtype), persistent=False)
+            made[id(buffer)] = torch.empty(buffer.shape, dtype=buffer.dtype)
+            module.register_buffer(name, made[id(buffer)], persistent=False)
+    return [*made.values(), *gradients]
 
 
 class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Inside, counts the bytes of tensors made here and still alive, and the most there have been at once."""
+    """Inside, counts the bytes of tensors made here and still alive, and the most there have been at once.
 
-    def __init__(self) -> None:
+    Args:
+        others: tensors that were there before.
+    """
+
+    def __init__(self, others: Iterable[Tensor]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = 0
         self._known = WeakIdKeyDictionary()
+        for tensor in others:
+            self._known[tensor.untyped_storage()] = True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        # What goes in and was not made here, weights for example, is not ours to count.
-        tree_map_only(Tensor, partial(self._meet, made=False), (args, kwargs))
         result = func(*args, **(kwargs or {}))
-        tree_map_only(Tensor, partial(self._meet, made=True), result)
+        tree_map_only(Tensor, self._meet, result)
         return result
 
-    def _meet(self, tensor: Tensor, *, made: bool) -> None:
+    def _meet(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
-        if storage in self._known:
-            return
-        self._known[storage] = True
-        if made:
+        if storage not in self._known:
+            self._known[storage] = True
             size = storage.nbytes()
             self.now += size
             self.peak = max(self.peak, self.now)
@@ -190,6 +250,17 @@ class _LiveBytes(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _lose(self, size: int) -> None:
         self.now -= size
+
+
+def longest_row(tokenizer: Any, examples: Sequence[Example], *, max_length: int) -> int:
+    """Tokens of the longest of the rows, cut to `max_length`: T of the largest batch.
+
+    Only the rows with most characters are tokenized.
+    """
+    longest = sorted(examples, key=lambda row: len(row.instruction) + len(row.input) + len(row.output))[-_ROWS_TRIED:]
+    texts = [render_prompt(tokenizer, row) + row.output for row in longest]
+    lengths = [len(ids) for ids in tokenizer(texts, verbose=False)["input_ids"]] if texts else [0]
+    return min(max_length, max(lengths) + 1)  # END
 
 
 def together(estimates: Iterable[MemoryEstimate], *, devices: int = 1) -> int:
@@ -215,35 +286,37 @@ def require_memory(estimates: Mapping[str, MemoryEstimate], available: Mapping[s
     needed = together(estimates.values(), devices=len(available))
     if needed > bytes_there:
         raise NotEnoughMemory(
-            place, needed, bytes_there, "; ".join(f"{name}: {each}" for name, each in estimates.items())
+            place, needed, bytes_there, "; ".join(f"{name} {each}" for name, each in estimates.items())
         )
 
 
 def _add_up(
-    lm: LanguageModel, layers_path: str, hidden_BTD: Tensor, *, kept: int, peak: int, learns: str, four_bit: bool
+    lm: LanguageModel, seen: _Seen, ids_shape: tuple[int, int], *, learns: Learns, four_bit: bool
 ) -> MemoryEstimate:
     """Put together what the decoder was seen to need and what the heads and the optimizer will."""
     in_layers, outside = _Tally(), _Tally()
+    layers = lm.base.config.num_hidden_layers
+    path = decoder_layers(lm.base, layers)
     head = lm.base.get_output_embeddings().weight
     embeddings = lm.base.get_input_embeddings().weight
     for name, tensor in lm.base.named_parameters():
         small = four_bit and tensor.dim() == 2 and tensor is not head and tensor is not embeddings
-        tally = in_layers if name.startswith(f"{layers_path}.") else outside
+        tally = in_layers if name.startswith(f"{path}.") else outside
         tally.add(tensor, FOUR_BIT_BYTES if small and ".lora_" not in name else None)
     # Hidden states at the positions that a loss reads and their gradients, and chunks of rows times vocabulary.
-    chunk_rows = min(DEFAULT_CHUNK_ROWS, hidden_BTD.shape[0] * hidden_BTD.shape[1])
-    heads = 3 * hidden_BTD.numel() * 4 + chunk_rows * head.shape[0] * 4 * _CHUNK_COPIES
+    tokens = ids_shape[0] * ids_shape[1]
+    heads = 3 * tokens * head.shape[1] * 4 + min(DEFAULT_CHUNK_ROWS, tokens) * head.shape[0] * 4 * _CHUNK_COPIES
     if learns == "everything":
         heads += 2 * head.numel() * 4  # one from cross-entropy and one from the divergence, before they are added
-    activations = kept if learns != "nothing" else 0
+    activations = seen.kept if learns != "nothing" else 0
     dealt = in_layers.total + activations
     return MemoryEstimate(
         weights=in_layers.weights + outside.weights,
         gradients=in_layers.learned + outside.learned,
         optimizer=_MOMENTS * (in_layers.learned + outside.learned),
         activations=activations,
-        working=max(peak - activations, heads),
-        layers=lm.base.config.num_hidden_layers,
+        working=max(seen.peak - activations, heads),
+        layers=layers,
         layer_share=dealt / (dealt + outside.total),
     )
 

@@ -65,6 +65,24 @@ def create_proxy(
     raise ValueError(f"expected source 'prune' or 'config', got {source!r}")
 
 
+def proxy_config(llm_config: Any, *, source: Literal["prune", "config"], layers: int, hidden_size: int | None) -> Any:
+    """The config of the proxy that `create_proxy` would make with all heads and neurons kept, from the LLM's alone."""
+    total = llm_config.num_hidden_layers
+    if source == "prune":
+        return _with_layers(llm_config, _spread(min(layers, total), total))
+    return _narrowed(llm_config, layers, hidden_size)
+
+
+def first_layers(config: Any, count: int) -> Any:
+    """The config of a model with the first `count` layers only."""
+    return _with_layers(config, range(count))
+
+
+def _spread(layers: int, total: int) -> list[int]:
+    """Evenly spread indices of layers, first and last among them."""
+    return [round(place * (total - 1) / max(layers - 1, 1)) for place in range(layers)]
+
+
 def _fresh_model(config: Any, seed: int) -> Any:
     with isolated_generators(seed):
         return AutoModelForCausalLM.from_config(config).float().eval()
@@ -78,7 +96,7 @@ def _prune(llm: LanguageModel, layers: int, widths: Widths | None, seed: int) ->
     if getattr(llm.base, "is_quantized", False):
         raise ValueError("expected an LLM whose weights are not quantized for source 'prune', got a quantized one")
     path = decoder_layers(llm.base, total)
-    kept = [round(place * (total - 1) / max(layers - 1, 1)) for place in range(layers)]
+    kept = _spread(layers, total)
     smaller = _with_layers(config, kept)
     model = _fresh_model(narrowed_config(smaller, widths) if widths else smaller, seed)
     if widths:

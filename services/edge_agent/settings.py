@@ -78,6 +78,9 @@ class TrainingSection(_Section):
     checkpoint_steps: int = Field(
         default=20, ge=0, description="Steps between two states of a training on disk; 0: none, a kill costs it all."
     )
+    check_memory: bool = Field(
+        default=True, description="Refuse a training that is expected not to fit into this device's memory."
+    )
     evaluation_batch_size: int = Field(default=64, ge=1, le=4096)
     evaluation_max_length: int = Field(default=512, ge=16, le=131_072, description="Tokens of prompt and answer.")
 

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import structlog
 import torch
@@ -25,13 +26,15 @@ from transformers.utils.logging import disable_progress_bar
 from assets.adapters import read_adapter, save_adapter
 from assets.checkpoints import FolderCheckpoints
 from assets.data import read_examples
+from assets.devices import available_memory
 from assets.errors import AssetError, ModelFolderError
-from assets.models import folder_identity, load_language_model
+from assets.models import folder_identity, load_language_model, read_config
 from assets.tensors import read_tensors, tensors_to_bytes
 from cotuning.adapters import AdapterMismatch, adapted, lora_config
 from cotuning.evaluation import evaluate
 from cotuning.examples import Example, rows_digest
 from cotuning.language_model import LanguageModel, UnknownHead
+from cotuning.memory import CannotEstimate, NotEnoughMemory, estimate_memory, longest_row, require_memory
 from cotuning.mutual_learning import CoverageTooLow
 from cotuning.strategies import co_plms, standalone
 from cotuning.strategies.results import DeviceResult
@@ -45,7 +48,7 @@ from protocol.errors import ErrorCode
 from protocol.headers import ADAPTER_FORMAT, METADATA_BASE, METADATA_FORMAT, METADATA_PROBE_SET, METADATA_PROXY
 from protocol.runs import AlignmentMetrics, DeviceMetrics, Scores
 from protocol.statuses import PartKind
-from protocol.strategies import CoPlmsSettings
+from protocol.strategies import CoPlmsSettings, Strategy
 
 log = structlog.get_logger(__name__)
 
@@ -84,6 +87,7 @@ class LocalTrainer:
         disable_progress_bar()  # a log is no terminal
         self._config = config
         self._states = states
+        self._fits: list[Strategy] = []
         self._slm: LanguageModel | None = None
         self._proxy: tuple[Path, LanguageModel] | None = None
 
@@ -98,6 +102,8 @@ class LocalTrainer:
         """
         try:
             return self._train(assignment, files, start, on_progress)
+        except NotEnoughMemory as error:
+            raise CannotTrain(ErrorCode.NOT_ENOUGH_MEMORY, str(error)) from None
         except CoverageTooLow as error:
             raise CannotTrain(ErrorCode.COVERAGE_TOO_LOW, str(error)) from None
         except TrainingDiverged as error:
@@ -155,6 +161,7 @@ class LocalTrainer:
         slm_adapter = read_adapter(start.slm_adapter)[0] if start else None
         checkpoints = self._checkpoints(assignment, start, private)
         strategy = assignment.strategy
+        self._require_memory(strategy, slm, private, files)
         if not isinstance(strategy, CoPlmsSettings):
             return standalone.device_step(
                 slm=slm,
@@ -183,6 +190,31 @@ class LocalTrainer:
             on_progress=on_progress,
             checkpoints=checkpoints,
         )
+
+    def _require_memory(
+        self, strategy: Strategy, slm: LanguageModel, private: Sequence[Example], files: RoundFiles
+    ) -> None:
+        """Refuse what will not fit before any step is taken; asked once for each strategy."""
+        if not self._config.training.check_memory or strategy in self._fits:
+            return
+        training = strategy.training
+        options: dict[str, Any] = {
+            "learns": "adapter",
+            "batch_size": training.batch_size,
+            "length": longest_row(slm.tokenizer, private, max_length=training.max_length),
+            "precision": training.precision,
+            "gradient_checkpointing": training.gradient_checkpointing,
+        }
+        try:
+            estimates = {"slm": estimate_memory(slm.base.config, rank=strategy.slm_lora.rank, **options)}
+            if isinstance(strategy, CoPlmsSettings) and files.proxy_folder is not None:
+                proxy = read_config(files.proxy_folder)
+                estimates["proxy"] = estimate_memory(proxy, rank=strategy.proxy_lora.rank, adapters=2, **options)
+        except CannotEstimate as error:
+            log.warning("memory_not_estimated", reason=str(error))
+        else:
+            require_memory(estimates, available_memory("cpu"))
+        self._fits.append(strategy)
 
     def _checkpoints(
         self, assignment: Assignment, start: LocalState | None, private: Sequence[Example]

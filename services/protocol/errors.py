@@ -57,6 +57,7 @@ class ErrorCode(StrEnum):
     MODEL_FOLDER_MISSING = "model_folder_missing"
     DATA_FILE_INVALID = "data_file_invalid"
     COVERAGE_TOO_LOW = "coverage_too_low"
+    NOT_ENOUGH_MEMORY = "not_enough_memory"
     TOO_FEW_UPDATES = "too_few_updates"
     JOB_FAILED = "job_failed"
     UNSUPPORTED_PROTOCOL = "unsupported_protocol"
@@ -105,6 +106,7 @@ HTTP_STATUS: dict[ErrorCode, int] = {
     ErrorCode.MODEL_FOLDER_MISSING: 422,
     ErrorCode.DATA_FILE_INVALID: 422,
     ErrorCode.COVERAGE_TOO_LOW: 422,
+    ErrorCode.NOT_ENOUGH_MEMORY: 422,
     ErrorCode.TOO_FEW_UPDATES: 409,
     ErrorCode.JOB_FAILED: 500,
     ErrorCode.UNSUPPORTED_PROTOCOL: 400,

@@ -69,6 +69,21 @@ class ProxySettings(SettingsModel):
         return self
 
 
+class ModelLoading(SettingsModel):
+    """How the worker holds the LLM, and on which of its devices it trains."""
+
+    dtype: Literal["float32", "bfloat16"] = Field(default="float32", description="Of the LLM's frozen weights.")
+    four_bit: bool = Field(
+        default=False, description="Its linear layers in 4 bits (NF4); needs bitsandbytes. Cannot be pruned."
+    )
+    devices: Literal["cpu", "auto"] = Field(
+        default="cpu", description="`auto`: every GPU that is there, the LLM's layers dealt over them; else the CPU."
+    )
+    check_memory: bool = Field(
+        default=True, description="Refuse a run whose training is expected not to fit into the devices' memory."
+    )
+
+
 class EvaluationSettings(SettingsModel):
     """What is measured, and on how many rows. Greedy decoding."""
 
@@ -93,6 +108,7 @@ class RunCreate(SettingsModel):
     evaluation_data: str | None = Field(
         default=None, max_length=1024, description="JSONL file on which the LLM and the proxy are tested; optional."
     )
+    llm_loading: ModelLoading = ModelLoading()
     probe_rows: int = Field(default=64, ge=1, le=100_000, description="Public rows that every device receives (Q).")
     proxy: ProxySettings = ProxySettings()
     evaluation: EvaluationSettings = EvaluationSettings()

@@ -80,7 +80,7 @@ def _learn(
     assert context.probe_set_sha256 is not None
     assert context.aggregated_adapter_sha256 is not None
     assert context.base_llm_adapter_sha256 is not None
-    llm = work.cache.llm(config.llm)
+    llm = work.cache.llm(config.llm, config.llm_loading)
     proxy = work.cache.proxy(context.proxy_manifest_sha256)
     probe = get_rows(work.blobs, context.probe_set_sha256)
     reader = LogitsReader(work.blobs, proxy, probe, settings)

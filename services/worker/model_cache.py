@@ -11,12 +11,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from assets.errors import ModelFolderError
+import torch
+
+from assets.errors import DeviceError, ModelFolderError
 from assets.models import folder_identity, load_language_model
 from cotuning.language_model import LanguageModel
 from persistence.blobs import FolderBlobStore
 from protocol.assignments import ModelManifest
 from protocol.errors import DomainError, ErrorCode
+from protocol.runs import ModelLoading
 
 _Identity = tuple[object, ...]
 
@@ -35,27 +38,31 @@ class ModelCache:
         self._llm: tuple[_Identity, LanguageModel] | None = None
         self._proxy: tuple[_Identity, LanguageModel] | None = None
 
-    def llm(self, source: str) -> LanguageModel:
+    def llm(self, source: str, loading: ModelLoading | None = None) -> LanguageModel:
         """Return the model in the folder, or of the hub name, `source`.
 
         A folder whose files changed since they were loaded is loaded again.
 
         Raises:
-            DomainError: MODEL_FOLDER_MISSING, there is no causal language model.
+            DomainError: MODEL_FOLDER_MISSING, there is no causal language model; INVALID_FIELD, it cannot be held as
+                `loading` says.
         """
-        identity = folder_identity(source)
+        loading = loading or ModelLoading()
+        identity = (*folder_identity(source), loading.model_dump_json())
         if self._llm is None or self._llm[0] != identity:
             self._llm = self._proxy = None  # free the memory before it is needed again
-            self._llm = (identity, load_model(source))
+            self._llm = (identity, load_model(source, loading))
         return self._llm[1]
 
     def proxy(self, manifest_sha256: str) -> LanguageModel:
-        """Return the proxy whose manifest has this hash, as its files are in the blob store."""
+        """Return the proxy whose manifest has this hash, as its files are in the blob store; next to the LLM."""
         identity = (manifest_sha256,)
         if self._proxy is None or self._proxy[0] != identity:
             self._proxy = None
             with self._materialised(manifest_sha256) as folder:
                 self._proxy = (identity, load_model(str(folder)))
+        if self._llm is not None:
+            self._proxy[1].model.to(self._llm[1].device)
         return self._proxy[1]
 
     @contextmanager
@@ -70,14 +77,18 @@ class ModelCache:
             yield folder
 
 
-def load_model(source: str) -> LanguageModel:
-    """Load a causal language model in float32 from a folder or by its hub name.
+def load_model(source: str, loading: ModelLoading | None = None) -> LanguageModel:
+    """Load a causal language model from a folder or by its hub name, in float32 on the CPU if not told otherwise.
 
     Raises:
-        DomainError: MODEL_FOLDER_MISSING.
+        DomainError: MODEL_FOLDER_MISSING; INVALID_FIELD, `loading` cannot be done here.
     """
+    loading = loading or ModelLoading()
     try:
-        return load_language_model(source)
+        dtype = getattr(torch, loading.dtype)
+        return load_language_model(source, dtype=dtype, four_bit=loading.four_bit, devices=loading.devices)
+    except DeviceError as error:
+        raise DomainError(ErrorCode.INVALID_FIELD, f"`llm_loading`: {error}", received=loading.model_dump()) from error
     except ModelFolderError as error:
         raise DomainError(ErrorCode.MODEL_FOLDER_MISSING, str(error), received=source) from error
 

@@ -33,8 +33,10 @@ from protocol.assignments import ModelFile, ModelManifest
 from protocol.errors import DomainError, ErrorCode
 from protocol.runs import RunCreate
 from protocol.safetensors_header import read_header
+from protocol.statuses import RunStatus
 from protocol.strategies import CoPlmsSettings, LoraSettings
 from worker.adapter_files import peft_config, put_adapter
+from worker.memory_check import check_memory
 from worker.model_cache import load_model
 from worker.public_rows import PublicRows, in_hashed_order, split_public_rows
 from worker.row_files import ROWS, RowFiles, put_rows
@@ -76,12 +78,15 @@ def prepare(work: Work) -> Finish:
 def _prepare(work: Work, config: RunCreate, settings: CoPlmsSettings) -> Finish:
     assert config.llm is not None
     watch = Stopwatch()
+    _drop_outdated_checkpoints(work)
     with watch.measure("loading"):
         rows, test_rows = _read_rows(config)
-        llm = work.cache.llm(config.llm)
+        check_memory(config, settings, rows.training)
+        llm = work.cache.llm(config.llm, config.llm_loading)
     work.lease.check()
     with watch.measure("distillation"):
         fresh_proxy = _make_proxy(llm, rows.training, config)
+        fresh_proxy.model.to(llm.device)
         distilled = _distil(work, llm, fresh_proxy, rows.training, config)
         manifest, proxy_files = store_model(work.blobs, fresh_proxy)
         # From now on the one that everybody loads, also here.
@@ -239,6 +244,20 @@ def _distil(
         )
     except TrainingDiverged as error:
         raise DomainError(ErrorCode.JOB_FAILED, str(error)) from error
+
+
+def _drop_outdated_checkpoints(work: Work) -> None:
+    """Remove the states of runs that are not being prepared any more: they failed or were stopped."""
+    if work.checkpoints is None or not work.checkpoints.exists():
+        return
+    for folder in work.checkpoints.iterdir():
+        try:
+            with work.database.reading() as session:
+                keep = runs.get_run(session, folder.name).status is RunStatus.PREPARING
+        except DomainError:  # of another database
+            keep = False
+        if not keep:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _checkpoints(work: Work, training: list[Example], config: RunCreate) -> FolderCheckpoints | None:

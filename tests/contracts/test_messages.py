@@ -23,8 +23,8 @@ FOLDER = Path(__file__).parent
 RECORDED = sorted((FOLDER / "messages").glob("*.json"))
 PART_OF_OTHERS = {
     # Only ever inside another message, whose example holds one.
-    "ArtifactRef", "ModelFile", "Part", "DeviceProfile", "FieldProblem", "ProxySettings", "EvaluationSettings",
-    "Scores", "RoundDevice", "AlignmentMetrics", "DeviceMetrics", "Page",
+    "ArtifactRef", "ModelFile", "Part", "DeviceProfile", "FieldProblem", "ModelLoading", "ProxySettings",
+    "EvaluationSettings", "Scores", "RoundDevice", "AlignmentMetrics", "DeviceMetrics", "Page",
 }  # fmt: skip
 
 

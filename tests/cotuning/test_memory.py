@@ -12,7 +12,7 @@ from cotuning.adapters import activate, adapted, lora_config
 from cotuning.encoded_rows import EncodedRows
 from cotuning.examples import Example
 from cotuning.language_model import LanguageModel
-from cotuning.memory import MemoryEstimate, NotEnoughMemory, estimate_memory, require_memory, together
+from cotuning.memory import MemoryEstimate, NotEnoughMemory, estimate_memory, longest_row, require_memory, together
 from cotuning.mutual_learning import Party, learn_mutually, share_rows
 from cotuning.proxy import distil_proxy
 from cotuning.training import tune_adapter
@@ -191,6 +191,33 @@ def test_nothing_is_allocated_for_an_estimate() -> None:
 
 
 estimates: list[MemoryEstimate] = []
+
+
+@pytest.mark.parametrize("name", ["llama", "bloom"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_many_layers_are_estimated_from_few(name: str, checkpointing: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = larger(name, layers=7, width=32).model.config
+    sizes: dict[str, Any] = {
+        "learns": "adapter",
+        "batch_size": 2,
+        "length": 40,
+        "gradient_checkpointing": checkpointing,
+    }
+    few = estimate_memory(config, **sizes)
+    monkeypatch.setattr("cotuning.memory._FEW_LAYERS", 100)
+    every = estimate_memory(config, **sizes)
+    assert (few.weights, few.gradients, few.layers) == (every.weights, every.gradients, 7)
+    assert few.activations == pytest.approx(every.activations, rel=0.01)
+    assert few.total == pytest.approx(every.total, rel=0.02)
+
+
+def test_the_longest_row_is_found() -> None:
+    lm = tiny_language_model("gpt2")
+    examples = [Example(str(number), "Say.", "", "blue stone " * number) for number in range(60)]
+    batch = EncodedRows(lm, examples, max_length=10_000).batch(range(60))
+    longest = longest_row(lm.tokenizer, examples, max_length=10_000)
+    assert batch.input_ids_BT.shape[1] == longest
+    assert longest_row(lm.tokenizer, examples, max_length=50) == 50
 
 
 def test_layers_are_dealt_over_devices() -> None:

@@ -190,6 +190,18 @@ def test_a_checkpoint_from_other_rows_is_not_used_and_that_of_another_assignment
     assert list((tmp_path / "runs").glob("*/training/*")) == []
 
 
+def test_a_training_that_cannot_fit_is_refused_with_both_numbers(world: TinyWorld, cloud: FakeCloud) -> None:
+    """Millions of rows a step of two tiny models need hundreds of gigabytes."""
+    huge = CO_PLMS.training.model_copy(update={"batch_size": 4_000_000})
+    strategy = CO_PLMS.model_copy(update={"training": huge})
+    assignment = world.assignment(cloud, 1, strategy=strategy, evaluate_before=False)
+    with pytest.raises(CannotTrain, match=r"not enough memory on cpu: expected to need .* GiB") as caught:
+        train(world, assignment)
+    assert caught.value.code == "not_enough_memory"
+    assert "GiB, mostly activations" in caught.value.reason
+    assert len(caught.value.reason) <= 400  # what the server takes
+
+
 def test_tokenizers_that_do_not_fit_are_refused(world: TinyWorld, cloud: FakeCloud) -> None:
     never = CO_PLMS.model_copy(update={"min_coverage": 1.1})
     with pytest.raises(CannotTrain, match="coverage") as caught:

@@ -11,20 +11,23 @@ import numpy as np
 import pytest
 import torch
 from structlog.testing import capture_logs
+from transformers.utils import is_bitsandbytes_available
 
 from assets.models import load_language_model
 from assets.tensors import read_tensors
 from persistence import jobs, rounds, runs, updates
 from persistence.errors import LeaseLost
 from protocol.assignments import ModelManifest
-from protocol.errors import ErrorCode
+from protocol.errors import DomainError, ErrorCode
 from protocol.events import EventType
 from protocol.headers import ADAPTER_FORMAT, METADATA_FORMAT, METADATA_PROXY
-from protocol.runs import RoundMetrics, Scores
+from protocol.runs import ModelLoading, RoundMetrics, Scores
 from protocol.statuses import AssignmentStatus, PartKind, RoundStatus, RunStatus
+from protocol.strategies import CoPlmsSettings
 from tests.tiny_models import tiny_examples
 from tests.worker.cloud import Cloud, write_rows
 from worker.leases import Abandoned, Lease
+from worker.memory_check import check_memory
 from worker.model_cache import ModelCache
 from worker.preparation import prepare
 from worker.scoring import not_worse
@@ -386,6 +389,60 @@ def test_a_killed_distillation_is_taken_up_where_it_was(cloud: Cloud, llm: str) 
     assert (steps_taken, first["step"]) == ([1, 2, 3, 4, 5], 5)  # the state after step 4 was the last one kept
     assert cloud.take(device).proxy_manifest == whole_proxy
     assert not (folder / run.run_id).exists()
+
+
+def test_states_of_runs_that_ended_are_removed(cloud: Cloud, llm: str) -> None:
+    folder = cloud.settings.home / "checkpoints"
+    run = cloud.create_run(llm)
+    cloud.call(runs.stop_run, run.run_id, "enough", utc_now())
+    for name in (run.run_id, "run_of_another_database"):
+        (folder / name).mkdir(parents=True)
+    cloud.create_run(llm)
+    cloud.work()
+    assert list(folder.iterdir()) == []
+
+
+def test_a_run_that_cannot_fit_is_refused_before_anything_is_loaded(cloud: Cloud, llm: str) -> None:
+    many = {"layers": 1, "steps": 2, "batch_size": 4_000_000, "max_length": 64}
+    run = cloud.create_run(llm, proxy=many)
+    cloud.work()
+    failed = cloud.run(run.run_id)
+    assert (failed.status, failed.error_code) == (RunStatus.FAILED, ErrorCode.NOT_ENOUGH_MEMORY)
+    assert "distillation: not enough memory on cpu: expected to need" in (failed.status_reason or "")
+
+
+def test_the_servers_own_training_is_weighed_too(cloud: Cloud, llm: str) -> None:
+    server = {"server": {"steps": 2, "batch_size": 4096, "max_length": 64}}
+    config = cloud.create_run(llm, strategy=server).config
+    assert isinstance(config.strategy, CoPlmsSettings)
+    rows = tiny_examples(8)
+    with pytest.raises(DomainError, match="mutual learning: not enough memory on cuda:0") as caught:
+        check_memory(config, config.strategy, rows, {"cuda:0": 50_000_000})
+    assert (caught.value.code, caught.value.received) == (ErrorCode.NOT_ENOUGH_MEMORY, 50_000_000)
+    assert caught.value.expected > 100_000_000
+    check_memory(config, config.strategy, rows, {"cuda:0": 2**40})
+    careless = config.model_copy(update={"llm_loading": ModelLoading(check_memory=False)})
+    check_memory(careless, config.strategy, rows, {"cuda:0": 1})
+
+
+def test_four_bits_without_the_package_for_them_are_refused(cloud: Cloud, llm: str) -> None:
+    if is_bitsandbytes_available():
+        pytest.skip("bitsandbytes is installed here")
+    run = cloud.create_run(llm, llm_loading={"four_bit": True})
+    cloud.work()
+    failed = cloud.run(run.run_id)
+    assert (failed.status, failed.error_code) == (RunStatus.FAILED, ErrorCode.INVALID_FIELD)
+    assert "expected the package bitsandbytes" in (failed.status_reason or "")
+
+
+def test_an_llm_in_bfloat16_goes_through_a_whole_round(cloud: Cloud, llm: str) -> None:
+    (device,) = cloud.enrol("a")
+    run = cloud.create_run(llm, llm_loading={"dtype": "bfloat16", "devices": "auto"})
+    cloud.work()
+    cloud.deliver_untrained(device)
+    cloud.work()
+    done = cloud.run(run.run_id)
+    assert done.status is RunStatus.COMPLETED, done.status_reason
 
 
 def test_what_the_preparation_cannot_use(cloud: Cloud, llm: str, tmp_path: Path) -> None:
