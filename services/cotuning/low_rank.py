@@ -96,7 +96,7 @@ class ProductSum:
         self._max_rank = max_rank
         self._terms: list[tuple[Tensor, Tensor, float]] = []
         self._probes_IJ = probes_IJ
-        self._probed_OJ: Tensor | float = 0.0
+        self._probed_OJ: Tensor | None = None
         self.error = 0.0
         """Bound on the Frobenius norm of (this sum - the exact one)."""
 
@@ -108,7 +108,9 @@ class ProductSum:
     def add(self, left_OR: Tensor, right_RI: Tensor, weight: float) -> None:
         """Add `weight * left @ right`. The factors are copied."""
         self._terms.append((left_OR.clone(), right_RI.clone(), weight))
-        self._probed_OJ = self._probed_OJ + weight * (left_OR.double() @ (right_RI.double() @ self._probes_IJ))
+        if self._probed_OJ is None:
+            self._probed_OJ = left_OR.new_zeros(len(left_OR), self._probes_IJ.shape[1], dtype=torch.float64)
+        self._probed_OJ.addmm_(left_OR.double(), right_RI.double() @ self._probes_IJ, alpha=weight)
         if self.rank > self._max_rank:
             rank = min(self._max_rank // 2, left_OR.shape[0], right_RI.shape[1])
             cut = truncate_product(*self.factors(), rank=rank)
@@ -119,8 +121,12 @@ class ProductSum:
         """`(exact sum - this sum) @ probes`, [O, J]: its Frobenius norm over sqrt(J) estimates the error's.
 
         The square is unbiased, with a relative standard deviation of at most sqrt(2 / J).
+
+        Raises:
+            ValueError: nothing was added.
         """
         left_OR, right_RI = self.factors()
+        assert self._probed_OJ is not None
         return self._probed_OJ - left_OR @ (right_RI @ self._probes_IJ)
 
     def factors(self) -> tuple[Tensor, Tensor]:
