@@ -211,7 +211,7 @@ def measure_refactoring(device_counts: tuple[int, ...], repeats: int) -> dict[st
             "fedavg_error": product_error(apply_server_update(base, apart.result(), 1.0), stacked),
             "exact_svd_error": product_error(made.adapter, stacked),
             "reported_error": made.relative_error,
-            "compression_error": made.compression_error,
+            "error_bound": made.error_bound,
             "update_error": made.update_error,
             "seconds_a_layer": timing.seconds,
         }

@@ -144,6 +144,9 @@ class StreamingMean:
 
 def _add_weighted(total: Tensor, tensor: Tensor, weight: float) -> None:
     """`total += weight * tensor` in float64; torch copies to float64 first, and so only a block at a time."""
+    if tensor.numel() <= _BLOCK:
+        total.add_(tensor, alpha=weight)
+        return
     for place, block in zip(torch.split(total.view(-1), _BLOCK), torch.split(tensor.reshape(-1), _BLOCK), strict=True):
         place.add_(block, alpha=weight)
 

@@ -1,6 +1,7 @@
 """Sums of low-rank matrices, kept as thin factors: the full O x I matrix is never formed.
 
-Names: O output features, I input features, R rank of a factorisation (columns of the left factor, rows of the right).
+Names: O output features, I input features, R rank of a factorisation (columns of the left factor, rows of the right), J
+random probes.
 """
 
 from dataclasses import dataclass
@@ -85,13 +86,17 @@ class ProductSum:
 
     Args:
         max_rank: of the stack, at least 2; memory is `max_rank * (O + I)` values, whatever the number of terms.
+        probes_IJ: standard normal, float64; what the exact sum makes of them is kept beside the stack, so that the
+            error can be estimated and not only bounded: `lost`.
     """
 
-    def __init__(self, max_rank: int) -> None:
+    def __init__(self, max_rank: int, probes_IJ: Tensor) -> None:
         if max_rank < 2:
             raise ValueError(f"expected a stack of at least rank 2, got {max_rank}")
         self._max_rank = max_rank
         self._terms: list[tuple[Tensor, Tensor, float]] = []
+        self._probes_IJ = probes_IJ
+        self._probed_OJ: Tensor | None = None
         self.error = 0.0
         """Bound on the Frobenius norm of (this sum - the exact one)."""
 
@@ -103,11 +108,26 @@ class ProductSum:
     def add(self, left_OR: Tensor, right_RI: Tensor, weight: float) -> None:
         """Add `weight * left @ right`. The factors are copied."""
         self._terms.append((left_OR.clone(), right_RI.clone(), weight))
+        if self._probed_OJ is None:
+            self._probed_OJ = left_OR.new_zeros(len(left_OR), self._probes_IJ.shape[1], dtype=torch.float64)
+        self._probed_OJ.addmm_(left_OR.double(), right_RI.double() @ self._probes_IJ, alpha=weight)
         if self.rank > self._max_rank:
             rank = min(self._max_rank // 2, left_OR.shape[0], right_RI.shape[1])
             cut = truncate_product(*self.factors(), rank=rank)
             self._terms = [(cut.left_OK, cut.right_KI, 1.0)]
             self.error += cut.error
+
+    def lost(self) -> Tensor:
+        """`(exact sum - this sum) @ probes`, [O, J]: its Frobenius norm over sqrt(J) estimates the error's.
+
+        The square is unbiased, with a relative standard deviation of at most sqrt(2 / J).
+
+        Raises:
+            ValueError: nothing was added.
+        """
+        left_OR, right_RI = self.factors()
+        assert self._probed_OJ is not None
+        return self._probed_OJ - left_OR @ (right_RI @ self._probes_IJ)
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """The stack: left [O, R] and right [R, I], float64.

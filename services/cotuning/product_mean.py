@@ -35,6 +35,7 @@ from cotuning.low_rank import ProductSum, Truncation, product_norm, truncate_pro
 from cotuning.seeding import derive_seed
 
 _LEFT, _RIGHT = ".lora_B.", ".lora_A."
+_PROBES = 16
 _NO_PRODUCT = 1e-7
 """Of the greatest row's norm, the square root of a singular value: 1e-14 of the product is its rounding."""
 
@@ -45,16 +46,16 @@ class Refactored:
 
     Attributes:
         adapter: float32; components by falling singular value, A and B balanced.
-        relative_error: bound on the Frobenius norm of (adapter's products - exact products), all layers together,
-            relative to the exact ones'; of it
-        compression_error: the part that streaming added.
-        update_error: the same bound relative to the mean update, `P - s B A`: what the cut took of this round's
-            learning.
+        relative_error: Frobenius norm of (adapter's products - exact products), all layers together, relative to the
+            exact ones'. Exact but for rounding where nothing was compressed on the way; else estimated by random probes
+            (`ProductSum.lost`), within a few percent for an adapter of many layers.
+        error_bound: what it cannot exceed; the same where nothing was compressed.
+        update_error: the error relative to the mean update, `P - s B A`: what the cut took of this round's learning.
     """
 
     adapter: AdapterState
     relative_error: float
-    compression_error: float
+    error_bound: float
     update_error: float
 
 
@@ -157,7 +158,8 @@ class ProductMean:
         self._seed = seed
         self._means: dict[int, tuple[AdapterState, StreamingMean]] = {}
         stack = max_stack_rank if max_stack_rank is not None else 8 * (max_rank or self._rank)
-        self._second_order = {left: ProductSum(stack) for left in self._pairs}
+        self._probes = {left: _probes(left, base[right]) for left, right in self._pairs.items()}
+        self._second_order = {left: ProductSum(stack, self._probes[left]) for left in self._pairs}
 
     @property
     def num_updates(self) -> int:
@@ -195,7 +197,7 @@ class ProductMean:
         Raises:
             ValueError: there was no update.
         """
-        stack, compression = self._stack(learning_rate), self._compression(learning_rate)
+        stack = self._stack(learning_rate)
         adapter: AdapterState = {}
         errors: list[tuple[float, float, float, float]] = []
         for left, right in self._pairs.items():
@@ -203,21 +205,35 @@ class ProductMean:
             update_norm = product_norm(*stack[left])
             if update_norm == 0:
                 adapter |= {left: self._base[left].clone(), right: self._base[right].clone()}
-                errors.append((0.0, compression[left], product_norm(base_OR, base_RI), 0.0))
+                errors.append((0.0, 0.0, product_norm(base_OR, base_RI), 0.0))
                 continue
-            cut = truncate_product(
-                torch.cat([base_OR, stack[left][0]], 1), torch.cat([base_RI, stack[left][1]]), self._rank
-            )
+            whole = torch.cat([base_OR, stack[left][0]], 1), torch.cat([base_RI, stack[left][1]])
+            cut = truncate_product(*whole, self._rank)
             left_OR, right_RI = _able_to_learn(cut, base_RI)
             adapter |= {left: left_OR.float(), right: right_RI.float()}
-            errors.append((cut.error, compression[left], cut.norm, update_norm))
-        cuts, added, norms, updates = (torch.tensor(each, dtype=torch.float64) for each in zip(*errors, strict=True))
+            errors.append((*self._error(left, whole, cut, learning_rate), cut.norm, update_norm))
+        found, bounds, norms, updates = (torch.tensor(each, dtype=torch.float64) for each in zip(*errors, strict=True))
         return Refactored(
             dict(sorted(adapter.items())),
-            relative_error=_ratio(cuts + added, norms),
-            compression_error=_ratio(added, norms),
-            update_error=_ratio(cuts + added, updates),
+            relative_error=_ratio(found, norms),
+            error_bound=_ratio(bounds, norms),
+            update_error=_ratio(found, updates),
         )
+
+    def _error(
+        self, left: str, whole: tuple[Tensor, Tensor], cut: Truncation, learning_rate: float
+    ) -> tuple[float, float]:
+        """Of one layer's `P / s`: the Frobenius norm of the error, or its estimate, and its bound."""
+        terms, scale = self._second_order[left], learning_rate / self._weight()
+        if terms.error == 0:
+            return cut.error, cut.error
+        bound = cut.error + scale * terms.error
+        cut_OJ = whole[0] @ (whole[1] @ self._probes[left]) - cut.left_OK @ (cut.right_KI @ self._probes[left])
+        error_OJ = scale * terms.lost() + cut_OJ
+        return min(bound, float(torch.linalg.vector_norm(error_OJ)) / _PROBES**0.5), bound
+
+    def _weight(self) -> float:
+        return sum(mean.weight for _, mean in self._means.values())
 
     def stacked(self, learning_rate: float = 1.0) -> AdapterState:
         """The exact P as an adapter of greater rank, nothing cut off (FLoRA): the base's components, then the stack's.
@@ -236,16 +252,11 @@ class ProductMean:
             adapter[right] = torch.cat([self._base[right].double(), right_RI]).float()
         return dict(sorted(adapter.items()))
 
-    def _compression(self, learning_rate: float) -> dict[str, float]:
-        """Bound on what compression did to each layer's `P / s`."""
-        total = sum(mean.weight for _, mean in self._means.values())
-        return {left: terms.error * learning_rate / total for left, terms in self._second_order.items()}
-
     def _stack(self, learning_rate: float) -> dict[str, tuple[Tensor, Tensor]]:
         """The exact sum, `(P - s B A) / s` of each layer, as thin factors (but for what compression cut)."""
         if not self.num_updates:
             raise ValueError("expected at least one update, got none")
-        total = sum(mean.weight for _, mean in self._means.values())
+        total = self._weight()
         parts = [
             (learning_rate * mean.weight / total * self._rank / rank, start, mean.result())
             for rank, (start, mean) in sorted(self._means.items())
@@ -280,6 +291,12 @@ def _able_to_learn(cut: Truncation, base_RI: Tensor) -> tuple[Tensor, Tensor]:
     left_OK[:, spare_K] = 0.0
     right_KI[spare_K] = rows_FI
     return left_OK, right_KI
+
+
+def _probes(layer: str, right_RI: Tensor) -> Tensor:
+    """Standard normal [I, J], the same each time for a layer and another one for each."""
+    generator = torch.Generator().manual_seed(derive_seed(0, "probes", layer))
+    return torch.randn(right_RI.shape[1], _PROBES, generator=generator, dtype=torch.float64)
 
 
 def _ratio(errors_L: Tensor, norms_L: Tensor) -> float:

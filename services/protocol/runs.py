@@ -235,8 +235,8 @@ class RoundMetrics(ResponseModel):
     alignment: AlignmentMetrics | None = Field(default=None, description="The counted devices' reports together.")
     aggregation_errors: dict[str, float] = Field(
         default_factory=dict,
-        description="Exact aggregation only: what re-factoring lost. `relative_error` of the product BA, in it "
-        "`compression_error` from streaming; `update_error` is the same loss relative to this round's change of BA.",
+        description="Exact aggregation only, what re-factoring lost: `relative_error` of the product BA, the "
+        "`error_bound` that it cannot exceed, and `update_error`, relative to this round's change of BA.",
     )
     losses: dict[str, float] = Field(default_factory=dict, description="The server's mutual learning, nats a token.")
     teacher_rows: dict[str, dict[str, int]] = Field(

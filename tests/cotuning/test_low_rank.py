@@ -15,6 +15,7 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+PROBES = random(15, 400, seed=9)
 sizes = st.integers(1, 12)
 
 
@@ -60,7 +61,7 @@ def terms(count: int, rank: int = 2, seed: int = 0) -> list[tuple[Tensor, Tensor
 
 
 def summed(max_rank: int, parts: list[tuple[Tensor, Tensor, float]]) -> tuple[ProductSum, Tensor]:
-    running = ProductSum(max_rank)
+    running = ProductSum(max_rank, PROBES)
     for left, right, weight in parts:
         running.add(left, right, weight)
         assert running.rank <= max_rank
@@ -94,6 +95,11 @@ def test_compression_never_errs_by_more_than_it_says(count: int, max_rank: int, 
     _, backwards = summed(max_rank, parts[::-1])
     assert float((total - backwards).norm()) <= running.error + summed(max_rank, parts[::-1])[0].error + 1e-9
     assert (running.error > 0) == (count > max_rank)
+    exactly_lost = (slow_sum(parts) - total) @ PROBES
+    torch.testing.assert_close(running.lost(), exactly_lost, rtol=1e-9, atol=1e-9)
+    if running.error > 0:
+        error = float((total - slow_sum(parts)).norm())
+        assert float(running.lost().norm()) / 400**0.5 == pytest.approx(error, rel=0.25)
 
 
 def test_terms_of_one_subspace_are_summed_exactly_by_a_small_stack() -> None:
@@ -114,7 +120,7 @@ def test_a_stack_of_the_matrix_s_own_size_loses_nothing() -> None:
 
 def test_the_terms_are_copied() -> None:
     left, right = random(20, 2), random(2, 15)
-    running = ProductSum(8)
+    running = ProductSum(8, PROBES)
     running.add(left, right, 2.0)
     expected = 2 * left @ right
     left.zero_()
@@ -124,6 +130,6 @@ def test_the_terms_are_copied() -> None:
 
 def test_nothing_and_no_room_are_refused() -> None:
     with pytest.raises(ValueError, match="at least one term"):
-        ProductSum(4).factors()
+        ProductSum(4, PROBES).factors()
     with pytest.raises(ValueError, match="at least rank 2, got 1"):
-        ProductSum(1)
+        ProductSum(1, PROBES)

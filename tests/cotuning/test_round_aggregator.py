@@ -65,7 +65,7 @@ def test_exact_aggregation_reports_what_the_cut_lost() -> None:
     assert_equal(made.adapter, expected.adapter)
     assert made.errors == {
         "relative_error": expected.relative_error,
-        "compression_error": 0.0,
+        "error_bound": expected.relative_error,
         "update_error": expected.update_error,
     }
     assert 0 < made.errors["relative_error"] < made.errors["update_error"] < 1

@@ -432,3 +432,11 @@ def test_two_whole_rounds_and_a_zero_delta_changes_nothing() -> None:
     config = lora_config(world.proxy, **LORA.model_dump())
     with adapted(world.proxy, config, {"shared": theta}) as lent:
         assert same(adapter_state(lent, "shared"), theta)
+
+
+def test_how_values_travel_is_the_settings_choice() -> None:
+    world = World()
+    result = world.device(settings=settings(logits_values="float16"))
+    assert result.logits_metadata["values"] == "float16"
+    assert result.logits["down"].dtype == torch.float16
+    assert world.device().logits_metadata["values"] == "int8"

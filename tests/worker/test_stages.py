@@ -179,7 +179,7 @@ def test_exact_aggregation_in_a_run(cloud: Cloud, llm: str) -> None:
         lost += float((after[left].double() @ after[right].double() - exact).square().sum())
         whole += float(exact.square().sum())
     errors = RoundMetrics.model_validate(cloud.round(run.run_id, 1).metrics).aggregation_errors
-    assert set(errors) == {"relative_error", "compression_error", "update_error"}
+    assert set(errors) == {"relative_error", "error_bound", "update_error"}
     assert 0 < errors["relative_error"] < 1
     assert errors["relative_error"] == pytest.approx((lost / whole) ** 0.5, rel=1e-3)
 

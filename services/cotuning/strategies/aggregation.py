@@ -19,7 +19,7 @@ class Aggregate:
     Attributes:
         adapter: theta_bar.
         optimizer_state: of the server's optimizer after this round; empty where it has none.
-        errors: what re-factoring lost, as shares: `relative_error`, `compression_error` and `update_error` of
+        errors: what re-factoring lost, as shares: `relative_error`, `error_bound` and `update_error` of
             `product_mean.Refactored`; empty where nothing was re-factored.
     """
 
@@ -68,7 +68,7 @@ class RoundAggregator:
             made = self._mean.result(rate)
             errors = {
                 "relative_error": made.relative_error,
-                "compression_error": made.compression_error,
+                "error_bound": made.error_bound,
                 "update_error": made.update_error,
             }
             return Aggregate(made.adapter, errors=errors)

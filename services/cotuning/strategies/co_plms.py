@@ -90,13 +90,13 @@ def device_step(
     slm_config = lora_config(slm, **settings.slm_lora.model_dump())
     phi = derive_seed(seed, "domain_adapter") if domain_adapter is None else domain_adapter
     psi = derive_seed(seed, "slm_adapter") if slm_adapter is None else slm_adapter
+    row_seed = derive_seed(seed, "rows", round_number)
     with (
         adapted(proxy, proxy_config, {"shared": shared_adapter, "domain": phi}) as lent_proxy,
         adapted(slm, slm_config, {"slm": psi}) as lent_slm,
     ):
         # Aligned before any training: a pair of tokenizers that does not fit is refused with nothing spent.
-        order = derive_seed(seed, "rows", round_number)
-        shared = _shared_rows(lent_slm, lent_proxy, private=private, probe=probe, settings=settings, seed=order)
+        shared = _shared_rows(lent_slm, lent_proxy, private=private, probe=probe, settings=settings, seed=row_seed)
         losses = _tune_domain(
             lent_proxy,
             shared.rows_b,
