@@ -10,7 +10,6 @@ from torch import Tensor
 from cotuning.alignment import align
 from cotuning.folding import FoldPair, fold_pair
 from cotuning.heads import Head
-from cotuning.language_model import LanguageModel
 from cotuning.matching.choose import choose_matching
 from cotuning.matching.interface import Matching, MatchingName, Reading, by_rows
 from cotuning.mutual_loss import mutual_loss
@@ -27,10 +26,7 @@ def one_thread() -> None:
 
 
 def matching(name: MatchingName, *, kinds: tuple[str, str] = (KIND_A, KIND_B), **options: Any) -> Matching:
-    a, b = (LanguageModel(torch.nn.Linear(1, 1), trained(kind), table_of(kind)) for kind in kinds)
-    for lm in (a, b):
-        lm.model.get_input_embeddings = lambda model=lm.model: model  # all that is asked of it is where it is
-    return choose_matching(name, a, b, the_fold(kinds), **options)
+    return choose_matching(name, table_of(kinds[0]), table_of(kinds[1]), the_fold(kinds), **options)
 
 
 def the_fold(kinds: tuple[str, str] = (KIND_A, KIND_B)) -> FoldPair:
@@ -105,11 +101,11 @@ def test_gradients_by_finite_differences(name: MatchingName, divergence: str) ->
     match = matching(name, temperature=1.5, divergence=divergence, jsd_beta=0.3)
     # Through a few numbers: all hidden states would be slow, and a wrong slope shows in any direction.
     generator = torch.Generator().manual_seed(3)
-    ways = [torch.randn(4, *a.hidden_BTD.shape, generator=generator, dtype=torch.float64) for _ in range(1)]
+    hidden_ways = torch.randn(4, *a.hidden_BTD.shape, generator=generator, dtype=torch.float64)
     head_ways = torch.randn(2, *a.head.weight_VD.shape, generator=generator, dtype=torch.float64)
 
     def loss_at(shift: Tensor, head_shift: Tensor) -> Tensor:
-        hidden_BTD = a.hidden_BTD + torch.einsum("w,wbtd->btd", shift, ways[0])
+        hidden_BTD = a.hidden_BTD + torch.einsum("w,wbtd->btd", shift, hidden_ways)
         weight_VD = a.head.weight_VD + torch.einsum("w,wvd->vd", head_shift, head_ways)
         moved = replace(a, hidden_BTD=hidden_BTD, head=Head(weight_VD, a.head.num_tokens))
         return losses(match, moved, b)[0]
