@@ -210,8 +210,8 @@ def learn_mutually(
     side_a, side_b = _Side(a, output_head(a.lm)), _Side(b, output_head(b.lm))
     match = choose_matching(
         matching,
-        a.lm,
-        b.lm,
+        a.lm.table,
+        b.lm.table,
         shared.fold,
         temperature=temperature,
         divergence=divergence,

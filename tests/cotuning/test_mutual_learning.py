@@ -128,6 +128,50 @@ def test_learning_from_each_other_brings_two_models_closer() -> None:
     assert last["b_kl"] < 0.85 * first["b_kl"]
 
 
+TERMS = {"fold": "kl", "uld": "uld", "gold": "gold", "mined_dtw": "mined", "alm": "alm"}
+
+
+@pytest.mark.parametrize("matching", TERMS)
+def test_every_matching_lowers_its_own_term(matching: str) -> None:
+    first, _, _ = learn(opinionated("gpt2"), opinionated("bloom"), ROWS, [list(range(6))], matching=matching)
+    # At a great weight, so that it is not the cross-entropy that lowers it.
+    last, _, _ = learn(
+        opinionated("gpt2"), opinionated("bloom"), ROWS, [list(range(6))] * 25, matching=matching, weight=1e3
+    )
+    for party in ("a", "b"):
+        assert last[f"{party}_{TERMS[matching]}"] < 0.95 * first[f"{party}_{TERMS[matching]}"]
+
+
+@pytest.mark.parametrize("matching", TERMS)
+def test_no_matching_lets_padding_leak(matching: str) -> None:
+    """The mean over two rows of unlike length lies between those of each row alone, by the same numbers of places."""
+    a, b = opinionated("gpt2"), opinionated("opt")
+    rows = [*ROWS, Example("long", "Count. " * 12, "", "one two three four")]
+    term = f"a_{TERMS[matching]}"
+    one, other, both = (learn(a, b, rows, [batch], matching=matching)[0][term] for batch in ([0], [6], [0, 6]))
+    share = (both - other) / (one - other)
+    twice = learn(a, b, rows, [[0, 6, 6]], matching=matching)[0][term]
+    # n and m places: share n / (n + m), and n / (n + 2m) with the second row twice.
+    assert twice == pytest.approx(other + (one - other) * share / (2 - share), rel=1e-4)
+
+
+def test_the_likelihood_term_changes_what_is_learnt_beside_the_fold() -> None:
+    a, b = opinionated("gpt2"), opinionated("qwen2")
+    plain, state, _ = learn(a, b, ROWS, [list(range(6))] * 3)
+    losses, other, _ = learn(a, b, ROWS, [list(range(6))] * 3, span_likelihood_weight=0.5)
+    assert losses.keys() - plain.keys() == {"a_span_likelihood", "b_span_likelihood"}
+    assert any(not torch.equal(state[name], other[name]) for name in state)
+
+
+def test_ce_only_is_mutual_learning_at_weight_zero() -> None:
+    a, b = opinionated("gpt2"), opinionated("qwen2")
+    losses, state_a, state_b = learn(a, b, ROWS, [[0, 1, 2], [3, 4, 5]], matching="ce_only")
+    expected, other_a, other_b = learn(a, b, ROWS, [[0, 1, 2], [3, 4, 5]], weight=0.0)
+    assert losses == expected
+    assert all(torch.equal(state_a[name], other_a[name]) for name in state_a)
+    assert all(torch.equal(state_b[name], other_b[name]) for name in state_b)
+
+
 def test_a_received_teacher_equals_the_plain_divergence_when_all_classes_travel() -> None:
     student, teacher = opinionated("llama"), opinionated("llama", seed=1)
     num_tokens = teacher.table.num_tokens

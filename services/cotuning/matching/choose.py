@@ -4,16 +4,18 @@ from dataclasses import replace
 from functools import partial
 from typing import TypedDict, get_args
 
+import torch
+
 from cotuning.alignment import align
 from cotuning.divergences import Divergence
 from cotuning.folding import FoldPair
-from cotuning.language_model import LanguageModel
 from cotuning.matching.gold import gold, match_vocabularies
 from cotuning.matching.interface import Direction, Lesson, Matching, MatchingName, Reading, both_ways
 from cotuning.matching.likelihood import span_likelihood
 from cotuning.matching.mined import MinedDtw
 from cotuning.matching.uld import uld
 from cotuning.mutual_loss import mutual_loss
+from cotuning.token_tables import TokenTable
 
 
 class _Compared(TypedDict):
@@ -26,8 +28,8 @@ class _Compared(TypedDict):
 
 def choose_matching(
     name: MatchingName,
-    a: LanguageModel,
-    b: LanguageModel,
+    table_a: TokenTable,
+    table_b: TokenTable,
     fold: FoldPair,
     *,
     temperature: float = 1.0,
@@ -39,9 +41,9 @@ def choose_matching(
 
     Args:
         name: `fold` (`mutual_loss`), `ce_only` (neither learns from the other), `uld`, `gold`, `mined_dtw`, `alm`.
-        a: one model; its tokenizer matters, its weights do not.
-        b: the other.
-        fold: of their vocabularies, on their device.
+        table_a: of the first model's tokenizer.
+        table_b: of the second's.
+        fold: of the two, on the models' device.
         temperature: T; tau for the likelihood of spans.
         divergence: where the matching has one: `fold`, the matched ids of `gold`, the two events of `alm`.
         jsd_beta: for `jsd`.
@@ -64,18 +66,22 @@ def choose_matching(
         return partial(_with_term, folded, both_ways(inside, inside), weight=span_likelihood_weight)
     if name == "ce_only":
         return _nothing
-    return both_ways(_direction(name, a, b, compared), _direction(name, b, a, compared))
+    device = fold.map_a_V.device
+    ways = ((table_a, table_b), (table_b, table_a))
+    return both_ways(*(_direction(name, student, teacher, device, compared) for student, teacher in ways))
 
 
-def _direction(name: MatchingName, student: LanguageModel, teacher: LanguageModel, compared: _Compared) -> Direction:
+def _direction(
+    name: MatchingName, student: TokenTable, teacher: TokenTable, device: torch.device, compared: _Compared
+) -> Direction:
     """What a student learns from a teacher by a matching whose two directions are apart."""
     match name:
         case "uld":
             return uld(temperature=compared["temperature"])
         case "gold":
-            return gold(match_vocabularies(student.table, teacher.table, device=student.device), **compared)
+            return gold(match_vocabularies(student, teacher, device), **compared)
         case "mined_dtw":
-            return MinedDtw(student.table, teacher.table, temperature=compared["temperature"])
+            return MinedDtw(student, teacher, temperature=compared["temperature"])
         case "alm":
             return span_likelihood(**compared)
     raise ValueError(f"expected a matching of {', '.join(get_args(MatchingName))}, got {name!r}")

@@ -1,4 +1,4 @@
-"""Dynamic time warping (DTW) over token strings, as FuseLLM (arXiv 2401.10491, section 3.2) aligns two tokenizations.
+"""Dynamic time warping (DTW) over token strings, as FuseLLM (arXiv 2401.10491) aligns two tokenizations.
 
 A peer and a rival: quadratic in tokens, and it always finds *some* path. `alignment` is linear and finds none where
 there is none.

@@ -51,7 +51,7 @@ def _table(strings: Sequence[bytes], lengths_N: NDArray[np.int64]) -> NDArray[np
 class NearestPieces:
     """For ids of one vocabulary, the ids of another with the least edit distance, found once each (MinED).
 
-    FuseLLM (arXiv 2401.10491, section 3.2) and FedMKT (arXiv 2406.02224, section 3.3) compare vocabulary strings; here
+    FuseLLM (arXiv 2401.10491) and FedMKT (arXiv 2406.02224) compare vocabulary strings; here
     it is pieces' bytes. Of several nearest pieces the one with the least id is taken. END goes to END, other specials
     to nothing.
 

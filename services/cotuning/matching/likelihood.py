@@ -1,4 +1,4 @@
-"""Approximate likelihood matching (ALM, arXiv 2503.20083, section 3): the likelihoods of spans of the same text.
+"""Approximate likelihood matching (ALM, arXiv 2503.20083): the likelihoods of spans of the same text.
 
 A span's likelihood under a model is the product of its tokens' probabilities, comparable whatever the tokens are. It is
 made a distribution over two events, this text or any other, softened by a temperature tau (`p^(1/tau)`), and the two

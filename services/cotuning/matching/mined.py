@@ -1,5 +1,5 @@
-"""Token alignment by dynamic time warping and least edit distance (MinED): FuseLLM (arXiv 2401.10491, section 3.2) and
-FedMKT (arXiv 2406.02224, section 3.3).
+"""Token alignment by dynamic time warping and least edit distance (MinED): FuseLLM (arXiv 2401.10491) and FedMKT
+(arXiv 2406.02224).
 
 Each of the student's response tokens is aligned with the teacher's by DTW over their strings. Where it has exactly one
 partner, and that partner's nearest piece in the student's vocabulary is the token itself, the teacher's K most likely

@@ -1,4 +1,4 @@
-"""Universal Logit Distillation (ULD, arXiv 2402.12030, equations 5 to 7): sorted probabilities, position by position.
+"""Universal Logit Distillation (ULD, arXiv 2402.12030): sorted probabilities, position by position.
 
 The k-th response token of one side is compared with the k-th of the other, up to the shorter response, whatever they
 stand for; at each position the two distributions are sorted and compared by L1, which is the Wasserstein distance when
