@@ -1,6 +1,6 @@
 # make demo | make test | make check - each makes the environment (.venv) first, once.
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow check format clean environment
+.PHONY: help demo test test-slow check format clean environment bench-alignment bench-saml
 
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -10,6 +10,7 @@ help:
 	@echo "make demo DATA=<folder> DOMAINS=a,b  the same on your own data"
 	@echo "make test                            run the tests (make test-slow: those that take minutes)"
 	@echo "make check                           ruff, mypy, import-linter"
+	@echo "make bench-alignment, bench-saml      speed and memory of the method against its peers"
 	@echo "make clean                           remove .venv and every cache in this folder"
 
 # make demo ROUNDS=5, OUT=<file>, KEEP=1: as in `cotune demo --help`.
@@ -32,6 +33,9 @@ check: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench-alignment bench-saml: bench-%: $(STAMP)
+	OMP_NUM_THREADS=1 PYTHONPATH=".$${PYTHONPATH:+:$$PYTHONPATH}" $(BIN)/python -m benchmarks.$* $(BENCH_ARGS)
 
 environment: $(STAMP)
 

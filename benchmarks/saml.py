@@ -28,6 +28,7 @@ from cotuning.mutual_loss import mutual_loss
 from cotuning.token_tables import TokenTable, token_table
 
 _ROWS, _LENGTH = 4, 512
+_STEP_LENGTH = 256
 _KINDS = ("bpe_single_digits", "bpe_whole_numbers")
 _SMALL = ((256, 6), (384, 6))
 _TINY = ((192, 4), (256, 4))
@@ -45,7 +46,7 @@ def model_of(num_tokens: int, hidden_size: int, layers: int) -> LlamaForCausalLM
             intermediate_size=3 * hidden_size,
             num_hidden_layers=layers,
             num_attention_heads=8,
-            max_position_embeddings=_LENGTH,
+            max_position_embeddings=_STEP_LENGTH,
             tie_word_embeddings=False,
             pad_token_id=0,
             bos_token_id=0,
@@ -55,12 +56,12 @@ def model_of(num_tokens: int, hidden_size: int, layers: int) -> LlamaForCausalLM
 
 
 def encoded() -> tuple[list[EncodedBatch], list[TokenTable], FoldPair]:
-    """Both readings of the same passages, cut at `_LENGTH` tokens a row."""
+    """Both readings of the same passages, cut at `_STEP_LENGTH` tokens a row."""
     tokenizers = [tokenizer(kind) for kind in _KINDS]
     tables = [token_table(each) for each in tokenizers]
     prompts = ["Continue:\n"] * _ROWS
     batches = [
-        encode_batch(each, table, prompts, held_out(_ROWS), max_length=_LENGTH)
+        encode_batch(each, table, prompts, held_out(_ROWS), max_length=_STEP_LENGTH)
         for each, table in zip(tokenizers, tables, strict=True)
     ]
     return batches, tables, fold_pair(tokenizers[0], tables[0], tokenizers[1], tables[1])
