@@ -343,7 +343,9 @@ def _merge_unsteady(classes_U: Tensor, sides: tuple[_Side, _Side], *, num_classe
                 if max(pair) < num_classes - 2:
                     parent[max(pair)] = min(pair)
     roots_M = torch.tensor([root(index) for index in range(num_classes)])
-    return roots_M.unique(return_inverse=True)[1][classes_U]
+    _, compact_M = torch.unique(roots_M, return_inverse=True)
+    merged_U: Tensor = compact_M[classes_U]
+    return merged_U
 
 
 def _use_prefixes(
