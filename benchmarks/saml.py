@@ -222,7 +222,7 @@ def equality() -> tuple[dict[str, Any], list[Goal]]:
 def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repeats", type=int, default=5, help="timed turns of each comparison")
+    parser.add_argument("--repeats", type=int, default=4, help="timed turns of each comparison")
     repeats = parser.parse_args().repeats
     torch.set_num_threads(1)
     parts = {"steps": steps(repeats), "memory": memory(), "equality": equality()}
