@@ -1,6 +1,6 @@
 # make demo | make test | make check - each makes the environment (.venv) first, once.
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow check format clean environment bench-aggregation
+.PHONY: help demo test test-slow check format clean environment bench-alignment bench-saml bench-aggregation
 
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -10,7 +10,7 @@ help:
 	@echo "make demo DATA=<folder> DOMAINS=a,b  the same on your own data"
 	@echo "make test                            run the tests (make test-slow: those that take minutes)"
 	@echo "make check                           ruff, mypy, import-linter"
-	@echo "make bench-aggregation               aggregation and payload: speed, memory, error, bytes (benchmarks/)"
+	@echo "make bench-alignment, bench-saml, bench-aggregation   speed, memory and bytes of the method (benchmarks/)"
 	@echo "make clean                           remove .venv and every cache in this folder"
 
 # make demo ROUNDS=5, OUT=<file>, KEEP=1: as in `cotune demo --help`.
@@ -36,6 +36,9 @@ bench-aggregation: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+bench-alignment bench-saml: bench-%: $(STAMP)
+	OMP_NUM_THREADS=1 PYTHONPATH=".$${PYTHONPATH:+:$$PYTHONPATH}" $(BIN)/python -m benchmarks.$* $(BENCH_ARGS)
 
 environment: $(STAMP)
 

@@ -160,12 +160,12 @@ def agreement() -> tuple[list[dict[str, Any]], list[Goal]]:
                 "coverage": spans.coverage,
                 "skipped": spans.num_skipped,
                 "classes": fold.num_classes,
-                "after_break": 0.0 if after_break_S is None else float(after_break_S.double().mean()),
-                "other_share": other_share(spans, fold),
-                "class_agreement": class_agreement(spans, fold),
+                "broken": 0.0 if after_break_S is None else float(after_break_S.double().mean()),
+                "other": other_share(spans, fold),
+                "agreement": class_agreement(spans, fold),
             }
         )
-    lowest = min(row["class_agreement"] for row in rows)
+    lowest = min(row["agreement"] for row in rows)
     return rows, [Goal("class agreement of first tokens, lowest pair", lowest, 0.93, at_least=True, unit="")]
 
 

@@ -62,6 +62,24 @@ class EncodedBatch:
     aligned_B: Tensor
     digest_B: Tensor
 
+    def left_padded(self) -> "EncodedBatch":
+        """The same rows with their padding in front: every field, positions included, is moved with its token."""
+        width = self.attention_mask_BT.shape[1]
+        shift_B = width - self.attention_mask_BT.sum(1)
+        source_BT = (torch.arange(width, device=shift_B.device) - shift_B[:, None]) % max(width, 1)
+        moved = {
+            field.name: getattr(self, field.name).gather(1, source_BT)
+            for field in fields(self)
+            if field.name.endswith("_BT")
+        }
+        # A row that begins with its response has its last padding before it, which predicts nothing: still -1.
+        return replace(
+            self,
+            start_row_B=torch.where(self.start_row_B < 0, -1, self.start_row_B + shift_B),
+            end_position_B=torch.where(self.end_position_B < 0, -1, self.end_position_B + shift_B),
+            **moved,
+        )
+
     def first_bytes(self) -> Tensor:
         """Where each row begins in `closing_positions`: [B]."""
         sizes_B = self.num_bytes_B + 1

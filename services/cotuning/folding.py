@@ -12,6 +12,9 @@ gives the token's text, followed until a shared string is reached. So when one s
 other " inter", "national", both first tokens fall in the same class by construction. What no piece is known for
 (fragments of UTF-8) goes to its longest shared prefix; what has none, and every special token, to OTHER.
 
+Where a tokenizer's first piece depends on what comes later (Unigram reads " self" but " ", "self."), the classes it
+chooses between are one class: less is told apart, and nothing false is taught.
+
 Where one side drops white space (WordPiece), its word "is" stands for " is" and for "is", which the other side may cut
 differently (" is", but "i", "s"). One map cannot serve both, and a map coarse enough for both would leave little more
 than first letters. So such a pair has two folds, and what precedes a span, which both models have read, says which:
@@ -19,6 +22,7 @@ after white space or an opening mark a word begins without a space (`unspaced`),
 """
 
 import hashlib
+import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -35,6 +39,8 @@ _MAX_CHAIN = 64
 _SENTINELS = ("\n", "a", "")
 # In the middle of a word, where it matters whether a piece continues one: few pieces join a digit and a letter.
 _SENTINELS_IN_WORDS = ("0", "a", "\n", "")
+_MARK = b"."
+_WORD_AND_MARK = re.compile(rb"[A-Za-z]\.")
 
 
 @dataclass(frozen=True)
@@ -159,6 +165,9 @@ def _fold(a: _Side, b: _Side, sentinels: Sequence[str]) -> FoldPair:
     _use_prefixes(classes_U, (classes_U < 0) & (pointers_U < 0), texts_U, class_of, other_class)
     classes_U = _follow(classes_U, pointers_U)
     _use_prefixes(classes_U, classes_U < 0, texts_U, class_of, other_class)  # cycles, which normalisers can make
+    if _depends_on_what_follows(a) or _depends_on_what_follows(b):
+        classes_U = _merge_unsteady(classes_U, (a, b), num_classes=other_class + 1)
+        end_class, other_class = int(classes_U[a.table.end_id]), int(classes_U.max())
     maps = [classes_U[:num_a], classes_U[num_a:]]
     reachable = all(bool((map_V == other_class).any()) for map_V in maps)
     if not reachable:
@@ -300,6 +309,43 @@ def _follow(classes_U: Tensor, pointers_U: Tensor) -> Tensor:
             break
         classes_U = reached_U
     return classes_U
+
+
+def _depends_on_what_follows(side: _Side) -> bool:
+    """Whether a word may be cut otherwise before a mark: only where some piece holds the end of a word and the mark."""
+    return any(_WORD_AND_MARK.search(text) for text in side.texts if text)
+
+
+def _merge_unsteady(classes_U: Tensor, sides: tuple[_Side, _Side], *, num_classes: int) -> Tensor:
+    """Make one class of those between which the other tokenizer chooses by what comes later; the rest keep their order.
+
+    A Unigram model reads " self" as one piece and " self." as " ", "self.": whatever reads " self" must then agree
+    with both. Each id's text is given to the other tokenizer with a mark behind it, and the class of the first piece
+    is merged with the id's own. OTHER, the last class, and END are left alone.
+    """
+    parent = list(range(num_classes))
+
+    def root(index: int) -> int:
+        while parent[index] != index:
+            parent[index] = parent[parent[index]]
+            index = parent[index]
+        return index
+
+    num_a = sides[0].table.num_tokens
+    for side, other, start, other_start in ((*sides, 0, num_a), (*sides[::-1], num_a, 0)):
+        if not _depends_on_what_follows(other):
+            continue
+        marked = [None if text is None else text + _MARK for text in side.texts]
+        first = _first_pieces(marked, [-1] * len(marked), other.tokenizer, _SENTINELS[:1])
+        for index, piece in enumerate(first):
+            if piece is not None:
+                pair = root(int(classes_U[start + index])), root(int(classes_U[other_start + piece]))
+                if max(pair) < num_classes - 2:
+                    parent[max(pair)] = min(pair)
+    roots_M = torch.tensor([root(index) for index in range(num_classes)])
+    _, compact_M = torch.unique(roots_M, return_inverse=True)
+    merged_U: Tensor = compact_M[classes_U]
+    return merged_U
 
 
 def _use_prefixes(

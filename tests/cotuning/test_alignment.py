@@ -7,7 +7,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
-from transformers import ByT5Tokenizer
+from tokenizers import AddedToken, Tokenizer
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from cotuning.alignment import Alignment, EncodedBatch, align, encode_batch, token_spans, token_table
 from tests.cotuning.trained_tokenizers import KINDS, SENTENCES, table_of, trained
@@ -204,6 +205,56 @@ def test_padding_and_the_other_rows_of_a_batch_change_nothing():
         hand_made(ends=[2, 3], num_bytes=3, before=1, padding=37), hand_made(ends=[3], num_bytes=3, before=4)
     )
     assert spans_of(padded, 0) == [(0, 3, 0, 3)]
+
+
+@pytest.mark.parametrize("sides", ["a", "b", "ab"])
+def test_left_padding_moves_rows_with_their_tokens_and_changes_no_span(sides):
+    prompts, responses = ["Q:\n", "A longer question:\n", ""], ["The dog sleeps on.", "Yes", "One two"]
+    a, b = encode("byte_level", prompts, responses, seed=3), encode("unigram", prompts, responses, seed=1)
+    right = align(a, b)
+    moved_a, moved_b = a.left_padded() if "a" in sides else a, b.left_padded() if "b" in sides else b
+    left = align(moved_a, moved_b)
+    assert bool((moved_a.attention_mask_BT[:, -1] == 1).all()) == ("a" in sides)
+    for name in ("sample_S", "byte_start_S", "byte_end_S", "is_end_S", "first_token_a_S", "first_token_b_S"):
+        assert torch.equal(getattr(left, name), getattr(right, name)), name
+    shift = a.input_ids_BT.shape[1] - a.attention_mask_BT.sum(1)
+    expected = right.row_a_S + shift[right.sample_S] if "a" in sides else right.row_a_S
+    assert torch.equal(left.row_a_S, expected)
+    assert left.coverage == right.coverage
+    labels = moved_a.labels_BT[:, 1:]
+    assert torch.equal(labels[left.sample_S, left.row_a_S], left.first_token_a_S)
+
+
+def test_chat_templates_of_different_length_change_rows_not_spans():
+    """Each side renders the prompt its own way; the bytes of the response are what is shared, and both END."""
+    response = "The lazy dog\r\nsleeps \U0001f468\u200d\U0001f469 on."
+    plain = align(encode("byte_level", ["Q:\n"], [response]), encode("byte_fallback", ["Q:\n"], [response], seed=1))
+    templated = align(
+        encode("byte_level", ["<|start|>user\nQ: why?<|end|>\nassistant\n"], [response]),
+        encode("byte_fallback", ["[INST] Q: why? [/INST]\n"], [response], seed=1),
+    )
+    assert [span[:2] for span in spans_of(plain, 0)] == [span[:2] for span in spans_of(templated, 0)]
+    assert templated.is_end_S.tolist()[-1]
+    assert templated.coverage == 1.0
+    assert not torch.equal(plain.row_a_S, templated.row_a_S)
+
+
+@pytest.mark.parametrize("strips", [False, True])
+def test_tokens_added_as_plain_text_are_text(strips):
+    """With `lstrip` and `rstrip` an added token swallows white space around it, so that its piece is not its text."""
+    raw = Tokenizer.from_str(trained("byte_level", 3).backend_tokenizer.to_str())
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|end|>", bos_token="<|start|>")
+    tokenizer.add_tokens([AddedToken("<think>", special=False, lstrip=strips, rstrip=strips)])
+    texts = ["so <think> the dog", "<think>", "dog<think>dog"]
+    a = encode_batch(tokenizer, token_table(tokenizer), ["Q:\n"] * 3, texts, max_length=64)
+    assert int((a.input_ids_BT == tokenizer.convert_tokens_to_ids("<think>")).sum()) == 3
+    result = align(a, encode("byte_fallback", ["Q:\n"] * 3, texts))
+    assert result.num_skipped == 0
+    assert result.coverage == (1.0 if not strips else pytest.approx(1.0, abs=0.1))
+    for row, text in enumerate(texts):
+        for start, end, row_a, _ in spans_of(result, row):
+            if int(a.input_ids_BT[row, row_a + 1]) == tokenizer.convert_tokens_to_ids("<think>"):
+                assert "<think>" in text.encode()[start:end].decode()
 
 
 def test_a_prefix_on_one_side_only_moves_rows_not_spans():

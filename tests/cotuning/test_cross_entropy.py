@@ -61,6 +61,26 @@ def test_value_and_gradients_equal_torch(chunk_rows: int, variant: str) -> None:
             torch.testing.assert_close(ours.grad, theirs.grad)
 
 
+@pytest.mark.parametrize("how", ["bfloat16", "autocast"])
+def test_half_precision_is_close_and_sums_in_float32(how: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden_ND, weight_VD = (torch.randn(*shape, generator=generator) for shape in ((40, 8), (30, 8)))
+    target_N = torch.randint(0, 30, (40,), generator=generator)
+    exact = [tensor.double().requires_grad_() for tensor in (hidden_ND, weight_VD)]
+    functional.cross_entropy(exact[0] @ exact[1].T, target_N).backward()
+    dtype = torch.bfloat16 if how == "bfloat16" else torch.float32
+    inputs = [tensor.to(dtype).requires_grad_() for tensor in (hidden_ND, weight_VD)]
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=how == "autocast"):
+        loss, losses_N = cross_entropy(inputs[0], Head(inputs[1], 30), target_N, chunk_rows=16)
+    loss.backward()
+    assert loss.dtype == losses_N.dtype == torch.float32
+    for ours, theirs in zip(inputs, exact, strict=True):
+        assert ours.grad is not None
+        assert theirs.grad is not None
+        assert ours.grad.dtype == dtype
+        assert (ours.grad.double() - theirs.grad).abs().max() <= 0.02 * theirs.grad.abs().max()
+
+
 def test_no_response_tokens_give_zero() -> None:
     head = Head(weight_VD=torch.ones(3, 2), num_tokens=3)
     loss, losses_N = cross_entropy(torch.zeros(0, 2), head, torch.zeros(0, dtype=torch.int64))

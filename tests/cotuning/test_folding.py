@@ -169,6 +169,25 @@ def test_a_word_of_a_side_that_drops_spaces_has_two_classes():
         assert words == [True, True, True, False, False, False], "before is ( is  is )  is: newline, space, (, s, s, )"
 
 
+def test_pieces_between_which_a_mark_decides_are_one_class():
+    """The Unigram side reads " self" as one piece but " self." as " ", "self.", the other side " self" both times."""
+    pieces = [("<unk>", 0.0), ("</s>", 0.0), ("▁", -3.0), ("▁self", -5.0), ("self.", -4.0), (".", -6.0), ("▁dog", -5.0)]
+    raw = Tokenizer(models.Unigram([*pieces, *((letter, -9.0) for letter in "selfdog")], unk_id=0))
+    raw.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="never")
+    a = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="</s>", unk_token="<unk>")
+    b = spelling_words([("s", "e"), ("l", "f"), ("se", "lf"), ("Ġ", "self"), ("d", "o"), ("do", "g"), ("Ġ", "dog")])
+    assert a.tokenize(" self") == ["▁self"]
+    assert a.tokenize(" self.") == ["▁", "self."]
+    pair = fold_pair(a, token_table(a), b, token_table(b))
+    merged = {int(pair.map_a_V[a.convert_tokens_to_ids(piece)]) for piece in ("▁", "▁self")}
+    assert merged == {int(pair.map_b_V[b.convert_tokens_to_ids(piece)]) for piece in ("Ġ", "Ġself")}
+    assert len(merged) == 1
+    assert int(pair.map_a_V[a.convert_tokens_to_ids("▁dog")]) not in merged, "a mark changes nothing here"
+    texts = ["x self. self dog. dog"]
+    spans = align(*(encode_batch(each, token_table(each), ["?"], texts, max_length=64) for each in (a, b)))
+    assert class_agreement(spans, pair) == 1.0
+
+
 def test_upper_case_falls_in_its_lower_cases_class():
     a, b = lower_casing_words(["is", "##s", "i"]), spelling_words([("I", "s"), ("Ġ", "Is"), ("Ġ", "i"), ("Ġi", "s")])
     pair = fold_pair(a, token_table(a), b, token_table(b))

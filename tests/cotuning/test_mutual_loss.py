@@ -283,6 +283,27 @@ def test_a_fold_in_two_parts_is_the_mean_over_both(divergence):
         mutual_loss(hidden_a, head_a, hidden_b, head_b, pair)
 
 
+def test_a_tied_head_gets_the_gradient_of_both_its_uses():
+    """The head's matrix is also the embedding that made the hidden states: the two gradients add up."""
+    hidden_b, head_b = sides()[2:]
+    tokens = torch.tensor([0, 3, 3, 7, 1, 10, 2])
+    embedding = random(VOCAB_A, DIM_A, seed=3, grad=True)
+    loss, _ = mutual_loss(embedding[tokens].tanh(), Head(embedding, VOCAB_A), hidden_b, head_b, a_fold(), chunk_rows=3)
+    loss.backward()
+    tied = embedding.grad.clone()
+    embedding.grad = None
+    pair = a_fold()
+
+    def folded(hidden: Tensor, weight: Tensor, map_v: Tensor) -> Tensor:
+        probs = (hidden @ weight.T).softmax(1)
+        return probs.new_zeros(SPANS, CLASSES).index_add(1, map_v, probs).log()
+
+    student = folded(embedding[tokens].tanh(), embedding, pair.map_a_V)
+    teacher = folded(hidden_b, head_b.weight_VD, pair.map_b_V).detach()
+    functional.kl_div(student, teacher, reduction="batchmean", log_target=True).backward()
+    assert (tied - embedding.grad).abs().max() <= 1e-14
+
+
 def test_a_frozen_head_gets_no_gradient():
     hidden_a, head_a, hidden_b, head_b = sides()
     frozen = Head(head_a.weight_VD.detach(), VOCAB_A)
