@@ -110,7 +110,7 @@ def align(a: EncodedBatch, b: EncodedBatch) -> Alignment:
     _require_same_responses(a, b)
     skipped_B = ~(a.aligned_B & b.aligned_B)
     place_a_P, place_b_P = a.closing_places(), b.closing_places()
-    common_J = ((place_a_P >= 0) & (place_b_P >= 0)).nonzero().flatten()
+    common_J = (torch.minimum(place_a_P, place_b_P) >= 0).nonzero().flatten()
     place_a_J, place_b_J = place_a_P.index_select(0, common_J), place_b_P.index_select(0, common_J)
     sample_J = place_a_J // (a.closes_BT.shape[1] + 1)
     byte_J = common_J - a.first_bytes().index_select(0, sample_J)

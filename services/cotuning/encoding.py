@@ -108,7 +108,7 @@ class EncodedBatch:
         places_P.scatter_(0, target_BT.flatten(), token_BU[:, 1:].flatten())
         start_B = torch.where(self.clean_start_B, token_BU[:, 0] + self.start_row_B + 1, -1)
         places_P.scatter_(0, first_B, start_B)
-        if bool((self.byte_reaches_BT != self.byte_ends_BT).any() | self.start_reaches_B.any()):
+        if not torch.equal(self.byte_reaches_BT, self.byte_ends_BT) or bool(self.start_reaches_B.any()):
             # Dropped text is read as soon as what precedes it is: every byte of it is a boundary.
             dropped_BT = (self.byte_reaches_BT - self.byte_ends_BT) * self.closes_BT
             _fill(places_P, target_BT.flatten(), dropped_BT.flatten(), token_BU[:, 1:].flatten())
