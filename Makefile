@@ -30,15 +30,17 @@ check: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench-aggregation: $(STAMP)
-	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.aggregation
+# BENCH_ARGS="--repeats 5"; one thread, so that ratios do not depend on the machine's cores.
+bench-alignment bench-saml bench-aggregation: bench-%: $(STAMP) .venv/.bench
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$* $(BENCH_ARGS)
+
+.venv/.bench: $(STAMP)
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]' $(PIP_ARGS)
+	@touch $@
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-
-bench-alignment bench-saml: bench-%: $(STAMP)
-	OMP_NUM_THREADS=1 PYTHONPATH=".$${PYTHONPATH:+:$$PYTHONPATH}" $(BIN)/python -m benchmarks.$* $(BENCH_ARGS)
 
 environment: $(STAMP)
 

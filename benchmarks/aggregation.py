@@ -5,6 +5,7 @@ a proxy of half a billion parameters (hidden 896, feed-forward 4,864, 24 layers,
 values, 17 MB).
 """
 
+import argparse
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -280,9 +281,12 @@ def show(results: dict[str, Any]) -> list[Goal]:
 
 def main() -> None:
     """Measure everything, print it, and write `results/bench_aggregation.json`."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repeats", type=int, default=7, help="timed turns of each comparison of sums")
+    repeats = parser.parse_args().repeats
     torch.set_num_threads(1)
     results = {
-        "sums": measure_sums(repeats=7),
+        "sums": measure_sums(repeats),
         "memory": measure_memory((10, 100, 1000)),
         "refactoring": measure_refactoring((2, 10, 40), repeats=3),
         "payload_kib": {
