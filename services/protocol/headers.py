@@ -10,9 +10,6 @@ CONTENT_DIGEST_HEADER = "Content-Digest"
 ADAPTER_FORMAT = "cotune-adapter/1"
 """Value of the metadata key `format` in adapter and delta files."""
 
-LOGITS_FORMAT = "cotune-logits/1"
-"""Value of the metadata key `format` in probe-logits files."""
-
 METADATA_FORMAT = "format"
 METADATA_BASE = "base_sha256"
 """Metadata key: SHA-256 of the adapter file that a delta starts from."""

@@ -16,11 +16,12 @@ import pytest
 import torch
 from safetensors.torch import load, save
 
+from cotuning.payload import PAYLOAD_FORMAT
 from protocol.assignments import Assignment
 from protocol.devices import DeviceProfile, EnrolmentTokenCreate
 from protocol.errors import PROBLEM_MEDIA_TYPE, ErrorCode, Problem
 from protocol.events import EventType
-from protocol.headers import CONTENT_DIGEST_HEADER, LOGITS_FORMAT, content_digest
+from protocol.headers import CONTENT_DIGEST_HEADER, content_digest
 from protocol.runs import Run
 from protocol.safetensors_header import HeaderError, read_header
 from protocol.statuses import PartKind, RunStatus
@@ -292,7 +293,7 @@ def honest_logits(cloud: SmallCloud, stranger: Stranger) -> bytes:
         with contextlib.suppress(HeaderError, OSError), open(path, "rb") as stream:
             found = read_header(stream, path.stat().st_size).metadata
             if (found.get("format"), found.get("proxy_sha256")) == (
-                LOGITS_FORMAT, stranger.assignment.proxy_manifest.sha256,
+                PAYLOAD_FORMAT, stranger.assignment.proxy_manifest.sha256,
             ):  # fmt: skip
                 return path.read_bytes()
     raise AssertionError("no agent has uploaded logits for this proxy")
