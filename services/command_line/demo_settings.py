@@ -100,7 +100,7 @@ FACTS = DemoSettings(
     slm_lora=LoraSettings(rank=8, alpha=16.0),
     co_plms=CoPlmsSettings(
         domain_steps=15,
-        server=ServerTraining(steps=60, batch_size=16, llm_learning_rate=1e-3, max_length=128, precision=_PRECISION),
+        server=ServerTraining(steps=40, batch_size=16, llm_learning_rate=1e-3, max_length=128, precision=_PRECISION),
     ),
     distillation=Distillation(steps=100, batch_size=16, learning_rate=1e-3, max_length=128),
     evaluation=EvaluationSettings(validation_rows=64, test_rows=3 * TEST_ROWS, max_new_tokens=16),

@@ -49,6 +49,16 @@ def mark_of(demo: "subprocess.Popen[str]") -> str:
     raise AssertionError("the demo started nothing")
 
 
+def left_behind(mark: str) -> list[str]:
+    """The state and the command line of each living process with the mark, so that a failure says which it was."""
+    found = []
+    for process in guardian.marked_processes(mark):
+        with contextlib.suppress(OSError):
+            command = Path(f"/proc/{process}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            found.append(f"{Path(f'/proc/{process}/stat').read_text().split()[:4]} {command}")
+    return found
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_while_base_models_are_built(tmp_path: Path, number: signal.Signals) -> None:
     with started_demo(tmp_path) as demo:
@@ -59,7 +69,7 @@ def test_a_signal_while_base_models_are_built(tmp_path: Path, number: signal.Sig
         assert demo.returncode == 130, said
         assert "Traceback" not in said
         assert time.monotonic() - started < 15
-    assert guardian.marked_processes(mark) == []
+    assert left_behind(mark) == []
     assert list((tmp_path / "tmp").iterdir()) == []
     assert not (tmp_path / "results" / "demo.json").exists()
 
