@@ -213,7 +213,7 @@ def equality() -> tuple[dict[str, Any], list[Goal]]:
         expected = _naive([plain[0], other], [plain[1], other_weight])[0]
         expected.backward()
         pairs = [(loss, expected), (own[0].grad, plain[0].grad), (own[1].grad, plain[1].grad)]
-        greatest = max(greatest, *(float((ours - theirs).abs().max()) for ours, theirs in pairs))
+        greatest = max(greatest, *(float((ours - theirs).detach().abs().max()) for ours, theirs in pairs))
     return {"greatest_difference": greatest}, [
         Goal("difference from F.kl_div, float64", greatest, 1e-12, at_least=False, unit="")
     ]
