@@ -75,12 +75,16 @@ def test_up_serves_until_sigterm_and_leaves_nothing(run_cotune: Cotune, tmp_path
 
 
 def marks_of_children(parent: int) -> set[str]:
-    """The marks that the children of a process carry."""
+    """The marks that the children of a process carry, but not ours.
+
+    Until it has begun its program, a child shows what its parent was started with: our mark, if a supervisor runs here.
+    """
     children = Path(f"/proc/{parent}/task/{parent}/children").read_text().split()
     prefix = f"{guardian.MARK}=".encode()
-    return {
+    marks = {
         entry.removeprefix(prefix).decode()
         for child in children
         for entry in Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
         if entry.startswith(prefix)
     }
+    return marks - {os.environ.get(guardian.MARK, "")}
