@@ -127,7 +127,11 @@ GIVEN = DemoSettings(
     slm=LocalTraining(steps=40, batch_size=12, learning_rate=4e-3, max_length=192, precision=_PRECISION),
     slm_lora=FACTS.slm_lora,
     co_plms=FACTS.co_plms.model_copy(
-        update={"server": FACTS.co_plms.server.model_copy(update={"batch_size": 12, "max_length": 192})}
+        update={
+            "server": FACTS.co_plms.server.model_copy(
+                update={"steps": 30, "batch_size": 12, "llm_learning_rate": 3e-4, "max_length": 192}
+            )
+        }
     ),
     distillation=Distillation(steps=120, batch_size=12, learning_rate=1e-3, max_length=192),
     evaluation=EvaluationSettings(validation_rows=64, test_rows=TEST_ROWS, max_new_tokens=32),
