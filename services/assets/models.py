@@ -1,6 +1,8 @@
 """Models and tokenizers as ordinary Hugging Face folders, or by their names on the hub."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,7 @@ def load_language_model(
     name = str(path_or_name)
     config = read_config(name)
     options: dict[str, Any] = {"quantization_config": four_bit_config()} if four_bit else {}
-    try:
+    with _told_as_model_folder_error(name):
         names = chosen_devices(devices)
         if names != ["cpu"]:
             options["device_map"] = spread_layers(config, names)
@@ -64,8 +66,6 @@ def load_language_model(
         )
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         lm = LanguageModel.of(model.eval().requires_grad_(False), tokenizer)
-    except _LOADING_ERRORS as error:
-        raise ModelFolderError(f"{name}: expected a causal language model ({_HOLDS}): {error}") from error
     if report["missing_keys"]:  # transformers would go on with random values
         missing = ", ".join(sorted(report["missing_keys"])[:3])
         raise ModelFolderError(f"{name}: expected all weights, {len(report['missing_keys'])} are missing: {missing}")
@@ -80,12 +80,10 @@ def read_config(path_or_name: str | Path) -> Any:
     """
     name = str(path_or_name)
     _require_model(name)
-    try:
+    with _told_as_model_folder_error(name):
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
         if config._attn_implementation not in _ATTENTION:
             raise ValueError(f"config.json asks for attention {config._attn_implementation!r}")
-    except _LOADING_ERRORS as error:
-        raise ModelFolderError(f"{name}: expected a causal language model ({_HOLDS}): {error}") from error
     return config
 
 
@@ -97,8 +95,14 @@ def read_tokenizer(path_or_name: str | Path) -> Any:
     """
     name = str(path_or_name)
     _require_model(name)
-    try:
+    with _told_as_model_folder_error(name):
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+
+
+@contextmanager
+def _told_as_model_folder_error(name: str) -> Iterator[None]:
+    try:
+        yield
     except _LOADING_ERRORS as error:
         raise ModelFolderError(f"{name}: expected a causal language model ({_HOLDS}): {error}") from error
 

@@ -15,8 +15,6 @@ from cotuning.examples import Example
 from cotuning.generation import DEFAULT_MAX_LENGTH, generate
 from cotuning.language_model import LanguageModel, hidden_states, output_head
 
-__all__ = ["DEFAULT_MAX_LENGTH", "Scores", "bits_per_byte", "evaluate", "generate"]
-
 
 @dataclass(frozen=True)
 class Scores:

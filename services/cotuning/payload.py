@@ -190,24 +190,24 @@ def parse_payload(
         responses: the probe set's responses, in order.
 
     Raises:
-        PayloadError: another format, class space or probe set; a tensor missing, of wrong dtype or shape; a class out
-            of range or twice in a row; a value not finite; a tail outside [0, 1]; byte offsets out of order.
+        PayloadError: another format, class space or probe set; a tensor missing, of wrong dtype or shape; class ids
+            that are no set of K in range; a value or a tail out of its range; other rows than places.
     """
     header = _check_header(metadata, fingerprint, num_classes, probe_set)
-    checked = _check_layout(tensors, header, num_classes, _places_of_samples(responses))
-    sample_S, byte_start_S = _check_places(checked, responses)
+    firsts_N = _places_of_samples(responses)
+    checked = _check_layout(tensors, header, num_classes, firsts_N)
+    sample_S, byte_start_S = _check_places(checked, responses, firsts_N)
     ids_SK = _check_ids(checked, header.top_k, num_classes)
     log_probs_SK, tail_S = _check_values(checked, header.values, whole=header.top_k == num_classes)
     log_probs_SK, order_SK = log_probs_SK.sort(dim=1, descending=True, stable=True)
-    ids_SK, temperature = ids_SK.gather(1, order_SK), header.temperature
     return PayloadRows(
         sample_S=sample_S,
         byte_start_S=byte_start_S,
-        ids_SK=ids_SK,
+        ids_SK=ids_SK.gather(1, order_SK),
         log_probs_SK=log_probs_SK,
         tail_S=tail_S,
         num_classes=num_classes,
-        temperature=temperature,
+        temperature=header.temperature,
         fingerprint=fingerprint,
     )
 
@@ -276,13 +276,12 @@ def _check_layout(
     return dict(tensors)
 
 
-def _check_places(tensors: Mapping[str, Tensor], responses: Sequence[str]) -> tuple[Tensor, Tensor]:
+def _check_places(tensors: Mapping[str, Tensor], responses: Sequence[str], firsts_N: Tensor) -> tuple[Tensor, Tensor]:
     """The sample and byte of each row: known responses, as many places as rows. Bits cannot be out of order."""
     digests_N = torch.tensor([response_digest(response) for response in responses], dtype=torch.int64)
     wrong = (tensors["digest"] != digests_N).nonzero().flatten().tolist()
     if wrong:
         raise PayloadError(f"digest of sample {wrong[0]}", int(digests_N[wrong[0]]), int(tensors["digest"][wrong[0]]))
-    firsts_N = _places_of_samples(responses)
     place_S = unpack_bits(tensors["starts"][None])[0].nonzero().flatten()
     num_rows = len(tensors["tail"])
     if len(place_S) != num_rows:

@@ -25,12 +25,9 @@ from cotuning.gradient_checkpointing import recomputed_layers
 from cotuning.heads import FoldedHead, Head
 from cotuning.language_model import LanguageModel, hidden_states, output_head
 from cotuning.mutual_loss import mutual_loss
-from cotuning.proxy_creation import create_proxy
 from cotuning.proxy_objective import DistillationObjective, PublicReader, on_policy_steps
 from cotuning.seeding import derive_seed, isolated_generators
 from cotuning.training import Learner, OnProgress, Precision, Step, draw_batches, row_sizes, train
-
-__all__ = ["STAGE", "Agreement", "create_proxy", "distil_proxy", "measure_agreement"]
 
 STAGE = "distillation"
 _HELD_OUT_SHARE = 0.1

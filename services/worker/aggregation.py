@@ -22,7 +22,7 @@ from persistence.round_lifecycle import lock_round
 from persistence.rounds import RoundContext
 from persistence.updates import UpdateRecord
 from protocol.base import MAX_COUNT
-from protocol.errors import DomainError, ErrorCode
+from protocol.errors import ErrorCode
 from protocol.runs import AlignmentMetrics
 from protocol.statuses import PartKind, RoundStatus
 from protocol.strategies import CoPlmsSettings, Strategy
@@ -107,15 +107,14 @@ def _combine(
     tally = _Tally()
     for update in submitted:
         work.lease.check()
+        low = _low_coverage(update, settings.min_coverage)
+        if low is not None:
+            tally.refused.append((update, ErrorCode.COVERAGE_TOO_LOW, low))
+            continue
         try:
-            _require_coverage(update, settings.min_coverage)
             reader.read(update)
             delta, _ = read_tensors(part_path(work.blobs, update, PartKind.ADAPTER_DELTA))
             aggregator.add(delta, _weight(update, settings))
-        except DomainError as error:
-            if error.code is not ErrorCode.COVERAGE_TOO_LOW:
-                raise
-            tally.refused.append((update, error.code, error.detail))
         except UpdateRefused as error:
             tally.refused.append((update, ErrorCode(error.code), str(error)))
         except PayloadError as error:
@@ -148,17 +147,15 @@ def _alignment(update: UpdateRecord) -> AlignmentMetrics | None:
     return None if reported is None else AlignmentMetrics.model_validate(reported)
 
 
-def _require_coverage(update: UpdateRecord, least: float) -> None:
-    """Refuse what was learnt through an alignment that does not work. The others of the round go on."""
+def _low_coverage(update: UpdateRecord, least: float) -> str | None:
+    """Say why what was learnt through an alignment that did not work is refused; None if it worked."""
     alignment = _alignment(update)
-    if alignment is not None and alignment.coverage < least:
-        raise DomainError(
-            ErrorCode.COVERAGE_TOO_LOW,
-            f"expected at least {least:.2f} of the response bytes inside aligned spans, got {alignment.coverage:.2f}; "
-            "the tokenizers of this device and of the proxy do not agree on the text",
-            expected=least,
-            received=alignment.coverage,
-        )
+    if alignment is None or alignment.coverage >= least:
+        return None
+    return (
+        f"expected at least {least:.2f} of the response bytes inside aligned spans, got {alignment.coverage:.2f}; "
+        "the tokenizers of this device and of the proxy do not agree on the text"
+    )
 
 
 def _together(counted: Sequence[UpdateRecord]) -> AlignmentMetrics | None:

@@ -23,7 +23,8 @@ from assets.models import folder_identity, list_model_files, save_language_model
 from cotuning.adapters import fresh_adapter
 from cotuning.examples import Example, rows_digest
 from cotuning.language_model import LanguageModel
-from cotuning.proxy import create_proxy, distil_proxy
+from cotuning.proxy import distil_proxy
+from cotuning.proxy_creation import create_proxy
 from cotuning.seeding import derive_seed
 from cotuning.training import TrainingDiverged
 from persistence import artifacts, results, runs

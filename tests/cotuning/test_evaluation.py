@@ -6,9 +6,9 @@ import torch
 
 from cotuning.adapters import activate, adapted, lora_config
 from cotuning.encoded_rows import EncodedRows
-from cotuning.evaluation import Scores, bits_per_byte, evaluate, generate
+from cotuning.evaluation import Scores, bits_per_byte, evaluate
 from cotuning.examples import Example, render_prompt
-from cotuning.generation import sample
+from cotuning.generation import generate, sample
 from cotuning.language_model import LanguageModel
 from cotuning.training import draw_batches, row_sizes, tune_adapter
 from tests.tiny_models import NAMES, tiny_examples, tiny_language_model

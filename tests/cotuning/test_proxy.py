@@ -10,7 +10,8 @@ from cotuning.encoding import encode_batch
 from cotuning.examples import render_prompt
 from cotuning.folding import fold_pair
 from cotuning.language_model import LanguageModel, hidden_states, output_head
-from cotuning.proxy import create_proxy, distil_proxy, measure_agreement
+from cotuning.proxy import distil_proxy, measure_agreement
+from cotuning.proxy_creation import create_proxy
 from tests.tiny_models import NAMES, tiny_examples, tiny_language_model
 
 PUBLIC = tiny_examples(24, start=300)

@@ -12,7 +12,7 @@ from cotuning.examples import Example
 from cotuning.language_model import LanguageModel
 from cotuning.mutual_learning import CoverageTooLow, measure_alignment, share_rows
 from cotuning.probe_logits import probe_payload
-from cotuning.proxy import create_proxy
+from cotuning.proxy_creation import create_proxy
 from cotuning.strategies import co_plms, standalone
 from cotuning.strategies.results import DeviceResult
 from protocol.strategies import CoPlmsSettings, LocalTraining, LoraSettings, ServerTraining, StandaloneSettings

@@ -7,7 +7,7 @@ from transformers import Qwen3Config, Qwen3ForCausalLM
 from cotuning.cross_entropy import response_tokens
 from cotuning.encoded_rows import EncodedRows
 from cotuning.language_model import LanguageModel, hidden_states, output_head
-from cotuning.proxy import create_proxy
+from cotuning.proxy_creation import create_proxy
 from cotuning.width_pruning import measure_importance
 from tests.tiny_models import MAX_POSITIONS, tiny_examples, tiny_language_model
 

@@ -9,9 +9,9 @@ the target is the token that was read:
     loss = mean over the student's response tokens of  - sum_v target(v) log p_s(v)
 
 A cross-entropy, not a KL: it is not zero for equal models. Of several ids with the same nearest piece the most likely
-one counts. Differs from FuseLLM: both distributions are read at the position *before* their token, so that the one-hot
-target is the token which that position predicts (there it is the token at the position itself); strings are pieces'
-bytes; END is one more token. Temperature softens both sides; T^2 does not enter.
+one counts. Chosen here: both distributions are read at the position *before* their token, so that the one-hot target is
+the token which that position predicts; strings are pieces' bytes; END is one more token; K is 10. Temperature softens
+both sides; T^2 does not enter.
 
 Names: N response tokens of the student, K ids of the teacher, V token ids.
 """

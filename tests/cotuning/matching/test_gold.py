@@ -10,19 +10,8 @@ from cotuning.matching.gold import VocabularyMatch, gold, hybrid_values, match_v
 from cotuning.matching.interface import Reading
 from tests.cotuning.matching.readings import KIND_A, KIND_B, Token, pair, probs_before, span_groups
 from tests.cotuning.matching.test_uld import slow_sorted_l1
+from tests.cotuning.test_mutual_loss import slow_divergence
 from tests.cotuning.trained_tokenizers import table_of
-
-
-def slow_divergence(p: list[float], q: list[float], divergence: Divergence, beta: float) -> float:
-    def kl(x: list[float], y: list[float]) -> float:
-        return sum(u * math.log(u / v) for u, v in zip(x, y, strict=True))
-
-    if divergence == "forward_kl":
-        return kl(p, q)
-    if divergence == "reverse_kl":
-        return kl(q, p)
-    mixture = [beta * u + (1 - beta) * v for u, v in zip(p, q, strict=True)]
-    return beta * kl(p, mixture) + (1 - beta) * kl(q, mixture)
 
 
 def merged(one: Reading, row: int, group: list[Token], temperature: float) -> list[float]:
