@@ -29,6 +29,8 @@ SHAPES = {
 }  # fmt: skip
 LAYERS = 24
 WEIGHT = 17.0
+CHECKED = "StreamingMean, checks included"
+OTHERS = {"apart": "with its tensors apart", "from_files": "with reading its file"}
 MIB, KIB = 2**20, 2**10
 Adapter = dict[str, Tensor]
 
@@ -51,6 +53,13 @@ def updates(count: int, *, layers: int) -> Iterator[Adapter]:
     for place in range(count):
         own = adapter(2 + place, layers=layers, scale=0.3)
         yield {name: common[name] + tensor for name, tensor in own.items()}
+
+
+def in_one_piece(state: Adapter) -> Adapter:
+    """The same tensors one behind the other in memory, sorted by name: as `read_tensors` leaves them."""
+    ordered = dict(sorted(state.items()))
+    parts = torch.cat([tensor.flatten() for tensor in ordered.values()]).split([t.numel() for t in ordered.values()])
+    return {name: part.view(ordered[name].shape) for name, part in zip(ordered, parts, strict=True)}
 
 
 class Float32Sum:
@@ -83,7 +92,7 @@ class KahanSum(Float32Sum):
 
 
 class PairwiseSum(Float32Sum):
-    """Float32 sums of 16 updates, added up in float64: the fastest here, and not exact."""
+    """Float32 sums of 16 updates, added up in float64, tensor by tensor: what StreamingMean does with one vector."""
 
     def __init__(self, like: Adapter) -> None:
         super().__init__(like)
@@ -113,21 +122,24 @@ class WideSum:
 
 
 def measure_sums(repeats: int) -> dict[str, Any]:
-    """Each way to sum, on an update in memory and on a stream of files."""
-    delta = next(updates(1, layers=LAYERS))
+    """Each way to sum: an update in memory as a file leaves it, one whose tensors lie apart, and a stream of files."""
+    apart = next(updates(1, layers=LAYERS))
+    delta = in_one_piece(apart)
     sums = {
         "float32 add_ (baseline)": Float32Sum(delta),
-        "StreamingMean, checks included": StreamingMean(delta, max_norm=1e9),
+        CHECKED: StreamingMean(delta, max_norm=1e9),
         "float64 add_, unchecked": WideSum(delta),
         "float32 Kahan, unchecked": KahanSum(delta),
         "float32 sums of 16, unchecked": PairwiseSum(delta),
     }
 
-    def many(running: Any) -> None:
+    def many(running: Any, update: Adapter) -> None:
         for _ in range(16):
-            running.add(delta, WEIGHT)
+            running.add(update, WEIGHT)
 
-    in_memory = compare({name: lambda running=running: many(running) for name, running in sums.items()}, repeats)
+    in_memory = compare({name: lambda running=running: many(running, delta) for name, running in sums.items()}, repeats)
+    chosen = ["float32 add_ (baseline)", CHECKED]
+    scattered = compare({name: lambda name=name: many(sums[name], apart) for name in chosen}, repeats)
     with tempfile.TemporaryDirectory() as folder:
         paths = [Path(folder) / f"{place}.safetensors" for place in range(4)]
         for path in paths:
@@ -137,12 +149,13 @@ def measure_sums(repeats: int) -> dict[str, Any]:
             for path in paths:
                 running.add(read_tensors(path)[0], WEIGHT)
 
-        chosen = ["float32 add_ (baseline)", "StreamingMean, checks included"]
         streamed = compare({name: lambda name=name: from_files(sums[name]) for name in chosen}, repeats)
     return {
         "update_mib": sum(tensor.nbytes for tensor in delta.values()) / MIB,
         "in_memory_ms": {name: timing.seconds * 1e3 / 16 for name, timing in in_memory.items()},
         "in_memory_speed": {name: timing.speed_ratio for name, timing in in_memory.items()},
+        "apart_ms": {name: timing.seconds * 1e3 / 16 for name, timing in scattered.items()},
+        "apart_speed": {name: timing.speed_ratio for name, timing in scattered.items()},
         "from_files_ms": {name: timing.seconds * 1e3 / len(paths) for name, timing in streamed.items()},
         "from_files_speed": {name: timing.speed_ratio for name, timing in streamed.items()},
     }
@@ -253,11 +266,11 @@ def show(results: dict[str, Any]) -> list[Goal]:
     """Print every table, and return what was aimed at."""
     sums, memory, svd, payload = (results[name] for name in ("sums", "memory", "refactoring", "payload_kib"))
     rows = [
-        (name, sums["in_memory_ms"][name], speed, sums["from_files_speed"].get(name, "-"))
+        (name, sums["in_memory_ms"][name], speed, *(sums[f"{where}_speed"].get(name, "-") for where in OTHERS))
         for name, speed in sums["in_memory_speed"].items()
     ]
     title = f"one update of {sums['update_mib']:.1f} MiB"
-    print_table(title, ("sum", "ms in memory", "speed in memory", "speed with reading its file"), rows)
+    print_table(title, ("sum", "ms in memory", "speed in memory", *OTHERS.values()), rows)
     svd_rows: list[tuple[object, ...]] = []
     counts = list(memory["StreamingMean"]["extra_mib"])
     rows = [(name, each["update_mib"], *each["extra_mib"].values()) for name, each in memory.items()]
@@ -269,10 +282,10 @@ def show(results: dict[str, Any]) -> list[Goal]:
     print_table(title, ("one layer of 7 matrices", *(f"{count} devices" for count in svd["by_devices"])), svd_rows)
     print(f"QR of thin factors of rank {svd['thin_rank']} against the full 896 x 896 SVD: {svd['thin_speed']:.1f}x")
     print_table("logits payload of 512 tokens, K = 32", ("rows, classes, values", "KiB"), list(payload.items()))
-    speeds = ((sums["from_files_speed"], "read from files"), (sums["in_memory_speed"], "already in memory"))
-    checked = "StreamingMean, checks included"
+    speeds = {"in_memory": "already in memory", **OTHERS}
     return [
-        *(Goal(f"mean's speed against add_, updates {name}", each[checked], 0.8, True) for each, name in speeds),
+        *(Goal(f"mean's speed against add_: {name}", sums[f"{where}_speed"][CHECKED], 0.8, True)
+          for where, name in speeds.items()),
         *(Goal(f"{name}: memory of {counts[-1]} updates against {counts[0]}", each["growth"], 1.1, False)
           for name, each in memory.items()),
         *(Goal(f"payload: {name}", size, 45.0, False, "KiB") for name, size in payload.items() if "int8" in name),

@@ -166,8 +166,8 @@ class ProductMean:
         """Counted so far."""
         return sum(mean.num_updates for _, mean in self._means.values())
 
-    def add(self, delta: Mapping[str, Tensor], weight: float) -> None:
-        """Count an update. One that is refused leaves no trace.
+    def add(self, delta: Mapping[str, Tensor], weight: float) -> float:
+        """Count an update and return its L2 norm. One that is refused leaves no trace.
 
         Args:
             delta: `dA_i` and `dB_i`, float32, CPU.
@@ -183,10 +183,11 @@ class ProductMean:
         else:
             start = self._base if rank == self._rank else at_rank(self._base, rank, seed=self._seed)
             mean = StreamingMean(start, max_norm=self._max_norm)
-        mean.add(delta, weight)
+        norm = mean.add(delta, weight)
         self._means[rank] = start, mean
         for left, right in self._pairs.items():
             self._second_order[left].add(delta[left], delta[right], weight * self._rank / rank)
+        return norm
 
     def result(self, learning_rate: float = 1.0) -> Refactored:
         """The new adapter, of the base's rank; more updates may follow.

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 
 from assets.errors import TensorFileError
 from assets.tensors import read_tensors
-from cotuning.aggregation import UpdateRefused, update_norm
+from cotuning.aggregation import UpdateRefused
 from cotuning.payload import PayloadError
 from cotuning.strategies.aggregation import Aggregate, RoundAggregator
 from persistence import artifacts, results, rounds, updates
@@ -114,7 +114,7 @@ def _combine(
         try:
             reader.read(update)
             delta, _ = read_tensors(part_path(work.blobs, update, PartKind.ADAPTER_DELTA))
-            aggregator.add(delta, _weight(update, settings))
+            norm = aggregator.add(delta, _weight(update, settings))
         except UpdateRefused as error:
             tally.refused.append((update, ErrorCode(error.code), str(error)))
         except PayloadError as error:
@@ -123,7 +123,7 @@ def _combine(
             tally.refused.append((update, ErrorCode.NOT_SAFETENSORS, str(error)))
         else:
             tally.counted.append(update)
-            tally.norms[update.device_id] = update_norm(delta)
+            tally.norms[update.device_id] = norm
     return tally, aggregator.result() if tally.counted else None
 
 

@@ -1,4 +1,5 @@
 import io
+import json
 from pathlib import Path
 
 import pytest
@@ -93,3 +94,48 @@ def test_broken_files_are_refused_by_name(tmp_path: Path) -> None:
 def test_a_complex_tensor_cannot_be_written() -> None:
     with pytest.raises(ValueError, match=r"tensor 'a': expected a plain dtype, got torch\.complex64"):
         tensors_to_bytes({"a": torch.zeros(1, dtype=torch.complex64)}, {})
+
+
+def test_tensors_of_one_dtype_lie_one_behind_the_other(tmp_path: Path) -> None:
+    """What goes through all of them can take them as one vector; and changing one does not change the file."""
+    path = tmp_path / "file.safetensors"
+    tensors = {"b": torch.randn(2, 3), "a": torch.randn(4), "c": torch.randn(1, 5)}
+    path.write_bytes(tensors_to_bytes(tensors, {}))
+    read, _ = read_tensors(path)
+    assert list(read) == ["a", "b", "c"]
+    places = [tensor.data_ptr() for tensor in read.values()]
+    assert [place - places[0] for place in places] == [0, 16, 40]
+    read["a"].zero_()
+    assert torch.equal(read["b"], tensors["b"])
+    assert torch.equal(read_tensors(path)[0]["a"], tensors["a"])
+
+
+def test_another_writers_unaligned_tensors_are_read(tmp_path: Path) -> None:
+    tensors = {"a": torch.tensor([7], dtype=torch.uint8), "b": torch.tensor([1.5, -2.0])}
+    entries = {
+        "a": {"dtype": "U8", "shape": [1], "data_offsets": [0, 1]},
+        "b": {"dtype": "F32", "shape": [2], "data_offsets": [1, 9]},
+    }
+    header = json.dumps(entries).encode()
+    content = len(header).to_bytes(8, "little") + header + b"\x07" + tensors["b"].numpy().tobytes()
+    path = tmp_path / "file.safetensors"
+    path.write_bytes(content)
+    read, _ = read_tensors(path)
+    assert all(torch.equal(read[name], tensors[name]) for name in tensors)
+
+
+def test_a_dtype_that_is_not_ours_is_refused_by_name(tmp_path: Path) -> None:
+    header = json.dumps({"a": {"dtype": "F8_E4M3", "shape": [2], "data_offsets": [0, 2]}}).encode()
+    path = tmp_path / "file.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + b"\x00\x00")
+    with pytest.raises(TensorFileError, match=r"tensor 'a': expected one of F64, .*, got F8_E4M3"):
+        read_tensors(path)
+
+
+def test_a_generators_state_can_be_set_from_a_file_that_puts_it_anywhere(tmp_path: Path) -> None:
+    path = tmp_path / "file.safetensors"
+    state = torch.Generator().manual_seed(5).get_state()
+    path.write_bytes(tensors_to_bytes({"a": torch.zeros(3, dtype=torch.uint8), "b": state}, {}))
+    generator = torch.Generator()
+    generator.set_state(read_tensors(path)[0]["b"])
+    assert torch.equal(torch.randn(4, generator=generator), torch.randn(4, generator=torch.Generator().manual_seed(5)))

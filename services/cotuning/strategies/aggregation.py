@@ -52,14 +52,14 @@ class RoundAggregator:
         else:
             self._mean = ProductMean(shared_adapter, max_norm=settings.max_update_norm)
 
-    def add(self, delta: Mapping[str, Tensor], weight: float) -> None:
-        """Count an update. One that is refused leaves no trace.
+    def add(self, delta: Mapping[str, Tensor], weight: float) -> float:
+        """Count an update and return its L2 norm. One that is refused leaves no trace.
 
         Raises:
             UpdateRefused: it does not fit, is not finite, or is too large.
             ValueError: the weight is not a positive finite number.
         """
-        self._mean.add(delta, weight)
+        return self._mean.add(delta, weight)
 
     def result(self) -> Aggregate:
         """Raises ValueError where no update was counted, AdapterMismatch where the state is of another adapter."""
