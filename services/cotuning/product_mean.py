@@ -16,9 +16,15 @@ deltas: exact, and of fixed rank. Only the last, of second order, is a stack tha
 values; what that loses is reported. FLoRA itself sends the whole stack to the devices, whose adapters grow; a run's
 adapter has one shape for all its rounds, hence the cut.
 
-Devices of other ranks: one of rank k < r starts from the first k components of A and B (HetLoRA, arXiv 2401.06432; here
-components come ordered by singular value, so that this is the best cut), one of rank k > r from A with fresh rows and B
-with zero columns. B is scaled by k / r, because peft scales the product by alpha / k. So alpha itself never enters.
+Devices of other ranks: one of rank k < r starts from the first k components of A and B (HetLoRA, arXiv 2401.06432), one
+of rank k > r from A with fresh rows and B with zero columns. B is scaled by k / r, because peft scales the product by
+alpha / k. So alpha itself never enters. Components are ordered by singular value before they go out
+(`by_singular_values`), so that the first k are the best cut; only the server does that, as two machines' libraries may
+turn the same product into different factors, and a device's dA means nothing beside another B_i0.
+
+The bracket is what device i changed of what it saw. What the cut hid from it, s (B A - its first k components), is in
+s B A and stays: counted as `B_i A_i - B A` it would be the device's vote to forget what it never read. HetLoRA instead
+pads A and B with zeros and averages them apart, which shrinks what few devices train; stacking products does not.
 
 Names: O output features, I input features, R rank.
 """
@@ -107,6 +113,32 @@ def at_rank(state: Mapping[str, Tensor], rank: int, *, seed: int) -> AdapterStat
     return resized
 
 
+def by_singular_values(state: Mapping[str, Tensor]) -> AdapterState:
+    """The same products, to float32 rounding, from components by falling singular value, A and B balanced.
+
+    A component without a product keeps a row of A, as in `ProductMean.result`; a layer without any stays as it is.
+
+    Raises:
+        ValueError: the state is no LoRA adapter.
+    """
+    ordered: AdapterState = {}
+    for left, right in lora_pairs(state).items():
+        left_OR, right_RI = state[left], state[right].double()
+        cut = truncate_product(left_OR, right_RI, len(right_RI))
+        if cut.norm == 0:
+            ordered |= {left: left_OR.clone(), right: state[right].clone()}
+            continue
+        left_OR, right_RI = _able_to_learn(cut, right_RI)
+        ordered |= {left: left_OR.float(), right: right_RI.float()}
+    return dict(sorted(ordered.items()))
+
+
+def resized(state: Mapping[str, Tensor], rank: int, *, seed: int) -> AdapterState:
+    """`at_rank` for an adapter whose components come in any order: cut to the greatest ones."""
+    same = all(state[right].shape[0] == rank for right in lora_pairs(state).values())
+    return dict(state) if same else at_rank(by_singular_values(state), rank, seed=seed)
+
+
 def update_rank(delta: Mapping[str, Tensor], *, max_rank: int) -> int:
     """The one rank of all layers of an update.
 
@@ -166,18 +198,20 @@ class ProductMean:
         """Counted so far."""
         return sum(mean.num_updates for _, mean in self._means.values())
 
-    def add(self, delta: Mapping[str, Tensor], weight: float) -> float:
+    def add(self, delta: Mapping[str, Tensor], weight: float, *, rank: int | None = None) -> float:
         """Count an update and return its L2 norm. One that is refused leaves no trace.
 
         Args:
             delta: `dA_i` and `dB_i`, float32, CPU.
             weight: above zero; the number of examples.
+            rank: that it must have; by default the base's own, or any up to `max_rank` where that is set.
 
         Raises:
             UpdateRefused: it does not fit, is not finite, or is too large.
             ValueError: the weight is not a positive finite number.
         """
-        rank = self._rank if self._max_rank is None else update_rank(delta, max_rank=self._max_rank)
+        if rank is None:
+            rank = self._rank if self._max_rank is None else update_rank(delta, max_rank=self._max_rank)
         if rank in self._means:
             start, mean = self._means[rank]
         else:

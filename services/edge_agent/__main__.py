@@ -110,8 +110,8 @@ def run_once(
     timeout: Annotated[float, typer.Option(min=0, help="Seconds to wait for work.")] = 60.0,
 ) -> int:
     """Do one assignment, and end."""
-    with _running(home, log_file) as (agent, _):
-        outcome = loop.run_until_work(agent, timeout)
+    with _running(home, log_file) as (agent, profile):
+        outcome = loop.run_until_work(agent, timeout, profile)
     log.info("run_once_done", outcome=outcome.value)
     codes = {Outcome.SUBMITTED: ExitCode.OK, Outcome.IDLE: ExitCode.TIMED_OUT}
     return codes.get(outcome, ExitCode.FAILURE)

@@ -43,8 +43,16 @@ def run(agent: Agent, profile: DeviceProfile) -> None:
     raise Stopped
 
 
-def run_until_work(agent: Agent, timeout_seconds: float, clock: Callable[[], float] = time.monotonic) -> Outcome:
+def run_until_work(
+    agent: Agent,
+    timeout_seconds: float,
+    profile: DeviceProfile | None = None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Outcome:
     """Do one cycle that has work in it; `Outcome.IDLE` if none came within `timeout_seconds`.
+
+    Args:
+        profile: told to the server first, so that what the owner changed holds for this assignment.
 
     Raises:
         CloudUnavailable: the cloud did not answer once in that time.
@@ -55,6 +63,9 @@ def run_until_work(agent: Agent, timeout_seconds: float, clock: Callable[[], flo
     while True:
         remaining_seconds = max(deadline - clock(), 0.0)
         try:
+            if profile is not None:
+                agent.client.heartbeat(Heartbeat(profile=profile))
+                profile = None
             outcome = run_once(agent, wait_seconds=min(POLL_WAIT_SECONDS, int(remaining_seconds)))
             answered = True
             delay_seconds = SHORTEST_POLL_SECONDS

@@ -44,6 +44,7 @@ def build(config: Config, model: ModelDescription, num_examples: int) -> DeviceP
         tokenizer_kind=model.tokenizer_kind[:128],
         domain=config.device.domain,
         num_examples=num_examples,
+        max_adapter_rank=config.training.max_adapter_rank,
     )
 
 

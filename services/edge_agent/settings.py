@@ -81,6 +81,9 @@ class TrainingSection(_Section):
     check_memory: bool = Field(
         default=True, description="Refuse a training that is expected not to fit into this device's memory."
     )
+    max_adapter_rank: int | None = Field(
+        default=None, ge=1, le=1024, description="Highest rank at which a shared adapter is trained here; none: any."
+    )
     evaluation_batch_size: int = Field(default=64, ge=1, le=4096)
     evaluation_max_length: int = Field(default=512, ge=16, le=131_072, description="Tokens of prompt and answer.")
 

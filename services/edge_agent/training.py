@@ -37,6 +37,7 @@ from cotuning.language_model import LanguageModel, UnknownHead
 from cotuning.memory import CannotEstimate, NotEnoughMemory, estimate_memory, longest_row, require_memory
 from cotuning.mutual_learning import CoverageTooLow
 from cotuning.strategies import co_plms, standalone
+from cotuning.strategies.device_ranks import device_start
 from cotuning.strategies.results import DeviceResult
 from cotuning.training import OnProgress, TrainingDiverged
 from edge_agent.cycle import RoundFiles, TrainedUpdate
@@ -87,7 +88,7 @@ class LocalTrainer:
         disable_progress_bar()  # a log is no terminal
         self._config = config
         self._states = states
-        self._fits: list[Strategy] = []
+        self._fits: list[tuple[Strategy, int | None]] = []
         self._slm: LanguageModel | None = None
         self._proxy: tuple[Path, LanguageModel] | None = None
 
@@ -161,7 +162,9 @@ class LocalTrainer:
         slm_adapter = read_adapter(start.slm_adapter)[0] if start else None
         checkpoints = self._checkpoints(assignment, start, private)
         strategy = assignment.strategy
-        self._require_memory(strategy, slm, private, files)
+        if isinstance(strategy, CoPlmsSettings):
+            self._require_rank(assignment.adapter_rank or strategy.proxy_lora.rank)
+        self._require_memory(assignment, slm, private, files)
         if not isinstance(strategy, CoPlmsSettings):
             return standalone.device_step(
                 slm=slm,
@@ -176,26 +179,41 @@ class LocalTrainer:
         if files.proxy_folder is None or files.adapter is None or files.probe_set is None:
             raise CannotTrain("incomplete_assignment", "expected a proxy, an adapter and a probe set")
         phi = start.domain_adapter if start else None
+        begin = device_start(
+            strategy,
+            assignment.adapter_rank,
+            read_tensors(files.adapter)[0],
+            read_tensors(phi)[0] if phi else None,
+            seed=assignment.seed,
+        )
         return co_plms.device_step(
             slm=slm,
             proxy=self._load_proxy(files.proxy_folder),
             private=private,
             probe=read_examples(files.probe_set),
-            shared_adapter=read_tensors(files.adapter)[0],
-            domain_adapter=read_tensors(phi)[0] if phi else None,
+            shared_adapter=begin.shared_adapter,
+            domain_adapter=begin.domain_adapter,
             slm_adapter=slm_adapter,
-            settings=strategy,
+            settings=begin.settings,
             round_number=assignment.round_number,
             seed=assignment.seed,
             on_progress=on_progress,
             checkpoints=checkpoints,
         )
 
+    def _require_rank(self, rank: int) -> None:
+        """Refuse an adapter larger than the owner allows, as a run that does not ask for that limit may send."""
+        most = self._config.training.max_adapter_rank
+        if most is not None and rank > most:
+            raise CannotTrain("adapter_rank_too_high", f"expected an adapter of rank {most} at most, got {rank}")
+
     def _require_memory(
-        self, strategy: Strategy, slm: LanguageModel, private: Sequence[Example], files: RoundFiles
+        self, assignment: Assignment, slm: LanguageModel, private: Sequence[Example], files: RoundFiles
     ) -> None:
-        """Refuse what will not fit before any step is taken; asked once for each strategy."""
-        if not self._config.training.check_memory or strategy in self._fits:
+        """Refuse what will not fit before any step is taken; asked once for each strategy and rank."""
+        strategy = assignment.strategy
+        asked = strategy, assignment.adapter_rank
+        if not self._config.training.check_memory or asked in self._fits:
             return
         training = strategy.training
         options: dict[str, Any] = {
@@ -209,12 +227,13 @@ class LocalTrainer:
             estimates = {"slm": estimate_memory(slm.base.config, rank=strategy.slm_lora.rank, **options)}
             if isinstance(strategy, CoPlmsSettings) and files.proxy_folder is not None:
                 proxy = read_config(files.proxy_folder)
-                estimates["proxy"] = estimate_memory(proxy, rank=strategy.proxy_lora.rank, adapters=2, **options)
+                rank = assignment.adapter_rank or strategy.proxy_lora.rank
+                estimates["proxy"] = estimate_memory(proxy, rank=rank, adapters=2, **options)
         except CannotEstimate as error:
             log.warning("memory_not_estimated", reason=str(error))
         else:
             require_memory(estimates, available_memory("cpu"))
-        self._fits.append(strategy)
+        self._fits.append(asked)
 
     def _checkpoints(
         self, assignment: Assignment, start: LocalState | None, private: Sequence[Example]
@@ -225,7 +244,8 @@ class LocalTrainer:
             return None
         about = assignment.model_dump(
             mode="json",
-            include={"assignment_id", "run_id", "round_number", "strategy", "seed", "proxy_manifest", "adapter"},
+            include={"assignment_id", "run_id", "round_number", "strategy", "seed", "proxy_manifest"}
+            | {"adapter", "adapter_rank"},
         )
         start_record = start.record.model_dump(mode="json") if start else None
         probe = assignment.probe_set.sha256 if assignment.probe_set else None

@@ -14,10 +14,11 @@ from persistence.round_lifecycle import SUBMITTED, lock_round, settle
 from persistence.tables import AssignmentRow, RoundRow, RunRow, shorten
 from persistence.transitions import TAKES_UPDATES, UNDELIVERED, move
 from protocol.assignments import Assignment, AssignmentProgress, AssignmentRefusal
+from protocol.devices import DeviceProfile
 from protocol.errors import DomainError, ErrorCode
 from protocol.runs import RunCreate
 from protocol.statuses import AssignmentStatus, PartKind, RoundStatus, RunStatus
-from protocol.strategies import STRATEGIES
+from protocol.strategies import STRATEGIES, CoPlmsSettings
 
 _ORDER = list(AssignmentStatus)
 
@@ -46,13 +47,14 @@ def next_assignment(
         DomainError: DEVICE_NOT_APPROVED, DEVICE_REVOKED or DEVICE_NOT_FOUND.
     """
     device = devices.may_work(session, device_id)
-    assignment = _unfinished_or_new(session, device_id, now, upload_limits)
+    profile = DeviceProfile.model_validate(device.profile)
+    assignment = _unfinished_or_new(session, device_id, profile, now, upload_limits)
     devices.touch(session, device, now)  # Last, so that the device is not locked while the round's lock is waited for.
     return assignment
 
 
 def _unfinished_or_new(
-    session: Session, device_id: str, now: datetime, upload_limits: Mapping[PartKind, int]
+    session: Session, device_id: str, profile: DeviceProfile, now: datetime, upload_limits: Mapping[PartKind, int]
 ) -> Assignment | None:
     found = session.execute(_unfinished(device_id, now)).first()
     if found is not None:
@@ -70,6 +72,7 @@ def _unfinished_or_new(
                 round_id=round_row.id,
                 device_id=device_id,
                 status=AssignmentStatus.OFFERED,
+                adapter_rank=_adapter_rank(run, profile),
                 losses={},
                 metrics={},
                 offered_at=now,
@@ -228,6 +231,15 @@ def _places_taken() -> Any:
     )
 
 
+def _adapter_rank(run: RunRow, profile: DeviceProfile) -> int | None:
+    """Return the rank that this device is given for the round, whatever its profile says later; None: the run's."""
+    strategy = RunCreate.model_validate(run.config).strategy
+    if not isinstance(strategy, CoPlmsSettings):
+        return None
+    rank = strategy.rank_for(profile.max_adapter_rank)
+    return rank if rank != strategy.proxy_lora.rank else None
+
+
 def _assignment(
     session: Session,
     row: AssignmentRow,
@@ -262,6 +274,7 @@ def _assignment(
         base_version=round_row.base_version,
         proxy_manifest=files.get(run.proxy_manifest_sha256 or ""),
         adapter=files.get(round_row.base_adapter_sha256 or ""),
+        adapter_rank=row.adapter_rank,
         probe_set=files.get(run.probe_set_sha256 or ""),
         uploads=uploads,
         upload_limits={kind: upload_limits[kind] for kind in uploads},

@@ -163,6 +163,7 @@ class AssignmentRow(Table):
     device_id: Mapped[str] = mapped_column(ID, ForeignKey("devices.id"))
     status: Mapped[AssignmentStatus] = mapped_column(status_type(AssignmentStatus))
     reason: Mapped[str | None] = mapped_column(REASON)
+    adapter_rank: Mapped[int | None] = mapped_column(Integer)
     stage: Mapped[str | None] = mapped_column(String(64))
     step: Mapped[int | None] = mapped_column(BigInteger)
     steps: Mapped[int | None] = mapped_column(BigInteger)

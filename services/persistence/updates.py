@@ -20,6 +20,7 @@ from persistence.errors import RoundClosed
 from persistence.round_lifecycle import SUBMITTED, lock_round, settle
 from persistence.tables import AssignmentRow, RoundRow, RunRow, UpdatePartRow, shorten
 from persistence.transitions import TAKES_UPDATES, UNDELIVERED, move
+from protocol.adapter_shapes import tensors_at_rank
 from protocol.assignments import PartReceipt, Submission, SubmissionReceipt
 from protocol.errors import DomainError, ErrorCode
 from protocol.events import EventType
@@ -39,6 +40,8 @@ class UpdateRecord:
     num_examples: int
     parts: dict[PartKind, str]
     metrics: dict[str, Any]
+    adapter_rank: int | None
+    """Of its delta; None: the run's."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,8 @@ class PartAdmission:
     expected_tensors: dict[str, TensorInfo] | None
     most_bytes: int | None
     """No honest part is larger."""
+    adapter_rank: int | None = None
+    """Of the expected tensors, where it is not the run's."""
 
 
 def admit_part(session: Session, device_id: str, assignment_id: str, kind: PartKind, now: datetime) -> PartAdmission:
@@ -67,7 +72,7 @@ def admit_part(session: Session, device_id: str, assignment_id: str, kind: PartK
     else:
         run, round_row = lock_round(session, row.round_id)
     _check_kind(run, kind)
-    tensors = _tensors(run) if kind is PartKind.ADAPTER_DELTA else None
+    tensors = _tensors(run, row.adapter_rank) if kind is PartKind.ADAPTER_DELTA else None
     return PartAdmission(
         run_id=run.id,
         round_id=round_row.id,
@@ -76,6 +81,7 @@ def admit_part(session: Session, device_id: str, assignment_id: str, kind: PartK
         probe_set_sha256=run.probe_set_sha256,
         expected_tensors=tensors,
         most_bytes=most_delta_bytes(tensors) if tensors is not None else _most_logits_bytes(session, run, kind),
+        adapter_rank=row.adapter_rank,
     )
 
 
@@ -164,7 +170,10 @@ def submitted_updates(session: Session, round_id: str) -> list[UpdateRecord]:
     )
     for assignment_id, kind, sha256 in stored:
         parts[assignment_id][kind] = sha256
-    return [UpdateRecord(row.id, row.device_id, row.num_examples or 0, parts[row.id], row.metrics) for row in rows]
+    return [
+        UpdateRecord(row.id, row.device_id, row.num_examples or 0, parts[row.id], row.metrics, row.adapter_rank)
+        for row in rows
+    ]
 
 
 def reject_update(session: Session, assignment_id: str, code: ErrorCode, reason: str, now: datetime) -> None:
@@ -200,15 +209,16 @@ def reject_update(session: Session, assignment_id: str, code: ErrorCode, reason:
 
 
 def expected_tensors(session: Session, round_id: str) -> dict[str, TensorInfo] | None:
-    """Return the tensors that a delta of this round must have, by name; None where the strategy sends none."""
+    """Return the tensors that a delta at the run's own rank must have, by name; None where there is none."""
     run = session.scalar(select(RunRow).join(RoundRow, RoundRow.run_id == RunRow.id).where(RoundRow.id == round_id))
     return _tensors(run) if run is not None else None
 
 
-def _tensors(run: RunRow) -> dict[str, TensorInfo] | None:
+def _tensors(run: RunRow, adapter_rank: int | None = None) -> dict[str, TensorInfo] | None:
     if run.expected_tensors is None:
         return None
-    return {name: TensorInfo(item["dtype"], tuple(item["shape"])) for name, item in run.expected_tensors.items()}
+    full = {name: TensorInfo(item["dtype"], tuple(item["shape"])) for name, item in run.expected_tensors.items()}
+    return full if adapter_rank is None else tensors_at_rank(full, adapter_rank)
 
 
 def _lock_taking(

@@ -48,6 +48,9 @@ class Assignment(ResponseModel):
     base_version: int
     proxy_manifest: ArtifactRef | None = Field(default=None, description="JSON of a `ModelManifest`.")
     adapter: ArtifactRef | None = Field(default=None, description="theta_t, the shared adapter to start from.")
+    adapter_rank: int | None = Field(
+        default=None, description="Rank to which theta_t is cut, and that the delta has; null: the run's, uncut."
+    )
     probe_set: ArtifactRef | None = Field(default=None, description="Public rows Q, JSONL.")
     uploads: list[PartKind] = Field(description="The parts that the update must have, and no others.")
     upload_limits: dict[PartKind, int] = Field(description="Largest size of each part, bytes.")

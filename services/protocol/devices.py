@@ -37,6 +37,9 @@ class DeviceProfile(RequestModel):
     tokenizer_kind: str = Field(max_length=128, description="For example `byte-level BPE, 1024 tokens`.")
     domain: str | None = Field(default=None, max_length=64, description="A label the owner chose for the data.")
     num_examples: int = Field(ge=0, description="Private training rows on the device.")
+    max_adapter_rank: int | None = Field(
+        default=None, ge=1, le=1024, description="Highest rank at which the device trains a shared adapter; null: any."
+    )
 
 
 class EnrolmentRequest(RequestModel):

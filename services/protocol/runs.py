@@ -231,6 +231,9 @@ class RoundMetrics(ResponseModel):
     num_updates: int | None = Field(default=None, description="Updates counted.")
     num_examples: int | None = Field(default=None, description="Private rows behind them: the sum of the weights.")
     update_norms: dict[str, float] = Field(default_factory=dict, description="Device -> L2 norm of its delta.")
+    update_ranks: dict[str, int] = Field(
+        default_factory=dict, description="Device -> rank of its delta, where it is not the run's."
+    )
     rejected: dict[str, ErrorCode] = Field(default_factory=dict, description="Device -> why its update was refused.")
     alignment: AlignmentMetrics | None = Field(default=None, description="The counted devices' reports together.")
     aggregation_errors: dict[str, float] = Field(

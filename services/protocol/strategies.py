@@ -125,6 +125,11 @@ class CoPlmsSettings(SettingsModel):
         default="fedavg",
         description="Mean of A and of B apart, or of the products BA, cut to the rank by singular values.",
     )
+    device_ranks: Literal["uniform", "declared"] = Field(
+        default="uniform",
+        description="Rank at which a device trains the shared adapter: the run's, `proxy_lora.rank`; or `declared`, at "
+        "most what its profile says (`max_adapter_rank`), which needs `aggregation` exact_svd.",
+    )
     server_optimizer: ServerOptimizerSettings = ServerOptimizerSettings()
     server_learning_rate: float = Field(
         default=1.0,
@@ -144,6 +149,20 @@ class CoPlmsSettings(SettingsModel):
             name = self.server_optimizer.name
             raise ValueError(f"`aggregation` {self.aggregation} goes with `server_optimizer.name` sgd, got {name}")
         return self
+
+    @model_validator(mode="after")
+    def _other_ranks_are_averaged_as_products(self) -> Self:
+        # Factors of different ranks, padded with zeros, average to something that no device and no product stands for.
+        if self.device_ranks != "uniform" and self.aggregation != "exact_svd":
+            raise ValueError(
+                f"`device_ranks` {self.device_ranks} goes with `aggregation` exact_svd, got {self.aggregation}"
+            )
+        return self
+
+    def rank_for(self, declared: int | None) -> int:
+        """Rank at which a device trains the shared adapter; `declared` is the most its profile says it takes."""
+        rank = self.proxy_lora.rank
+        return rank if self.device_ranks == "uniform" or declared is None else min(rank, declared)
 
     @model_validator(mode="after")
     def _one_likelihood_term(self) -> Self:

@@ -61,6 +61,9 @@ def aggregate(work: Work) -> Finish:
         num_updates=len(tally.counted),
         num_examples=sum(_weight(update, settings) for update in tally.counted),
         update_norms=tally.norms,
+        update_ranks={
+            update.device_id: update.adapter_rank for update in tally.counted if update.adapter_rank is not None
+        },
         rejected={update.device_id: code for update, code, _ in tally.refused},
         alignment=_together(tally.counted),
         aggregation_errors=aggregate.errors if aggregate is not None else {},
@@ -114,7 +117,7 @@ def _combine(
         try:
             reader.read(update)
             delta, _ = read_tensors(part_path(work.blobs, update, PartKind.ADAPTER_DELTA))
-            norm = aggregator.add(delta, _weight(update, settings))
+            norm = aggregator.add(delta, _weight(update, settings), rank=update.adapter_rank)
         except UpdateRefused as error:
             tally.refused.append((update, ErrorCode(error.code), str(error)))
         except PayloadError as error:

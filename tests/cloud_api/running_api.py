@@ -143,8 +143,8 @@ class RunningApi:
         assert response.status_code == 201, response.text
         return str(response.json()["token"])
 
-    def enrol(self, name: str = "device") -> DeviceClient:
-        body = {"token": self.token(), "name": name, "profile": PROFILE}
+    def enrol(self, name: str = "device", **profile: Any) -> DeviceClient:
+        body = {"token": self.token(), "name": name, "profile": PROFILE | profile}
         response = self.client(None).post("/v1/devices", json=body)
         assert response.status_code == 201, response.text
         receipt = response.json()

@@ -7,6 +7,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from protocol.adapter_shapes import tensors_at_rank
 from protocol.assignments import Assignment
 from protocol.errors import ErrorCode
 from protocol.headers import (
@@ -121,6 +122,24 @@ def test_tensors_that_the_adapter_does_not_have_are_refused(
     assert problem["expected"] != problem["received"]
     assert not api.stored(content)
     assert api.left_over() == []
+
+
+def test_a_delta_of_another_rank_than_assigned_is_refused(api: RunningApi) -> None:
+    """Too high and too low, with both sides named; the assigned one is taken."""
+    device = api.enrol(max_adapter_rank=1)
+    strategy = {"name": "co_plms", "device_ranks": "declared", "aggregation": "exact_svd", "proxy_lora": {"rank": 2}}
+    api.running_run(device, strategy=strategy)
+    assignment = device.poll()
+    assert assignment is not None
+    assert assignment.adapter_rank == 1
+    for rank in (2, 3):
+        content = delta_for(assignment, tensors=tensors_at_rank(TENSORS, rank))
+        problem = refused(device.upload(assignment, "adapter_delta", content), ErrorCode.WRONG_TENSOR_SHAPE, 422)
+        assert "this assignment's adapter_rank 1" in str(problem["detail"])
+        assert problem["expected"] == ["a.lora_A.weight: [1, 8]", "b.lora_B.weight: [8, 1]"]
+        assert problem["received"] == [f"a.lora_A.weight: [{rank}, 8]", f"b.lora_B.weight: [8, {rank}]"]
+    content = delta_for(assignment, tensors=tensors_at_rank(TENSORS, 1))
+    assert device.upload(assignment, "adapter_delta", content).status_code == 201
 
 
 @pytest.mark.parametrize("key", [METADATA_BASE, METADATA_PROXY, METADATA_FORMAT])

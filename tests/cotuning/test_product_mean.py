@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from cotuning.aggregation import StreamingMean, UpdateRefused, apply_server_update
-from cotuning.product_mean import ProductMean, at_rank, lora_pairs, update_rank
+from cotuning.product_mean import ProductMean, at_rank, by_singular_values, lora_pairs, resized, update_rank
 
 Adapter = dict[str, Tensor]
 LAYERS = {"q": (12, 10), "down": (9, 14)}
@@ -230,3 +230,44 @@ def test_the_inputs_are_not_changed_nor_kept() -> None:
     reference = mean_of(base, [(base, copied, weight) for copied, (_, _, weight) in zip(copies, updates, strict=True)])
     for name, tensor in mean.result().adapter.items():
         assert torch.equal(tensor, reference.result().adapter[name])
+
+
+def test_ordering_keeps_the_products_and_makes_the_first_components_the_best_cut() -> None:
+    """Against the singular values of the full matrices (Eckart and Young)."""
+    base = adapter(seed=21)
+    ordered = by_singular_values(base)
+    assert relative(products(ordered), products(base)) <= 1e-6
+    for rank in range(1, RANK):
+        cut, plain = products(at_rank(ordered, rank, seed=0)), products(at_rank(base, rank, seed=0))
+        for layer, whole in products(base).items():
+            singular = torch.linalg.svdvals(whole)
+            best = float(torch.linalg.vector_norm(singular[rank:]))
+            assert float(torch.linalg.matrix_norm(whole - cut[layer])) == pytest.approx(best, rel=1e-5)
+            assert float(torch.linalg.matrix_norm(whole - plain[layer])) > 1.01 * best
+    assert relative(products(resized(base, 2, seed=0)), products(at_rank(ordered, 2, seed=0))) <= 1e-6
+    assert all(torch.equal(tensor, base[name]) for name, tensor in resized(base, RANK, seed=0).items())
+
+
+def test_ordering_keeps_what_can_still_learn() -> None:
+    """An untrained adapter as it is; in a half-trained one a component without a product keeps its row of A."""
+    fresh = {name: tensor * ("lora_A" in name) for name, tensor in adapter(seed=22).items()}
+    assert all(torch.equal(tensor, fresh[name]) for name, tensor in by_singular_values(fresh).items())
+    half = adapter(seed=23)
+    for left in lora_pairs(half):
+        half[left][:, 2:] = 0
+    ordered = by_singular_values(half)
+    assert relative(products(ordered), products(half)) <= 1e-6
+    for left, right in lora_pairs(ordered).items():
+        assert not ordered[left][:, 2:].any()
+        assert (torch.linalg.vector_norm(ordered[right], dim=1) > 0.1).all()
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_what_the_cut_hid_from_a_device_is_not_forgotten(rank: int) -> None:
+    """A device of a lower rank that learns nothing changes nothing, though its own product lacks most of theta's."""
+    base = by_singular_values(adapter(seed=24))
+    mean = ProductMean(base, max_rank=RANK)
+    start = at_rank(base, rank, seed=0)
+    assert relative(products(start), products(base)) > 0.1
+    mean.add({name: torch.zeros_like(tensor) for name, tensor in start.items()}, 3.0, rank=rank)
+    assert all(torch.equal(tensor, base[name]) for name, tensor in mean.result().adapter.items())

@@ -84,3 +84,27 @@ def test_the_norm_s_limit_holds(aggregation: str) -> None:
 def test_an_optimizer_over_re_factored_adapters_is_refused(optimizer: str) -> None:
     with pytest.raises(ValidationError, match=rf"exact_svd goes with `server_optimizer.name` sgd, got {optimizer}"):
         CoPlmsSettings.model_validate({"aggregation": "exact_svd", "server_optimizer": {"name": optimizer}})
+
+
+def test_devices_of_other_ranks_need_means_of_products() -> None:
+    with pytest.raises(ValidationError, match="`device_ranks` declared goes with `aggregation` exact_svd, got fedavg"):
+        CoPlmsSettings.model_validate({"device_ranks": "declared"})
+    declared = CoPlmsSettings.model_validate({"device_ranks": "declared", "aggregation": "exact_svd"})
+    assert [declared.rank_for(each) for each in (None, 1, 8, 100)] == [8, 1, 8, 8]
+    assert CoPlmsSettings().rank_for(2) == 8
+
+
+def test_an_update_must_have_the_rank_that_was_assigned() -> None:
+    settings = CoPlmsSettings.model_validate({"device_ranks": "declared", "aggregation": "exact_svd"})
+    aggregator = RoundAggregator(adapter(0), settings)
+    small = {"q.lora_A.weight": torch.ones(1, 5), "q.lora_B.weight": torch.ones(6, 1)}
+    for delta, rank in ((adapter(1), 1), (small, None)):
+        with pytest.raises(UpdateRefused) as refusal:
+            aggregator.add(delta, 1.0, rank=rank)
+        assert refusal.value.code == "wrong_tensor_shape"
+    assert aggregator.add(small, 1.0, rank=1) == pytest.approx(11**0.5)
+    aggregator.add(adapter(1, 0.1), 2.0)
+    mean = ProductMean(adapter(0), max_rank=2)
+    mean.add(small, 1.0)
+    mean.add(adapter(1, 0.1), 2.0)
+    assert_equal(aggregator.result().adapter, mean.result().adapter)

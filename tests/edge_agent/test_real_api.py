@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from assets.models import save_language_model
+from assets.tensors import read_tensors
 from edge_agent import cycle, identity, settings
 from edge_agent.__main__ import build_agent
 from edge_agent.client import CloudClient
@@ -19,7 +20,8 @@ from edge_agent.errors import NotAuthorised
 from edge_agent.ledger import Ledger
 from edge_agent.outbox import OutboxEntry
 from persistence import devices, jobs, runs, schema, traffic
-from protocol.runs import Run
+from protocol.devices import Heartbeat
+from protocol.runs import RoundMetrics, Run
 from protocol.statuses import AssignmentStatus, RoundStatus, RunStatus
 from tests.cloud_api.running_api import RunningApi, running_api, settings_in
 from tests.edge_agent.byte_trainer import ByteTrainer, OnProgress
@@ -193,3 +195,49 @@ def test_a_revoked_device_is_told_so(whole: Whole) -> None:
     whole.worker.call(devices.revoke_device, whole.device_id, datetime.now(UTC))
     with pytest.raises(NotAuthorised, match="revoked"):
         cycle.run_once(whole.agent, wait_seconds=0)
+
+
+def test_devices_of_different_ranks_complete_their_rounds(whole: Whole, tmp_path: Path) -> None:
+    """The run's rank is 2; the second device's owner allows 1. Real training, the real API, the worker's stages."""
+    other = tmp_path / "small"
+    other.mkdir()
+    data = whole.world.config.data
+    identity.enrol(
+        other,
+        server=whole.api.url,
+        token=whole.api.token(),
+        name="phone",
+        model=whole.world.config.model.path,
+        data=str(data.train),
+        test=None,
+        domain=None,
+        now=lambda: datetime.now(UTC),
+    )
+    path = other / settings.CONFIG_FILE
+    path.write_text(path.read_text("utf-8").replace("[training]\n", "[training]\nmax_adapter_rank = 1\n"), "utf-8")
+    current = settings.load(other, {})
+    profile = identity.check_inputs(current.config, [])
+    ledger = Ledger(other / "ledger.jsonl", lambda: datetime.now(UTC))
+    strategy = {"device_ranks": "declared", "aggregation": "exact_svd"}
+    with CloudClient(
+        whole.api.url, current.credential, ledger, whole.agent.stop, now=lambda: datetime.now(UTC)
+    ) as client:
+        client.heartbeat(Heartbeat(profile=profile))
+        run = whole.create_run(rounds=2, min_updates=2, strategy=strategy)
+        small = build_agent(current, client, whole.agent.stop)
+        for number in (1, 2):
+            assert [cycle.run_once(each) for each in (whole.agent, small)] == [Outcome.SUBMITTED] * 2
+            whole.work()
+            played = whole.worker.round(run.run_id, number)
+            assert played.status is RoundStatus.PUBLISHED
+            assert whole.worker.statuses(run.run_id, number) == [AssignmentStatus.COUNTED] * 2
+            metrics = RoundMetrics.model_validate(played.metrics)
+            assert metrics.update_ranks == {current.device_id: 1}
+            assert set(metrics.update_norms) == {whole.device_id, current.device_id}
+            assert 0 <= metrics.aggregation_errors["relative_error"] < 1
+    assert whole.worker.run(run.run_id).status is RunStatus.COMPLETED
+    # Half the rank, half the bytes (and the header).
+    sent = [Ledger(home / "ledger.jsonl", lambda: datetime.now(UTC)).totals() for home in (whole.home, other)]
+    assert sent[1]["adapter_delta"] < 0.9 * sent[0]["adapter_delta"]
+    published = read_tensors(whole.worker.blobs.path(whole.worker.version(run.run_id, 2).proxy_adapter_sha256 or ""))[0]
+    assert {tensor.shape[0] for name, tensor in published.items() if "lora_A" in name} == {2}

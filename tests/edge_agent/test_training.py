@@ -236,3 +236,43 @@ def test_an_adapter_of_another_model_is_refused(world: TinyWorld, cloud: FakeClo
     with pytest.raises(CannotTrain, match="shape") as caught:
         train(world, world.assignment(cloud, 1, strategy=other, evaluate_before=False))
     assert caught.value.code == "model_unsuitable"
+
+
+DECLARED = CO_PLMS.model_copy(update={"device_ranks": "declared", "aggregation": "exact_svd"})
+
+
+def delta_of(update: TrainedUpdate, folder: Path) -> dict[str, torch.Tensor]:
+    path = folder / "delta"
+    path.write_bytes(update.parts[PartKind.ADAPTER_DELTA])
+    return read_tensors(path)[0]
+
+
+def test_a_device_of_a_lower_rank_trains_the_cut_adapter_and_its_own_at_that_rank(
+    world: TinyWorld, cloud: FakeCloud, tmp_path: Path
+) -> None:
+    shared = read_tensors(world.adapter)[0]
+    plain = {"strategy": DECLARED, "evaluate_before": False, "evaluate_after": False}
+    low = train(world, world.assignment(cloud, 1, adapter_rank=1, **plain))
+    delta = delta_of(low, tmp_path)
+    assert {name: tensor.shape for name, tensor in delta.items()} == {
+        name: (1, tensor.shape[1]) if "lora_A" in name else (tensor.shape[0], 1) for name, tensor in shared.items()
+    }
+    assert all(tensor.any() for tensor in delta.values())
+    # phi has the rank too; a round at another one, lower or higher, goes on from it.
+    state_bytes(low, tmp_path / "staged")
+    phi = read_tensors(tmp_path / "staged" / "domain_adapter.safetensors")[0]
+    assert {tensor.shape for tensor in phi.values()} == {tensor.shape for tensor in delta.values()}
+    states = LocalStates(tmp_path / "runs")
+    states.adopt(tmp_path / "staged")
+    start = states.before("run_1", 2)
+    for rank, expected in ((1, 1), (None, 2)):
+        again = train(world, world.assignment(cloud, 2, adapter_rank=rank, **plain), start)
+        assert {t.shape[0] for name, t in delta_of(again, tmp_path).items() if "lora_A" in name} == {expected}
+
+
+def test_the_owners_limit_holds_whatever_a_run_asks(world: TinyWorld, cloud: FakeCloud) -> None:
+    training = world.config.training.model_copy(update={"max_adapter_rank": 1})
+    trainer = LocalTrainer(world.config.model_copy(update={"training": training}))
+    with pytest.raises(CannotTrain, match="expected an adapter of rank 1 at most, got 2") as caught:
+        trainer.train(world.assignment(cloud, 1, evaluate_before=False), world.files, None, quiet)
+    assert caught.value.code == "adapter_rank_too_high"

@@ -4,12 +4,16 @@ import math
 
 import pytest
 
-from persistence import assignments, devices, rounds
+from persistence import assignments, devices, rounds, runs, updates
 from persistence.tables import AssignmentRow
 from protocol.assignments import AssignmentRefusal
+from protocol.devices import Heartbeat
 from protocol.errors import DomainError, ErrorCode
+from protocol.part_sizes import most_delta_bytes
+from protocol.runs import RunCreate
+from protocol.safetensors_header import TensorInfo
 from protocol.statuses import AssignmentStatus, PartKind, RoundStatus, RunStatus
-from tests.persistence.world import LIMITS, World, sha
+from tests.persistence.world import LIMITS, PROFILE, World, sha
 
 REFUSAL = AssignmentRefusal(reason="needs 9 GB, has 4 GB: my secret text", code="out_of_memory")
 
@@ -31,6 +35,45 @@ def test_an_assignment_holds_all_that_the_device_needs(world: World) -> None:
     assert got.deadline_at == world.round(run.run_id).deadline_at
     assert (got.evaluate_before, got.evaluate_after) == (True, False)
     assert world.call(assignments.get_assignment, device, got.assignment_id, LIMITS) == got
+
+
+DECLARED = {"name": "co_plms", "device_ranks": "declared", "aggregation": "exact_svd", "proxy_lora": {"rank": 8}}
+
+
+def declare(world: World, device: str, rank: int | None) -> None:
+    heartbeat = Heartbeat(profile=PROFILE.model_copy(update={"max_adapter_rank": rank}))
+    world.call(devices.record_heartbeat, device, heartbeat, world.now)
+
+
+def start_with_ranks(world: World, strategy: dict[str, object]) -> None:
+    values = {"name": "run", "strategy": strategy, "rounds": 1, "llm": "llm", "public_data": "public"}
+    run = world.call(runs.create_run, RunCreate.model_validate({**values, "min_updates": 3}), world.now)
+    world.prepare(run.run_id)
+
+
+def test_a_device_gets_the_rank_that_it_declares_and_keeps_it_for_the_round(world: World) -> None:
+    phone, tablet, server = world.enrol_many("phone", "tablet", "server")
+    declare(world, phone, 2)
+    declare(world, tablet, 64)
+    start_with_ranks(world, DECLARED)
+    got = world.take(phone)
+    assert [got.adapter_rank, world.take(tablet).adapter_rank, world.take(server).adapter_rank] == [2, None, None]
+    declare(world, phone, 4)
+    assert world.take(phone).adapter_rank == 2
+    assert world.call(assignments.get_assignment, phone, got.assignment_id, LIMITS).adapter_rank == 2
+    admission = world.call(updates.admit_part, phone, got.assignment_id, PartKind.ADAPTER_DELTA, world.now)
+    assert admission.expected_tensors == {"layer.lora_A.weight": TensorInfo("F32", (2, 16))}
+    assert admission.most_bytes == most_delta_bytes(admission.expected_tensors)
+    world.upload(got, phone)
+    world.submit(got, phone)
+    assert [each.adapter_rank for each in world.call(updates.submitted_updates, got.round_id)] == [2]
+
+
+def test_a_run_of_one_rank_asks_every_device_for_it(world: World) -> None:
+    phone = world.enrol("phone")
+    declare(world, phone, 2)
+    start_with_ranks(world, {"name": "co_plms"})
+    assert world.take(phone).adapter_rank is None
 
 
 def test_a_strategy_without_a_proxy_names_no_files(world: World) -> None:

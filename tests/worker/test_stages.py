@@ -15,9 +15,12 @@ from transformers.utils import is_bitsandbytes_available
 
 from assets.models import load_language_model
 from assets.tensors import read_tensors
+from cotuning.product_mean import at_rank, lora_pairs
+from persistence import devices as persisted_devices
 from persistence import jobs, rounds, runs, updates
 from persistence.errors import LeaseLost
 from protocol.assignments import ModelManifest
+from protocol.devices import Heartbeat
 from protocol.errors import DomainError, ErrorCode
 from protocol.events import EventType
 from protocol.headers import ADAPTER_FORMAT, METADATA_FORMAT, METADATA_PROXY
@@ -25,7 +28,7 @@ from protocol.runs import ModelLoading, RoundMetrics, Scores
 from protocol.statuses import AssignmentStatus, PartKind, RoundStatus, RunStatus
 from protocol.strategies import CoPlmsSettings
 from tests.tiny_models import tiny_examples
-from tests.worker.cloud import Cloud, write_rows
+from tests.worker.cloud import PROFILE, Cloud, write_rows
 from worker.leases import Abandoned, Lease
 from worker.memory_check import check_memory
 from worker.model_cache import ModelCache
@@ -204,6 +207,51 @@ def test_everything_again_gives_the_same_bytes(tmp_path: Path, cloud: Cloud, llm
         results.append((version.proxy_adapter_sha256, version.llm_adapter_sha256, version.metrics["validation"]))
     other.database.dispose()
     assert results[0] == results[1]
+
+
+def test_updates_of_different_ranks_are_averaged_as_products(cloud: Cloud, llm: str) -> None:
+    """Against full matrices; one of a rank that was not assigned, past the API's admission, is refused."""
+    full, low, wrong = cloud.enrol("full", "low", "wrong")
+    for device in (low, wrong):
+        profile = PROFILE.model_copy(update={"max_adapter_rank": 1})
+        cloud.call(persisted_devices.record_heartbeat, device, Heartbeat(profile=profile), utc_now())
+    strategy = {"device_ranks": "declared", "aggregation": "exact_svd", "server": {"steps": 0}}
+    run = cloud.create_run(llm, min_updates=2, grace_seconds=60, strategy=strategy)
+    cloud.work()
+    before = read_tensors(cloud.blobs.path(cloud.version(run.run_id, 0).proxy_adapter_sha256 or ""))[0]
+    moves = []
+    for seed, (device, rank, weight) in enumerate(((low, 1, 5), (wrong, 2, 7), (full, 2, 3))):
+        assignment = cloud.take(device)
+        assert assignment.adapter_rank == (None if device == full else 1)
+        tensors = cloud.untrained_update(assignment, seed=seed, scale=0.1)
+        delta = tensors[PartKind.ADAPTER_DELTA]
+        if rank == 1:
+            delta = {name: t[:1] if "lora_A" in name else t[:, :1] for name, t in delta.items()}
+        cloud.deliver(
+            assignment, device, cloud.as_parts({**tensors, PartKind.ADAPTER_DELTA: delta}), num_examples=weight
+        )
+        if device != wrong:
+            moves.append((at_rank(before, rank, seed=0), delta, rank, weight))
+    cloud.work()
+    played = cloud.round(run.run_id)
+    assert played.status is RoundStatus.PUBLISHED
+    reasons = {device.device_name: (device.reason or "").partition(":")[0] for device in played.devices}
+    assert reasons == {"full": "", "low": "", "wrong": "wrong_tensor_shape"}
+    metrics = RoundMetrics.model_validate(played.metrics)
+    assert metrics.update_ranks == {low: 1}
+    after = read_tensors(cloud.blobs.path(cloud.version(run.run_id, 1).proxy_adapter_sha256 or ""))[0]
+    errors, norms = [], []
+    for left, right in lora_pairs(before).items():
+        exact = before[left].double() @ before[right].double() / 2
+        for start, delta, rank, weight in moves:
+            moved = (start[left].double() + delta[left]) @ (start[right].double() + delta[right])
+            exact += weight / 8 / rank * (moved - start[left].double() @ start[right].double())
+        errors.append(torch.linalg.matrix_norm(after[left].double() @ after[right].double() / 2 - exact))
+        norms.append(torch.linalg.matrix_norm(exact))
+    error = float(torch.stack(errors).norm() / torch.stack(norms).norm())
+    # The candidate is the best cut to rank 2 of an exact sum of rank up to 4, and the round says what that lost.
+    assert error == pytest.approx(metrics.aggregation_errors["relative_error"], rel=1e-3)
+    assert 0 < error < 1
 
 
 def test_bad_values_are_rejected_and_the_others_counted(cloud: Cloud, llm: str) -> None:

@@ -71,7 +71,7 @@ def admit(kind: PartKind, admission: PartAdmission, header: SafetensorsHeader) -
             _check_metadata(metadata, METADATA_BASE, admission.base_sha256, ErrorCode.WRONG_BASE_VERSION)
             _check_metadata(metadata, METADATA_PROXY, admission.proxy_manifest_sha256, ErrorCode.WRONG_BASE_VERSION)
             if admission.expected_tensors is not None:
-                check_tensors(header.tensors, admission.expected_tensors)
+                check_tensors(header.tensors, admission.expected_tensors, adapter_rank=admission.adapter_rank)
         case PartKind.LOGITS:
             # The rest of a logits file's header belongs to the method; the worker reads it.
             for key, expected in (
@@ -90,8 +90,13 @@ def _check_metadata(metadata: Mapping[str, str], key: str, expected: str | None,
         raise DomainError(code, detail, expected=expected, received=shown)
 
 
-def check_tensors(received: Mapping[str, TensorInfo], expected: Mapping[str, TensorInfo]) -> None:
+def check_tensors(
+    received: Mapping[str, TensorInfo], expected: Mapping[str, TensorInfo], *, adapter_rank: int | None = None
+) -> None:
     """See that a delta has the adapter's tensors and no others.
+
+    Args:
+        adapter_rank: that the assignment names, for the message.
 
     Raises:
         DomainError: WRONG_TENSOR_NAMES, WRONG_TENSOR_DTYPE or WRONG_TENSOR_SHAPE, with the first few differences.
@@ -105,7 +110,8 @@ def check_tensors(received: Mapping[str, TensorInfo], expected: Mapping[str, Ten
         if wrong:
             wanted = [f"{name}: {_shown(getattr(expected[name], what))}" for name in wrong]
             came = [f"{name}: {_shown(getattr(received[name], what))}" for name in wrong]
-            detail = f"tensors with another {what}: expected {_listed(wanted)}; got {_listed(came)}"
+            at_rank = f" at this assignment's adapter_rank {adapter_rank}" if adapter_rank is not None else ""
+            detail = f"tensors with another {what}{at_rank}: expected {_listed(wanted)}; got {_listed(came)}"
             raise _wrong(code, detail, wanted, came)
 
 

@@ -52,13 +52,20 @@ class RoundAggregator:
         else:
             self._mean = ProductMean(shared_adapter, max_norm=settings.max_update_norm)
 
-    def add(self, delta: Mapping[str, Tensor], weight: float) -> float:
+    def add(self, delta: Mapping[str, Tensor], weight: float, *, rank: int | None = None) -> float:
         """Count an update and return its L2 norm. One that is refused leaves no trace.
+
+        Args:
+            delta: float32, CPU.
+            weight: above zero; the number of examples.
+            rank: at which the device was to train; None: theta's. Factors apart (`fedavg`) have no other.
 
         Raises:
             UpdateRefused: it does not fit, is not finite, or is too large.
             ValueError: the weight is not a positive finite number.
         """
+        if isinstance(self._mean, ProductMean):
+            return self._mean.add(delta, weight, rank=rank)
         return self._mean.add(delta, weight)
 
     def result(self) -> Aggregate:

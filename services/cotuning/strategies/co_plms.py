@@ -20,14 +20,9 @@ from cotuning.examples import Example
 from cotuning.language_model import LanguageModel
 from cotuning.mutual_learning import CoverageTooLow, Party, SharedRows, Teacher, learn_mutually, share_rows
 from cotuning.payload import PayloadRows
-from cotuning.probe_logits import (
-    ProbePlaces,
-    device_teachers,
-    parse_probe_payload,
-    probe_payload,
-    probe_places,
-)
+from cotuning.probe_logits import ProbePlaces, device_teachers, parse_probe_payload, probe_payload, probe_places
 from cotuning.seeding import derive_seed
+from cotuning.strategies.device_ranks import for_devices
 from cotuning.strategies.results import DeviceResult, ServerResult, TeacherRows
 from cotuning.training import OnProgress, draw_batches, draw_mixed_batches, row_sizes, tune_adapter
 from protocol.strategies import CoPlmsSettings
@@ -218,7 +213,9 @@ def server_step(
         adapted(llm, llm_config, {"llm": llm_start}) as lent_llm,
     ):
         if not server.steps:
-            return ServerResult(adapter_state(lent_proxy, "shared"), adapter_state(lent_llm, "llm"))
+            return ServerResult(
+                for_devices(adapter_state(lent_proxy, "shared"), settings), adapter_state(lent_llm, "llm")
+            )
         teachers, rows_taught = device_teachers(
             {"llm": lent_llm, "proxy": lent_proxy},
             lent_proxy,
@@ -248,9 +245,8 @@ def server_step(
             seed=derive_seed(seed, SERVER_STAGE, round_number),
             on_progress=on_progress,
         )
-        return ServerResult(
-            adapter_state(lent_proxy, "shared"), adapter_state(lent_llm, "llm"), losses, shared.alignment, taught
-        )
+        theta = for_devices(adapter_state(lent_proxy, "shared"), settings)
+        return ServerResult(theta, adapter_state(lent_llm, "llm"), losses, shared.alignment, taught)
 
 
 def _shared_rows(
