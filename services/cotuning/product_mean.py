@@ -156,7 +156,7 @@ def update_rank(delta: Mapping[str, Tensor], *, max_rank: int) -> int:
 class ProductMean:
     """The weighted mean of updates' products that come one by one; the module's docstring has the formula.
 
-    Memory: float64 sums of one adapter a rank, and a stack of at most `max_stack_rank` a layer, whatever the number of
+    Memory: sums of one adapter a rank, and a stack of at most `max_stack_rank` a layer, whatever the number of
     devices. Up to that, the result does not depend on their order but for rounding.
 
     Args:
