@@ -13,6 +13,7 @@ from sqlalchemy import (
     ForeignKey,
     Index,
     Integer,
+    LargeBinary,
     MetaData,
     String,
     UniqueConstraint,
@@ -236,6 +237,20 @@ class EventRow(Table):
     round_id: Mapped[str | None] = mapped_column(ID, ForeignKey("rounds.id"))
     device_id: Mapped[str | None] = mapped_column(ID, ForeignKey("devices.id"))
     data: Mapped[dict[str, Any]] = mapped_column(FiniteJson, default=dict)
+
+
+class IdempotentAnswerRow(Table):
+    """What a POST with an `Idempotency-Key` was answered: written in the transaction of what it did."""
+
+    __tablename__ = "idempotent_answers"
+
+    id: Mapped[str] = mapped_column(SHA256, primary_key=True)
+    """SHA-256 over who called and the key."""
+    request_sha256: Mapped[str] = mapped_column(SHA256)
+    status: Mapped[int | None] = mapped_column(Integer)
+    sealed_answer: Mapped[bytes | None] = mapped_column(LargeBinary)
+    """Encrypted with a key that only who repeats the request can make: an answer may hold a credential."""
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, index=True)
 
 
 class TrafficRow(Table):

@@ -36,6 +36,7 @@ class ErrorCode(StrEnum):
     METHOD_NOT_ALLOWED = "method_not_allowed"
     CONFLICT = "conflict"
     NAME_TAKEN = "name_taken"
+    IDEMPOTENCY_KEY_REUSED = "idempotency_key_reused"
     ILLEGAL_TRANSITION = "illegal_transition"
     ROUND_CLOSED = "round_closed"
     UPDATE_CONFLICT = "update_conflict"
@@ -85,6 +86,7 @@ HTTP_STATUS: dict[ErrorCode, int] = {
     ErrorCode.METHOD_NOT_ALLOWED: 405,
     ErrorCode.CONFLICT: 409,
     ErrorCode.NAME_TAKEN: 409,
+    ErrorCode.IDEMPOTENCY_KEY_REUSED: 409,
     ErrorCode.ILLEGAL_TRANSITION: 409,
     ErrorCode.ROUND_CLOSED: 409,
     ErrorCode.UPDATE_CONFLICT: 409,
