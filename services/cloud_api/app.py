@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
-from cloud_api import documentation, health, problems
+from cloud_api import documentation, health, metrics, problems
 from cloud_api.artifacts import endpoints as artifacts
 from cloud_api.assignments import endpoints as assignments
 from cloud_api.cloud import Cloud
@@ -21,7 +21,7 @@ from cloud_api.updates import endpoints as updates
 from cloud_api.versions import endpoints as versions
 
 # Routes are tried in this order: what devices call most comes first.
-SUBJECTS = (assignments, updates, artifacts, devices, enrolment, runs, rounds, versions, events, health)
+SUBJECTS = (assignments, updates, artifacts, devices, enrolment, runs, rounds, versions, events, health, metrics)
 
 
 def create_app(cloud: Cloud) -> FastAPI:
@@ -52,7 +52,7 @@ def create_app(cloud: Cloud) -> FastAPI:
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.state.cloud = cloud
-    app.add_middleware(RequestBoundary, stopping=lambda: cloud.feed.stopping)
+    app.add_middleware(RequestBoundary, stopping=lambda: cloud.feed.stopping, metrics=cloud.request_metrics)
     problems.add_handlers(app)
     documentation.install(app)
     for subject in SUBJECTS:
