@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
-from cloud_api import documentation, health, metrics, problems
+from cloud_api import documentation, health, metrics, problem_pages, problems, reference
 from cloud_api.artifacts import endpoints as artifacts
 from cloud_api.assignments import endpoints as assignments
 from cloud_api.cloud import Cloud
@@ -46,6 +46,7 @@ def create_app(cloud: Cloud) -> FastAPI:
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
         servers=[{"url": "/", "description": "This server."}],
         openapi_tags=[{"name": name, "description": text} for name, text in documentation.TAGS.items()],
+        docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
         lifespan=lifespan,
@@ -57,4 +58,6 @@ def create_app(cloud: Cloud) -> FastAPI:
     documentation.install(app)
     for subject in SUBJECTS:
         app.include_router(subject.router)
+    app.include_router(problem_pages.router)
+    reference.install(app)
     return app

@@ -21,9 +21,8 @@ from protocol.headers import IDEMPOTENCY_KEY_HEADER, IDEMPOTENCY_REPLAYED_HEADER
 Endpoint = Callable[..., Any]
 
 _DESCRIPTION = (
-    "Chosen by the client, new for each new request, best a UUID. The same request with the same key again does nothing "
-    f"and gets the same answer, with `{IDEMPOTENCY_REPLAYED_HEADER}: true`, for 24 hours; another request with it gets "
-    "409."
+    "Chosen by the client, new for each new request, best a UUID. The same request with the same key does nothing for "
+    f"24 hours and gets the same answer, with `{IDEMPOTENCY_REPLAYED_HEADER}: true`; another request with it gets 409."
 )
 _Key = Annotated[
     str | None,
@@ -42,9 +41,7 @@ async def _keyed_request(request: Request, key: _Key = None) -> KeyedRequest | N
     if key is None:
         return None
     path = request.scope.get("raw_path") or request.url.path.encode()
-    content = b"\n".join(
-        [request.method.encode(), path, request.scope.get("query_string", b""), await request.body()]
-    )
+    content = b"\n".join([request.method.encode(), path, request.scope.get("query_string", b""), await request.body()])
     return KeyedRequest(request.headers.get("Authorization", ""), key, content)
 
 

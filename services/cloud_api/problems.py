@@ -39,8 +39,8 @@ _NOT_AN_OBJECT = frozenset({"model_attributes_type", "model_type", "dict_type"})
 
 
 def problem_type(code: ErrorCode) -> str:
-    """Return the URI that names a kind of problem; `docs/errors.md` documents each."""
-    return f"urn:cotune:problem:{code.value}"
+    """Return the URI that names a kind of problem, and under which this server explains it."""
+    return f"/problems/{code.value}"
 
 
 def title(code: ErrorCode) -> str:

@@ -12,7 +12,9 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
+from cloud_api.documentation import with_code
 from cloud_api.idempotency import repeatable
+from protocol.errors import ErrorCode
 
 LARGEST_JSON_BYTES = 2**20
 """Body of an operation that takes JSON. Files are streamed and have their own limits."""
@@ -54,6 +56,7 @@ class StrictJsonRoute(APIRoute):
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
         if "POST" in (options.get("methods") or ()):
             endpoint = repeatable(endpoint, options.get("status_code") or 200)
+            options["responses"] = with_code(options.get("responses") or {}, ErrorCode.IDEMPOTENCY_KEY_REUSED)
         super().__init__(path, endpoint, **options)
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:

@@ -28,13 +28,13 @@ class Counts:
     rounds: Statuses
     devices: Statuses
     assignments: Statuses
-    jobs: Mapping[tuple[str, str], int]
-    num_bytes: Mapping[tuple[str, str], int]
+    jobs: Mapping[tuple[str, ...], int]
+    num_bytes: Mapping[tuple[str, ...], int]
 
 
 def count_everything(session: Session) -> Counts:
     """Count, in six statements."""
-    jobs = {(kind.value, status.value): 0 for kind in JobKind for status in JobStatus}
+    jobs: dict[tuple[str, ...], int] = {(kind.value, status.value): 0 for kind in JobKind for status in JobStatus}
     for kind, status, number in session.execute(
         select(JobRow.kind, JobRow.status, func.count()).group_by(JobRow.kind, JobRow.status)
     ):
@@ -55,5 +55,5 @@ def count_everything(session: Session) -> Counts:
 
 
 def _by_status(session: Session, column: Any, statuses: type[StrEnum]) -> Statuses:
-    found = {status: number for status, number in session.execute(select(column, func.count()).group_by(column))}
+    found: dict[StrEnum, int] = dict(session.execute(select(column, func.count()).group_by(column)).all())
     return {status.value: found.get(status, 0) for status in statuses}

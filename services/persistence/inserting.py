@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 
-from sqlalchemy import CursorResult
+from sqlalchemy import inspect
 from sqlalchemy.dialects.postgresql import Insert as PostgresqlInsert
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.dialects.sqlite import Insert as SqliteInsert
@@ -22,6 +22,6 @@ def insert_or_keep(session: Session, table: type[Table], values: Mapping[str, ob
 
     Two transactions may do it at once: the second waits until the first has ended.
     """
-    result = session.execute(insert_into(session, table).values(values).on_conflict_do_nothing())
-    assert isinstance(result, CursorResult)
-    return result.rowcount == 1
+    # RETURNING, as the count of rows of an INSERT is not known with every driver.
+    statement = insert_into(session, table).values(values).on_conflict_do_nothing()
+    return session.execute(statement.returning(*inspect(table).primary_key)).first() is not None

@@ -128,7 +128,7 @@ class FieldProblem(ResponseModel):
 class Problem(ResponseModel):
     """The body of every error answer (RFC 9457)."""
 
-    type: str = Field(description="URI of the kind of problem: `urn:cotune:problem:<code>`.")
+    type: str = Field(description="URI of the kind of problem, which explains it: `/problems/<code>` on the server.")
     title: str = Field(description="The code in words.")
     status: int = Field(description="The HTTP status.")
     detail: str = Field(description="What happened, with what was expected and what came.")

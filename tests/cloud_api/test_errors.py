@@ -13,7 +13,7 @@ def problem_of(response: httpx.Response, code: ErrorCode, status: int) -> Proble
     assert response.headers["Content-Type"] == "application/problem+json", response.text
     problem = Problem.model_validate_json(response.content)
     assert (problem.code, response.status_code, problem.status) == (code, status, status), response.text
-    assert problem.type == f"urn:cotune:problem:{code.value}"
+    assert problem.type == f"/problems/{code.value}"
     assert problem.request_id == response.headers["X-Request-ID"]
     return problem
 

@@ -9,7 +9,7 @@ from tests.cloud_api.running_api import RunningApi, delta_for, logits
 def metrics(api: RunningApi) -> dict[str, dict[tuple[str, ...], float]]:
     """Sample name -> label values in the labels' order -> value."""
     answer = api.client(None).get("/metrics")
-    assert answer.status_code == 200
+    assert answer.status_code == 200, answer.text
     assert answer.headers["Content-Type"].startswith("text/plain; version=0.0.4")
     found: dict[str, dict[tuple[str, ...], float]] = {}
     for family in text_string_to_metric_families(answer.text):

@@ -1,5 +1,6 @@
 """The document at `/openapi.json`: every operation says what it does, what it answers and how it fails."""
 
+import re
 from typing import Any
 
 import pytest
@@ -8,12 +9,13 @@ from cloud_api.release import VERSION
 from protocol.errors import HTTP_STATUS, ErrorCode, Problem
 from tests.cloud_api.running_api import RunningApi
 
-PUBLIC = {"/health", "/ready", "/v1/devices"}
+PUBLIC = {"/health", "/ready", "/metrics", "/v1/devices"}
 """Paths on which at least one operation needs no credential."""
 
 PATHS = {
     "/health": {"get"},
     "/ready": {"get"},
+    "/metrics": {"get"},
     "/v1/enrolment-tokens": {"post"},
     "/v1/devices": {"get", "post"},
     "/v1/devices/me": {"get"},
@@ -71,7 +73,6 @@ def test_the_document_names_its_version_tags_and_credentials(document: dict[str,
         "operator key": "bearer",
         "device credential": "bearer",
     }
-    assert api.client(None).get("/docs").status_code == 200
 
 
 def test_every_operation_says_what_it_does_and_who_may(document: dict[str, Any]) -> None:
@@ -113,6 +114,8 @@ def test_every_operation_names_its_errors_under_the_right_status(document: dict[
         assert declared >= ALWAYS or name.endswith("/ready"), f"{name}: {ALWAYS - declared}"
         if operation.get("security"):
             assert declared >= {ErrorCode.UNAUTHENTICATED, ErrorCode.DEVICE_REVOKED}, name
+        if name.startswith("POST"):
+            assert ErrorCode.IDEMPOTENCY_KEY_REUSED in declared, name
         if "application/json" in operation.get("requestBody", {}).get("content", {}):
             assert declared >= {ErrorCode.MALFORMED_REQUEST, ErrorCode.BODY_TOO_LARGE}, name
 
@@ -132,3 +135,14 @@ def test_every_reference_leads_somewhere(document: dict[str, Any]) -> None:
 
     walk(document)
     assert "HTTPValidationError" not in str(document["paths"])
+
+
+def test_the_reference_needs_nothing_from_elsewhere(api: RunningApi) -> None:
+    page = api.client(None).get("/docs")
+    assert page.status_code == 200
+    linked = re.findall(r'(?:src|href)="([^"]+)"', page.text)
+    assert len(linked) >= 3
+    for address in linked:
+        assert address.startswith("/docs/static/"), address
+        assert api.client(None).get(address).status_code == 200
+    assert "/openapi.json" in page.text
