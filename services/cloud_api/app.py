@@ -19,9 +19,23 @@ from cloud_api.rounds import endpoints as rounds
 from cloud_api.runs import endpoints as runs
 from cloud_api.updates import endpoints as updates
 from cloud_api.versions import endpoints as versions
+from cloud_api.webhooks import endpoints as webhooks
 
 # Routes are tried in this order: what devices call most comes first.
-SUBJECTS = (assignments, updates, artifacts, devices, enrolment, runs, rounds, versions, events, health, metrics)
+SUBJECTS = (
+    assignments,
+    updates,
+    artifacts,
+    devices,
+    enrolment,
+    runs,
+    rounds,
+    versions,
+    events,
+    webhooks,
+    health,
+    metrics,
+)
 
 
 def create_app(cloud: Cloud) -> FastAPI:

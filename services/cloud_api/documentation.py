@@ -25,6 +25,7 @@ TAGS = {
     "rounds": "The rounds of a run, with each device's share.",
     "versions": "The model versions that rounds leave, and their adapters.",
     "events": "The append-only feed of everything that happened, as a list and as a stream.",
+    "webhooks": "Servers of yours that are told of events as they happen.",
     "service": "Health and readiness. No credential needed.",
 }
 

@@ -253,6 +253,30 @@ class IdempotentAnswerRow(Table):
     created_at: Mapped[datetime] = mapped_column(UtcDateTime, index=True)
 
 
+class WebhookRow(Table):
+    """An address that is told of events, and up to which one it was."""
+
+    __tablename__ = "webhooks"
+    __table_args__ = (Index(None, "active", "due_at"),)
+
+    id: Mapped[str] = mapped_column(ID, primary_key=True)
+    url: Mapped[str] = mapped_column(String(2000))
+    secret: Mapped[str] = mapped_column(String(200))
+    """In the clear: every delivery is signed with it."""
+    types: Mapped[list[str] | None] = mapped_column(FiniteJson)
+    run_id: Mapped[str | None] = mapped_column(ID, ForeignKey("runs.id"))
+    note: Mapped[str] = mapped_column(String(200), default="")
+    active: Mapped[bool] = mapped_column(Boolean)
+    sequence: Mapped[int] = mapped_column(BigInteger)
+    failures: Mapped[int] = mapped_column(Integer, default=0)
+    failing_since: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    last_error: Mapped[str | None] = mapped_column(REASON)
+    due_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    """Not before then is it tried. A sender that has claimed it moves this on, so that no other takes it."""
+    delivered_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
 class TrafficRow(Table):
     """Bytes of bodies between one device and the cloud for one run."""
 

@@ -33,6 +33,7 @@ class ErrorCode(StrEnum):
     ARTIFACT_NOT_FOUND = "artifact_not_found"
     VERSION_NOT_FOUND = "version_not_found"
     DEVICE_NOT_FOUND = "device_not_found"
+    WEBHOOK_NOT_FOUND = "webhook_not_found"
     METHOD_NOT_ALLOWED = "method_not_allowed"
     CONFLICT = "conflict"
     NAME_TAKEN = "name_taken"
@@ -83,6 +84,7 @@ HTTP_STATUS: dict[ErrorCode, int] = {
     ErrorCode.ARTIFACT_NOT_FOUND: 404,
     ErrorCode.VERSION_NOT_FOUND: 404,
     ErrorCode.DEVICE_NOT_FOUND: 404,
+    ErrorCode.WEBHOOK_NOT_FOUND: 404,
     ErrorCode.METHOD_NOT_ALLOWED: 405,
     ErrorCode.CONFLICT: 409,
     ErrorCode.NAME_TAKEN: 409,

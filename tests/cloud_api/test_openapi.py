@@ -36,6 +36,9 @@ PATHS = {
     "/v1/runs/{run_id}/rounds/{number}": {"get"},
     "/v1/runs/{run_id}/events": {"get"},
     "/v1/runs/{run_id}/events/stream": {"get"},
+    "/v1/webhooks": {"get", "post"},
+    "/v1/webhooks/{webhook_id}": {"get", "delete"},
+    "/v1/webhooks/{webhook_id}/resume": {"post"},
     "/v1/runs/{run_id}/versions": {"get"},
     "/v1/runs/{run_id}/versions/{number}": {"get"},
     "/v1/runs/{run_id}/versions/{number}/adapters/{adapter}": {"get"},
@@ -93,7 +96,7 @@ def test_every_operation_shows_an_example_of_what_it_takes_and_answers(document:
             assert media.get("example") or media.get("examples") or schema.get("examples"), f"{name}: request"
         good = [answer for status, answer in operation["responses"].items() if status.startswith("2")]
         assert good, name
-        if name.startswith("HEAD"):
+        if name.startswith("HEAD") or set(operation["responses"]) & {"200", "201"} == set():
             continue
         assert any("example" in media for answer in good for media in answer.get("content", {}).values()), name
 
