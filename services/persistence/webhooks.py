@@ -54,7 +54,7 @@ def create(session: Session, request: WebhookCreate, now: datetime) -> CreatedWe
         raise run_not_found(request.run_id)
     row = WebhookRow(
         id=new_id("whk", now),
-        url=str(request.url),
+        url=request.url,
         secret=SECRET_PREFIX + base64.b64encode(secrets.token_bytes(32)).decode(),
         types=None if request.types is None else sorted({each.value for each in request.types}),
         run_id=request.run_id,

@@ -7,8 +7,9 @@ HMAC-SHA256 over `<id>.<timestamp>.<body>`. The body is one `Event`.
 import base64
 import hashlib
 import hmac
+from typing import Annotated
 
-from pydantic import AnyHttpUrl, Field
+from pydantic import AfterValidator, AnyHttpUrl, Field, StringConstraints, TypeAdapter, WithJsonSchema
 
 from protocol.base import RequestModel, ResponseModel, Timestamp
 from protocol.events import EventType
@@ -19,10 +20,25 @@ SIGNATURE_HEADER = "webhook-signature"
 SECRET_PREFIX = "whsec_"
 
 
+def _check_url(url: str) -> str:
+    # Kept as it was written: pydantic's own type would change it, and make it longer.
+    _ANY_HTTP_URL.validate_python(url)
+    return url
+
+
+_ANY_HTTP_URL = TypeAdapter(AnyHttpUrl)
+WebhookUrl = Annotated[
+    str,
+    StringConstraints(pattern=r"^https?://[^\s\x00-\x1f]+$", max_length=2000),
+    AfterValidator(_check_url),
+    WithJsonSchema({"type": "string", "format": "uri", "pattern": r"^https?://[^\s]+$", "maxLength": 2000}),
+]
+
+
 class WebhookCreate(RequestModel):
     """Ask to be told of events from now on."""
 
-    url: AnyHttpUrl = Field(max_length=2000, description="Gets a POST an event. Redirects are not followed.")
+    url: WebhookUrl = Field(description="Gets a POST an event. Redirects are not followed.")
     types: list[EventType] | None = Field(default=None, min_length=1, description="Only these; default: every type.")
     run_id: str | None = Field(default=None, max_length=64, description="Only of this run; default: of everything.")
     note: str = Field(default="", max_length=200, description="For operators.")

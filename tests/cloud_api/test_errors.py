@@ -27,6 +27,11 @@ def test_unknown_paths_and_methods(api: RunningApi) -> None:
     assert "DELETE" in problem.detail
 
 
+def test_a_method_that_is_not_allowed_is_told_every_one_that_is(api: RunningApi) -> None:
+    for path, allowed in (("/v1/runs", "GET, POST"), ("/v1/webhooks/whk_1", "DELETE, GET"), ("/ready", "GET")):
+        assert api.operator.request("PATCH", path).headers["Allow"] == allowed
+
+
 @pytest.mark.parametrize(
     "body", [b"", b"{", b'{"uses": NaN}', b'{"uses": -Infinity}', b"\xff\xfe{}", b"[" * 100_000, b'"' + b"9" * 5000]
 )

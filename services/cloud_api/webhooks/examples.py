@@ -1,7 +1,5 @@
 """Webhooks as the documentation shows them."""
 
-from pydantic import AnyHttpUrl
-
 from cloud_api.devices.examples import TIME
 from protocol.events import EventType
 from protocol.pages import Page
@@ -9,11 +7,11 @@ from protocol.webhooks import CreatedWebhook, Webhook, WebhookCreate
 
 WEBHOOK_ID = "whk_0197c0ffee00a1b2c3d4e5f60718"
 REQUEST = WebhookCreate(
-    url=AnyHttpUrl("https://ops.example/cotune"), types=[EventType.RUN_STATUS_CHANGED, EventType.VERSION_CREATED]
+    url="https://ops.example/cotune", types=[EventType.RUN_STATUS_CHANGED, EventType.VERSION_CREATED]
 )
 WEBHOOK = Webhook(
     webhook_id=WEBHOOK_ID,
-    url=str(REQUEST.url),
+    url=REQUEST.url,
     types=REQUEST.types,
     run_id=None,
     note="",
