@@ -123,6 +123,12 @@ def test_every_operation_names_its_errors_under_the_right_status(document: dict[
             assert declared >= {ErrorCode.MALFORMED_REQUEST, ErrorCode.BODY_TOO_LARGE}, name
 
 
+def test_operations_are_named_once_and_plainly(document: dict[str, Any]) -> None:
+    names = [operation["operationId"] for operation in operations(document).values()]
+    assert len(set(names)) == len(names)
+    assert all(re.fullmatch(r"[a-z]+(_[a-z]+)*", name) for name in names)
+
+
 def test_every_reference_leads_somewhere(document: dict[str, Any]) -> None:
     def walk(value: Any) -> None:
         if isinstance(value, dict):
