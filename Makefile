@@ -1,6 +1,6 @@
 # make demo | make test | make check - each makes the environment (.venv) first, once.
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow check format clean environment bench-alignment bench-saml bench-aggregation
+.PHONY: help demo test test-slow fuzz check format clean environment bench-alignment bench-saml bench-aggregation
 
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -9,6 +9,7 @@ help:
 	@echo "make demo                            co-tune an LLM and three small models on this machine"
 	@echo "make demo DATA=<folder> DOMAINS=a,b  the same on your own data"
 	@echo "make test                            run the tests (make test-slow: those that take minutes)"
+	@echo "make fuzz                            schemathesis on every operation of the API (COTUNE_FUZZ_CASES=60)"
 	@echo "make check                           ruff, mypy, import-linter"
 	@echo "make bench-alignment, bench-saml, bench-aggregation   speed, memory and bytes of the method (benchmarks/)"
 	@echo "make clean                           remove .venv and every cache in this folder"
@@ -23,6 +24,9 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/pytest -m slow $(PYTEST_ARGS)
+
+fuzz: $(STAMP)
+	$(BIN)/pytest -m slow tests/cloud_api/test_fuzz.py $(PYTEST_ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

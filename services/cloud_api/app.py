@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
 
-from cloud_api import documentation, health, problems
+from cloud_api import documentation, health, metrics, problem_pages, problems, reference
 from cloud_api.artifacts import endpoints as artifacts
 from cloud_api.assignments import endpoints as assignments
 from cloud_api.cloud import Cloud
@@ -19,9 +19,23 @@ from cloud_api.rounds import endpoints as rounds
 from cloud_api.runs import endpoints as runs
 from cloud_api.updates import endpoints as updates
 from cloud_api.versions import endpoints as versions
+from cloud_api.webhooks import endpoints as webhooks
 
 # Routes are tried in this order: what devices call most comes first.
-SUBJECTS = (assignments, updates, artifacts, devices, enrolment, runs, rounds, versions, events, health)
+SUBJECTS = (
+    assignments,
+    updates,
+    artifacts,
+    devices,
+    enrolment,
+    runs,
+    rounds,
+    versions,
+    events,
+    webhooks,
+    health,
+    metrics,
+)
 
 
 def create_app(cloud: Cloud) -> FastAPI:
@@ -46,15 +60,20 @@ def create_app(cloud: Cloud) -> FastAPI:
         license_info={"name": "Apache-2.0", "identifier": "Apache-2.0"},
         servers=[{"url": "/", "description": "This server."}],
         openapi_tags=[{"name": name, "description": text} for name, text in documentation.TAGS.items()],
+        docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
+        # A generated client's functions are named after these.
+        generate_unique_id_function=lambda route: route.name,
         lifespan=lifespan,
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.state.cloud = cloud
-    app.add_middleware(RequestBoundary, stopping=lambda: cloud.feed.stopping)
+    app.add_middleware(RequestBoundary, stopping=lambda: cloud.feed.stopping, metrics=cloud.request_metrics)
     problems.add_handlers(app)
     documentation.install(app)
     for subject in SUBJECTS:
         app.include_router(subject.router)
+    app.include_router(problem_pages.router)
+    reference.install(app)
     return app

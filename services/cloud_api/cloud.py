@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import TypeVar
 
@@ -14,6 +14,7 @@ from starlette.concurrency import run_in_threadpool
 
 from cloud_api.dispatch import Dispatcher
 from cloud_api.feed import Feed
+from cloud_api.request_metrics import RequestMetrics
 from cloud_api.settings import Settings
 from persistence import events
 from persistence.blobs import FolderBlobStore
@@ -87,6 +88,7 @@ class Cloud:
     dispatcher: Dispatcher
     feed: Feed
     now: Callable[[], datetime]
+    request_metrics: RequestMetrics = field(default_factory=RequestMetrics)
 
     async def write(self, work: Callable[[Session], Result]) -> Result:
         """Run `work` in a transaction; wake who waits for what it committed."""

@@ -25,6 +25,7 @@ TAGS = {
     "rounds": "The rounds of a run, with each device's share.",
     "versions": "The model versions that rounds leave, and their adapters.",
     "events": "The append-only feed of everything that happened, as a list and as a stream.",
+    "webhooks": "Servers of yours that are told of events as they happen.",
     "service": "Health and readiness. No credential needed.",
 }
 
@@ -37,7 +38,7 @@ Cotune co-tunes a large language model in the cloud with the small language mode
 Every answer has `X-Request-ID`, which is also in the server's log; send your own to find a request again.
 
 **Repeating.** Uploads and submissions are idempotent: the same content gets the same receipt, other content gets 409.
-After `503`, wait for `Retry-After` and repeat.
+Every other `POST` is, with an `Idempotency-Key`. After `503`, wait for `Retry-After` and repeat.
 
 **Versions.** Clients may send `Cotune-Protocol: 1`. Fields are only ever added: ignore those that you do not know.
 """
@@ -88,6 +89,14 @@ def answers(
         here = [code for code in dict.fromkeys(possible) if HTTP_STATUS[code] == error_status]
         responses[error_status] = _problem_answer(error_status, here)
     return responses
+
+
+def with_code(responses: Responses, code: ErrorCode) -> Responses:
+    """Return `responses` with one more error code."""
+    status = HTTP_STATUS[code]
+    content = responses.get(status, {}).get("content", {}).get(PROBLEM_MEDIA_TYPE, {})
+    codes = [ErrorCode(each) for each in content.get("examples", {})]
+    return responses | {status: _problem_answer(status, [*codes, *([] if code in codes else [code])])}
 
 
 def _plain(example: BaseModel | list[BaseModel]) -> Any:

@@ -9,9 +9,11 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import iter_route_contexts
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Match
 
 from protocol.errors import HTTP_STATUS, PROBLEM_MEDIA_TYPE, DomainError, ErrorCode, FieldProblem, Problem
 from protocol.strategies import STRATEGIES
@@ -39,8 +41,8 @@ _NOT_AN_OBJECT = frozenset({"model_attributes_type", "model_type", "dict_type"})
 
 
 def problem_type(code: ErrorCode) -> str:
-    """Return the URI that names a kind of problem; `docs/errors.md` documents each."""
-    return f"urn:cotune:problem:{code.value}"
+    """Return the URI that names a kind of problem, and under which this server explains it."""
+    return f"/problems/{code.value}"
 
 
 def title(code: ErrorCode) -> str:
@@ -107,19 +109,29 @@ async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     fallback = ErrorCode.MALFORMED_REQUEST if error.status_code < 500 else ErrorCode.INTERNAL_ERROR
     code = _CODE_BY_STATUS.get(error.status_code, fallback)
-    detail = str(error.detail)
+    detail, headers = str(error.detail), error.headers
     match code:
         case ErrorCode.NOT_FOUND:
             path = request.url.path[:LONGEST_VALUE]
             detail = f"no such path: {path}; the API is under /v1, its documentation at /docs"
         case ErrorCode.METHOD_NOT_ALLOWED:
-            allowed = (error.headers or {}).get("Allow", "")
+            allowed = ", ".join(_methods(request))
+            headers = {"Allow": allowed}
             detail = f"expected one of the methods {allowed}, got {request.method}"
         case ErrorCode.BODY_TOO_LARGE:
             detail = "the request's body is larger than this operation takes"
         case ErrorCode.MALFORMED_REQUEST:
             detail = "the body is not JSON: expected UTF-8 text that a JSON parser accepts"
-    return problem_response(code, detail, request_id=_request_id(request), headers=error.headers)
+    return problem_response(code, detail, request_id=_request_id(request), headers=headers)
+
+
+def _methods(request: Request) -> list[str]:
+    """Return every method that the request's path takes; the framework names those of one route only."""
+    allowed: set[str] = set()
+    for context in iter_route_contexts(request.app.routes):
+        if context.original_route.matches(request.scope)[0] is not Match.NONE:
+            allowed |= context.methods or set()
+    return sorted(allowed)
 
 
 async def _validation_error(request: Request, error: Exception) -> Response:

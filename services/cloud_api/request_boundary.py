@@ -14,6 +14,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cloud_api.problems import problem_response, request_facts
+from cloud_api.request_metrics import RequestMetrics
 from protocol import PROTOCOL_VERSION
 from protocol.errors import ErrorCode
 from protocol.headers import PROTOCOL_HEADER, REQUEST_ID_HEADER
@@ -28,10 +29,12 @@ class RequestBoundary:
 
     Args:
         stopping: whether the process ends; then a request that is cut short is told so.
+        metrics: counts what was answered.
     """
 
-    def __init__(self, app: ASGIApp, stopping: Callable[[], bool]) -> None:
+    def __init__(self, app: ASGIApp, stopping: Callable[[], bool], metrics: RequestMetrics) -> None:
         self._app = app
+        self._metrics = metrics
         self._stopping = stopping
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -45,6 +48,7 @@ class RequestBoundary:
                 await self._serve(exchange, scope, receive)
             finally:
                 exchange.log_end()
+                self._metrics.observe(scope, exchange.status, exchange.seconds)
 
     async def _serve(self, exchange: "_Exchange", scope: Scope, receive: Receive) -> None:
         version = Headers(scope=scope).get(PROTOCOL_HEADER, PROTOCOL_VERSION)
@@ -81,6 +85,11 @@ class _Exchange:
         request_facts.set(self._facts)
         scope["cotune_request_id"] = self.request_id
 
+    @property
+    def seconds(self) -> float:
+        """Since it began."""
+        return time.perf_counter() - self._started
+
     async def send(self, message: Message) -> None:
         """Pass a part of the answer on, with our headers."""
         if message["type"] == "http.response.start":
@@ -100,6 +109,6 @@ class _Exchange:
         status, method = self.status, self._scope["method"]
         quiet = method in {"GET", "HEAD"} and status is not None and status < 400
         write = log.debug if quiet else log.info
-        milliseconds = round((time.perf_counter() - self._started) * 1000, 1)
+        milliseconds = round(self.seconds * 1000, 1)
         path = self._scope["path"]
         write("request", method=method, path=path, status=status, milliseconds=milliseconds, **self._facts)

@@ -1,4 +1,4 @@
-"""The route class of every router: a bounded body, and JSON as RFC 8259 defines it.
+"""The route class of every router: a bounded body, JSON as RFC 8259 defines it, and POST that can be repeated.
 
 FastAPI's own limit answers in plain text, and Python's parser also takes `NaN` and `Infinity`.
 """
@@ -11,6 +11,10 @@ from typing import Any, NoReturn
 from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
+
+from cloud_api.documentation import with_code
+from cloud_api.idempotency import repeatable
+from protocol.errors import ErrorCode
 
 LARGEST_JSON_BYTES = 2**20
 """Body of an operation that takes JSON. Files are streamed and have their own limits."""
@@ -47,7 +51,13 @@ class StrictJsonRequest(Request):
 
 
 class StrictJsonRoute(APIRoute):
-    """A route that gives its endpoint such a request."""
+    """A route that gives its endpoint such a request; a POST takes an `Idempotency-Key`."""
+
+    def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
+        if "POST" in (options.get("methods") or ()):
+            endpoint = repeatable(endpoint, options.get("status_code") or 200)
+            options["responses"] = with_code(options.get("responses") or {}, ErrorCode.IDEMPOTENCY_KEY_REUSED)
+        super().__init__(path, endpoint, **options)
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """Wrap the request."""

@@ -6,10 +6,9 @@ from datetime import datetime
 from typing import Literal, get_args
 
 from sqlalchemy import ColumnElement, exists, select
-from sqlalchemy.dialects.postgresql import insert as postgresql_insert
-from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.orm import Session
 
+from persistence.inserting import insert_or_keep
 from persistence.tables import ArtifactRow, AssignmentRow, RunArtifactRow
 from protocol.assignments import ArtifactRef
 from protocol.errors import DomainError, ErrorCode
@@ -32,12 +31,6 @@ class Artifact:
     size_bytes: int
     kind: str
     run_id: str
-
-
-def insert_or_keep(session: Session, table: type[ArtifactRow | RunArtifactRow], values: dict[str, object]) -> None:
-    """Insert a row, or keep the one that is there; two transactions may do it at once."""
-    insert = postgresql_insert if session.get_bind().dialect.name == "postgresql" else sqlite_insert
-    session.execute(insert(table).values(values).on_conflict_do_nothing())
 
 
 def register(  # noqa: PLR0917

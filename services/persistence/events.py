@@ -6,6 +6,7 @@ So events are kept until the end of their transaction, then numbered and committ
 the last one taken; it cannot be part of a deadlock.
 """
 
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Any
 
@@ -52,11 +53,20 @@ def write_pending(session: Session) -> None:
     session.execute(insert(EventRow), rows)
 
 
-def list_events(session: Session, *, run_id: str | None, after: int = 0, limit: int = 100) -> list[Event]:
-    """Return at most `limit` events with a sequence above `after`, in order; of one run, or of everything."""
+def list_events(
+    session: Session,
+    *,
+    run_id: str | None,
+    after: int = 0,
+    limit: int = 100,
+    types: Sequence[EventType] | None = None,
+) -> list[Event]:
+    """Return at most `limit` events with a sequence above `after`, in order; of one run and of some types, or all."""
     query = select(EventRow).where(EventRow.sequence > min(after, _LARGEST_SEQUENCE))
     if run_id is not None:
         query = query.where(EventRow.run_id == run_id)
+    if types is not None:
+        query = query.where(EventRow.type.in_(types))
     rows = session.scalars(query.order_by(EventRow.sequence).limit(limit))
     return [
         Event(

@@ -13,6 +13,7 @@ from sqlalchemy import (
     ForeignKey,
     Index,
     Integer,
+    LargeBinary,
     MetaData,
     String,
     UniqueConstraint,
@@ -237,6 +238,44 @@ class EventRow(Table):
     round_id: Mapped[str | None] = mapped_column(ID, ForeignKey("rounds.id"))
     device_id: Mapped[str | None] = mapped_column(ID, ForeignKey("devices.id"))
     data: Mapped[dict[str, Any]] = mapped_column(FiniteJson, default=dict)
+
+
+class IdempotentAnswerRow(Table):
+    """What a POST with an `Idempotency-Key` was answered: written in the transaction of what it did."""
+
+    __tablename__ = "idempotent_answers"
+
+    id: Mapped[str] = mapped_column(SHA256, primary_key=True)
+    """SHA-256 over who called and the key."""
+    request_sha256: Mapped[str] = mapped_column(SHA256)
+    status: Mapped[int | None] = mapped_column(Integer)
+    sealed_answer: Mapped[bytes | None] = mapped_column(LargeBinary)
+    """Encrypted with a key that only who repeats the request can make: an answer may hold a credential."""
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime, index=True)
+
+
+class WebhookRow(Table):
+    """An address that is told of events, and up to which one it was."""
+
+    __tablename__ = "webhooks"
+    __table_args__ = (Index(None, "active", "due_at"),)
+
+    id: Mapped[str] = mapped_column(ID, primary_key=True)
+    url: Mapped[str] = mapped_column(String(2000))
+    secret: Mapped[str] = mapped_column(String(200))
+    """In the clear: every delivery is signed with it."""
+    types: Mapped[list[str] | None] = mapped_column(FiniteJson)
+    run_id: Mapped[str | None] = mapped_column(ID, ForeignKey("runs.id"))
+    note: Mapped[str] = mapped_column(String(200), default="")
+    active: Mapped[bool] = mapped_column(Boolean)
+    sequence: Mapped[int] = mapped_column(BigInteger)
+    failures: Mapped[int] = mapped_column(Integer, default=0)
+    failing_since: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    last_error: Mapped[str | None] = mapped_column(REASON)
+    due_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    """Not before then is it tried. A sender that has claimed it moves this on, so that no other takes it."""
+    delivered_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
 
 
 class TrafficRow(Table):

@@ -3,10 +3,9 @@
 from typing import Literal
 
 from sqlalchemy import func, select
-from sqlalchemy.dialects.postgresql import insert as postgresql_insert
-from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.orm import Session
 
+from persistence.inserting import insert_into
 from persistence.tables import TrafficRow
 from protocol.runs import Traffic
 
@@ -15,8 +14,7 @@ def add(  # noqa: PLR0917
     session: Session, run_id: str, device_id: str, direction: Literal["up", "down"], kind: str, num_bytes: int
 ) -> None:
     """Add bytes of a body to the run's count. One statement."""
-    insert = postgresql_insert if session.get_bind().dialect.name == "postgresql" else sqlite_insert
-    statement = insert(TrafficRow).values(
+    statement = insert_into(session, TrafficRow).values(
         run_id=run_id, device_id=device_id, direction=direction, kind=kind, num_bytes=num_bytes
     )
     key = [TrafficRow.run_id, TrafficRow.device_id, TrafficRow.direction, TrafficRow.kind]

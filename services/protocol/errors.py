@@ -33,9 +33,11 @@ class ErrorCode(StrEnum):
     ARTIFACT_NOT_FOUND = "artifact_not_found"
     VERSION_NOT_FOUND = "version_not_found"
     DEVICE_NOT_FOUND = "device_not_found"
+    WEBHOOK_NOT_FOUND = "webhook_not_found"
     METHOD_NOT_ALLOWED = "method_not_allowed"
     CONFLICT = "conflict"
     NAME_TAKEN = "name_taken"
+    IDEMPOTENCY_KEY_REUSED = "idempotency_key_reused"
     ILLEGAL_TRANSITION = "illegal_transition"
     ROUND_CLOSED = "round_closed"
     UPDATE_CONFLICT = "update_conflict"
@@ -82,9 +84,11 @@ HTTP_STATUS: dict[ErrorCode, int] = {
     ErrorCode.ARTIFACT_NOT_FOUND: 404,
     ErrorCode.VERSION_NOT_FOUND: 404,
     ErrorCode.DEVICE_NOT_FOUND: 404,
+    ErrorCode.WEBHOOK_NOT_FOUND: 404,
     ErrorCode.METHOD_NOT_ALLOWED: 405,
     ErrorCode.CONFLICT: 409,
     ErrorCode.NAME_TAKEN: 409,
+    ErrorCode.IDEMPOTENCY_KEY_REUSED: 409,
     ErrorCode.ILLEGAL_TRANSITION: 409,
     ErrorCode.ROUND_CLOSED: 409,
     ErrorCode.UPDATE_CONFLICT: 409,
@@ -126,7 +130,7 @@ class FieldProblem(ResponseModel):
 class Problem(ResponseModel):
     """The body of every error answer (RFC 9457)."""
 
-    type: str = Field(description="URI of the kind of problem: `urn:cotune:problem:<code>`.")
+    type: str = Field(description="URI of the kind of problem, which explains it: `/problems/<code>` on the server.")
     title: str = Field(description="The code in words.")
     status: int = Field(description="The HTTP status.")
     detail: str = Field(description="What happened, with what was expected and what came.")

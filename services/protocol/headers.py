@@ -6,6 +6,9 @@ import binascii
 PROTOCOL_HEADER = "Cotune-Protocol"
 REQUEST_ID_HEADER = "X-Request-ID"
 CONTENT_DIGEST_HEADER = "Content-Digest"
+IDEMPOTENCY_KEY_HEADER = "Idempotency-Key"
+IDEMPOTENCY_REPLAYED_HEADER = "Idempotency-Replayed"
+"""`true` on an answer that an earlier request with the same key got."""
 
 ADAPTER_FORMAT = "cotune-adapter/1"
 """Value of the metadata key `format` in adapter and delta files."""

@@ -10,10 +10,14 @@ from persistence.blobs import FolderBlobStore
 from persistence.database import Database
 from persistence.errors import StorageError
 from protocol.statuses import CONTROL_QUEUE, TRAINING_QUEUE
+from worker import webhook_sender
 from worker.celery_app import consume, make_app, request_stop, sender, start_beat
 from worker.settings import Settings
 from worker.stopping import watch_signals
 from worker.tasks import JobRunner, register_jobs, register_sweep
+
+WEBHOOK_SECONDS = 1.0
+"""Between two looks for events that webhooks have not been told of."""
 
 
 def run_trainer(settings: Settings, owner: str, stop: threading.Event) -> int:
@@ -39,6 +43,7 @@ def run_controller(settings: Settings, owner: str, stop: threading.Event) -> int
     app, database = _connect(settings)
     register_sweep(app, settings, database)
     start_beat(app, settings)
+    webhook_sender.start(database, WEBHOOK_SECONDS, stop)
     return consume(app, CONTROL_QUEUE, settings, node=f"controller@{owner}")
 
 

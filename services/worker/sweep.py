@@ -1,13 +1,13 @@
 """The periodic look at the database: whatever a lost message or a silent device would leave waiting is moved on here.
 
-Four transactions, so that one that fails does not undo the others.
+Five transactions, so that one that fails does not undo the others.
 """
 
 from datetime import datetime
 
 import structlog
 
-from persistence import devices, jobs, rounds
+from persistence import devices, idempotency, jobs, rounds
 from persistence.database import Database, queue_message
 from worker.settings import Settings
 
@@ -15,7 +15,7 @@ log = structlog.get_logger("worker.sweep")
 
 
 def sweep(settings: Settings, database: Database, now: datetime) -> None:
-    """Do one sweep: close rounds, mark lost assignments and silent devices, send waiting jobs again."""
+    """Do one sweep: close rounds, mark lost assignments and silent devices, send waiting jobs again, forget answers."""
     with database.transaction() as session:
         closed = rounds.close_due_rounds(session, now)
     with database.transaction() as session:
@@ -27,5 +27,7 @@ def sweep(settings: Settings, database: Database, now: datetime) -> None:
         jobs.mark_sent(session, [message.job_id for message in resent], now)
         for message in resent:
             queue_message(session, message)
+    with database.transaction() as session:
+        idempotency.forget_old(session, now)
     if closed or lost or silent or resent:
         log.info("swept", closed=closed, lost=lost, silent=silent, resent=len(resent))

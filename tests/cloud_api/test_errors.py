@@ -13,7 +13,7 @@ def problem_of(response: httpx.Response, code: ErrorCode, status: int) -> Proble
     assert response.headers["Content-Type"] == "application/problem+json", response.text
     problem = Problem.model_validate_json(response.content)
     assert (problem.code, response.status_code, problem.status) == (code, status, status), response.text
-    assert problem.type == f"urn:cotune:problem:{code.value}"
+    assert problem.type == f"/problems/{code.value}"
     assert problem.request_id == response.headers["X-Request-ID"]
     return problem
 
@@ -25,6 +25,11 @@ def test_unknown_paths_and_methods(api: RunningApi) -> None:
     problem = problem_of(response, ErrorCode.METHOD_NOT_ALLOWED, 405)
     assert response.headers["Allow"]
     assert "DELETE" in problem.detail
+
+
+def test_a_method_that_is_not_allowed_is_told_every_one_that_is(api: RunningApi) -> None:
+    for path, allowed in (("/v1/runs", "GET, POST"), ("/v1/webhooks/whk_1", "DELETE, GET"), ("/ready", "GET")):
+        assert api.operator.request("PATCH", path).headers["Allow"] == allowed
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 from sqlalchemy import create_engine, exc, make_url, text
 
 from persistence import schema
+from tests.cloud_api import test_idempotency
 from tests.cloud_api.running_api import DeviceClient, RunningApi, delta_for, logits, running_api, settings_in
 
 SERVER = os.environ.get("COTUNE_TEST_POSTGRES", "postgresql+psycopg://root@127.0.0.1/test")
@@ -61,3 +62,7 @@ def test_devices_deliver_at_the_same_time(postgresql_api: RunningApi) -> None:
     assert shown["status"] == "aggregating"
     events = api.operator.get(f"/v1/runs/{run.run_id}/events", params={"limit": 1000}).json()["items"]
     assert [each["type"] for each in events].count("update.submitted") == 6
+
+
+def test_posts_with_one_key_at_the_same_time_do_it_once(postgresql_api: RunningApi) -> None:
+    test_idempotency.test_requests_at_the_same_time_do_it_once(postgresql_api)

@@ -1,0 +1,1 @@
+"""Webhooks: servers of the operator's that are told of events."""

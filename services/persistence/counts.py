@@ -1,0 +1,59 @@
+"""How many there are of everything, by status: what a monitoring system asks for every few seconds."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from persistence.tables import AssignmentRow, DeviceRow, JobRow, RoundRow, RunRow, TrafficRow
+from protocol.statuses import AssignmentStatus, DeviceStatus, JobKind, JobStatus, RoundStatus, RunStatus
+
+Statuses = Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Rows by status. Statuses that none has are there too, with 0.
+
+    Attributes:
+        runs, rounds, devices, assignments: by status.
+        jobs: by kind and status.
+        num_bytes: by direction and kind.
+    """
+
+    runs: Statuses
+    rounds: Statuses
+    devices: Statuses
+    assignments: Statuses
+    jobs: Mapping[tuple[str, ...], int]
+    num_bytes: Mapping[tuple[str, ...], int]
+
+
+def count_everything(session: Session) -> Counts:
+    """Count, in six statements."""
+    jobs: dict[tuple[str, ...], int] = {(kind.value, status.value): 0 for kind in JobKind for status in JobStatus}
+    for kind, status, number in session.execute(
+        select(JobRow.kind, JobRow.status, func.count()).group_by(JobRow.kind, JobRow.status)
+    ):
+        jobs[kind.value, status.value] = number
+    traffic = session.execute(
+        select(TrafficRow.direction, TrafficRow.kind, func.sum(TrafficRow.num_bytes))
+        .group_by(TrafficRow.direction, TrafficRow.kind)
+        .order_by(TrafficRow.direction, TrafficRow.kind)
+    )
+    return Counts(
+        runs=_by_status(session, RunRow.status, RunStatus),
+        rounds=_by_status(session, RoundRow.status, RoundStatus),
+        devices=_by_status(session, DeviceRow.status, DeviceStatus),
+        assignments=_by_status(session, AssignmentRow.status, AssignmentStatus),
+        jobs=jobs,
+        num_bytes={(direction, kind): int(total) for direction, kind, total in traffic},
+    )
+
+
+def _by_status(session: Session, column: Any, statuses: type[StrEnum]) -> Statuses:
+    found: dict[StrEnum, int] = dict(session.execute(select(column, func.count()).group_by(column)).all())
+    return {status.value: found.get(status, 0) for status in statuses}

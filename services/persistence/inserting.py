@@ -1,0 +1,27 @@
+"""Inserting a row that may be there already, the same on SQLite and PostgreSQL."""
+
+from collections.abc import Mapping
+
+from sqlalchemy import inspect
+from sqlalchemy.dialects.postgresql import Insert as PostgresqlInsert
+from sqlalchemy.dialects.postgresql import insert as postgresql_insert
+from sqlalchemy.dialects.sqlite import Insert as SqliteInsert
+from sqlalchemy.dialects.sqlite import insert as sqlite_insert
+from sqlalchemy.orm import Session
+
+from persistence.tables import Table
+
+
+def insert_into(session: Session, table: type[Table]) -> PostgresqlInsert | SqliteInsert:
+    """Return an INSERT of the session's database, which has `on_conflict_do_nothing` and `on_conflict_do_update`."""
+    return (postgresql_insert if session.get_bind().dialect.name == "postgresql" else sqlite_insert)(table)
+
+
+def insert_or_keep(session: Session, table: type[Table], values: Mapping[str, object]) -> bool:
+    """Insert a row, or keep the one that is there; return whether it was inserted.
+
+    Two transactions may do it at once: the second waits until the first has ended.
+    """
+    # RETURNING, as the count of rows of an INSERT is not known with every driver.
+    statement = insert_into(session, table).values(values).on_conflict_do_nothing()
+    return session.execute(statement.returning(*inspect(table).primary_key)).first() is not None
