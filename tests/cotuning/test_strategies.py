@@ -14,7 +14,7 @@ from cotuning.mutual_learning import CoverageTooLow, measure_alignment, share_ro
 from cotuning.probe_logits import probe_payload
 from cotuning.proxy_creation import create_proxy
 from cotuning.strategies import co_plms, standalone
-from cotuning.strategies.results import DeviceResult
+from cotuning.strategies.results import DeviceResult, ServerResult
 from protocol.strategies import CoPlmsSettings, LocalTraining, LoraSettings, ServerTraining, StandaloneSettings
 from tests.tiny_models import tiny_examples, tiny_language_model
 
@@ -68,7 +68,7 @@ class World:
         }
         return co_plms.device_step(**values | changes)
 
-    def server(self, **changes: Any) -> co_plms.ServerResult:
+    def server(self, **changes: Any) -> ServerResult:
         values: dict[str, Any] = {
             "llm": self.llm,
             "proxy": self.proxy,
