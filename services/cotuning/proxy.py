@@ -186,8 +186,8 @@ def _train_whole(
     falls to nothing, because this is done once."""
     proxy = distillation.proxy
 
-    def step_at(step: int) -> Step:
-        return distillation.step(*reader.batches(step), on_policy=step in reader.on_policy)
+    def step_at(step: int) -> list[Step]:
+        return [distillation.step(*reader.batches(step), on_policy=step in reader.on_policy)]
 
     proxy.model.eval()
     proxy.model.requires_grad_(True)

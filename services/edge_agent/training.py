@@ -35,7 +35,7 @@ from cotuning.evaluation import evaluate
 from cotuning.examples import Example, rows_digest
 from cotuning.language_model import LanguageModel, UnknownHead
 from cotuning.memory import CannotEstimate, NotEnoughMemory, estimate_memory, longest_row, require_memory
-from cotuning.mutual_learning import CoverageTooLow
+from cotuning.shared_rows import CoverageTooLow
 from cotuning.strategies import co_plms, standalone
 from cotuning.strategies.results import DeviceResult
 from cotuning.training import OnProgress, TrainingDiverged
@@ -200,7 +200,7 @@ class LocalTrainer:
         training = strategy.training
         options: dict[str, Any] = {
             "learns": "adapter",
-            "batch_size": training.batch_size,
+            "batch_size": training.rows_at_once,
             "length": longest_row(slm.tokenizer, private, max_length=training.max_length),
             "precision": training.precision,
             "gradient_checkpointing": training.gradient_checkpointing,

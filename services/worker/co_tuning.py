@@ -7,8 +7,8 @@ import time
 
 from sqlalchemy.orm import Session
 
-from cotuning.mutual_learning import CoverageTooLow
 from cotuning.payload import PayloadRows
+from cotuning.shared_rows import CoverageTooLow
 from cotuning.strategies import co_plms
 from cotuning.strategies.results import ServerResult
 from cotuning.training import TrainingDiverged

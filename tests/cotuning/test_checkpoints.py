@@ -148,8 +148,8 @@ def test_a_parameter_without_a_gradient_has_no_moments_and_stays_so(tmp_path: Pa
     def run(on_progress: Any, checkpoints: Any) -> list[torch.Tensor]:
         used, unused = torch.ones(2, requires_grad=True), torch.ones(1, requires_grad=True)
 
-        def step_at(step: int) -> Step:
-            return Step({"one": (used * used).sum()}, {})
+        def step_at(step: int) -> list[Step]:
+            return [Step({"one": (used * used).sum()}, {})]
 
         learners = {"one": Learner([used, unused], 0.1)}
         train(learners, step_at, steps=6, stage="test", on_progress=on_progress, checkpoints=checkpoints)

@@ -10,9 +10,9 @@ from cotuning.encoded_rows import EncodedRows
 from cotuning.evaluation import bits_per_byte
 from cotuning.examples import Example
 from cotuning.language_model import LanguageModel
-from cotuning.mutual_learning import CoverageTooLow, measure_alignment, share_rows
 from cotuning.probe_logits import probe_payload
 from cotuning.proxy_creation import create_proxy
+from cotuning.shared_rows import CoverageTooLow, measure_alignment, share_rows
 from cotuning.strategies import co_plms, standalone
 from cotuning.strategies.results import DeviceResult, ServerResult
 from protocol.strategies import CoPlmsSettings, LocalTraining, LoraSettings, ServerTraining, StandaloneSettings

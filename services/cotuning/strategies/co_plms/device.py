@@ -9,9 +9,10 @@ from cotuning.checkpoints import Checkpoints
 from cotuning.encoded_rows import EncodedRows
 from cotuning.examples import Example
 from cotuning.language_model import LanguageModel
-from cotuning.mutual_learning import Party, SharedRows, learn_mutually, share_rows
+from cotuning.mutual_learning import Party, learn_mutually
 from cotuning.probe_logits import probe_payload
 from cotuning.seeding import derive_seed
+from cotuning.shared_rows import SharedRows, share_rows
 from cotuning.strategies.co_plms.comparison import compared
 from cotuning.strategies.results import DeviceResult
 from cotuning.training import OnProgress, draw_batches, draw_mixed_batches, row_sizes, tune_adapter
@@ -156,6 +157,7 @@ def _tune_domain(
         gradient_clip=training.gradient_clip,
         precision=training.precision,
         gradient_checkpointing=training.gradient_checkpointing,
+        micro_batch_size=training.micro_batch_size,
         seed=seed,
         stage=DOMAIN_STAGE,
         on_progress=on_progress,
@@ -187,6 +189,7 @@ def _learn_on_device(
         **compared(settings),
         precision=training.precision,
         gradient_checkpointing=training.gradient_checkpointing,
+        micro_batch_size=training.micro_batch_size,
         seed=seed,
         stage=MUTUAL_STAGE,
         on_progress=on_progress,

@@ -8,10 +8,11 @@ from cotuning.adapters import activate, adapted, adapter_state, lora_config
 from cotuning.encoded_rows import EncodedRows
 from cotuning.examples import Example
 from cotuning.language_model import LanguageModel
-from cotuning.mutual_learning import Party, SharedRows, Teacher, learn_mutually, share_rows
+from cotuning.mutual_learning import Party, Teacher, learn_mutually
 from cotuning.payload import PayloadRows
 from cotuning.probe_logits import ProbePlaces, device_teachers, parse_probe_payload, probe_places
 from cotuning.seeding import derive_seed
+from cotuning.shared_rows import SharedRows, share_rows
 from cotuning.strategies.co_plms.comparison import compared
 from cotuning.strategies.results import ServerResult, TeacherRows
 from cotuning.training import OnProgress, draw_mixed_batches, row_sizes
@@ -160,6 +161,7 @@ def _learn_on_server(
         **compared(settings),
         precision=server.precision,
         gradient_checkpointing=server.gradient_checkpointing,
+        micro_batch_size=server.micro_batch_size,
         seed=seed,
         stage=SERVER_STAGE,
         on_progress=on_progress,
