@@ -89,6 +89,9 @@ class ServerTraining(Batches):
     probe_fraction: float = Field(
         default=0.25, ge=0, lt=1, description="Share of each batch drawn from probe rows that a device's logits teach."
     )
+    checkpoint_steps: int = Field(
+        default=20, ge=0, description="Steps between two states on the worker's disk; 0: none, a kill costs them all."
+    )
 
 
 class ServerOptimizerSettings(SettingsModel):

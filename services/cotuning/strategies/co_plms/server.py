@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor
 
 from cotuning.adapters import activate, adapted, adapter_state, lora_config
+from cotuning.checkpoints import Checkpoints
 from cotuning.encoded_rows import EncodedRows
 from cotuning.examples import Example
 from cotuning.language_model import LanguageModel
@@ -72,6 +73,7 @@ def server_step(
     round_number: int,
     seed: int,
     on_progress: OnProgress,
+    checkpoints: Checkpoints | None = None,
 ) -> ServerResult:
     """The cloud's round: SAML between the LLM (omega) and the proxy (theta_bar) on public rows.
 
@@ -90,6 +92,7 @@ def server_step(
         round_number: from 1.
         seed: the run's.
         on_progress: see `training.OnProgress`.
+        checkpoints: see `training.train`.
 
     Raises:
         CoverageTooLow: nothing was trained.
@@ -133,6 +136,7 @@ def server_step(
             settings=settings,
             seed=derive_seed(seed, SERVER_STAGE, round_number),
             on_progress=on_progress,
+            checkpoints=checkpoints,
         )
         return ServerResult(
             adapter_state(lent_proxy, "shared"), adapter_state(lent_llm, "llm"), losses, shared.alignment, taught
@@ -148,6 +152,7 @@ def _learn_on_server(
     settings: CoPlmsSettings,
     seed: int,
     on_progress: OnProgress,
+    checkpoints: Checkpoints | None,
 ) -> dict[str, float]:
     """SAML: theta and omega learn; there is no domain adapter here."""
     server = settings.server
@@ -165,6 +170,7 @@ def _learn_on_server(
         seed=seed,
         stage=SERVER_STAGE,
         on_progress=on_progress,
+        checkpoints=checkpoints,
     )
 
 
