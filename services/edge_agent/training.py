@@ -252,7 +252,11 @@ class LocalTrainer:
             return None
         rows = read_examples(path, limit=limit)
         settings = self._config.training
-        on_progress(stage, 0, len(rows), {})
+
+        def note(done: int, total: int) -> None:
+            on_progress(stage, done, total, {})
+
+        note(0, 2 * len(rows))
         with adapted(slm, tuned[0], {"slm": tuned[1]}) if tuned else nullcontext(slm) as lent:
             scores = evaluate(
                 lent,
@@ -260,8 +264,8 @@ class LocalTrainer:
                 max_new_tokens=assignment.evaluation.max_new_tokens,
                 batch_size=settings.evaluation_batch_size,
                 max_length=settings.evaluation_max_length,
+                on_rows=note,
             )
-        on_progress(stage, len(rows), len(rows), {})
         return Scores(**asdict(scores))
 
     def _load_slm(self) -> LanguageModel:

@@ -33,7 +33,7 @@ from worker.leases import Abandoned, Lease
 from worker.memory_check import check_memory
 from worker.model_cache import ModelCache
 from worker.preparation import prepare
-from worker.scoring import not_worse
+from worker.scoring import not_worse, score
 from worker.settings import Settings
 from worker.stage import Work, utc_now
 
@@ -613,6 +613,23 @@ def test_a_worker_that_stops_gives_the_job_back(cloud: Cloud, llm: str) -> None:
     other = cloud.call(jobs.claim, job_id, "worker-2", 20, utc_now())
     assert other is not None
     assert other.attempts == 1  # being asked to stop is no failure
+
+
+def test_a_worker_that_stops_while_it_evaluates_gives_the_job_back_within_a_token(cloud: Cloud, llm: str) -> None:
+    class StopsAtTheThirdToken(Lease):
+        def on_progress(self, stage: str, step: int, steps: int, losses: dict[str, float]) -> None:
+            told.append((stage, steps))
+            if len(told) == 3:
+                stop.set()
+            super().on_progress(stage, step, steps, losses)
+
+    told: list[tuple[str, int]] = []
+    stop = threading.Event()
+    lm = load_language_model(llm)
+    config = cloud.create_run(llm).config
+    with StopsAtTheThirdToken(lambda: True, 60, stop) as lease, pytest.raises(Abandoned):
+        score({"llm": lm, "proxy": lm}, tiny_examples(4), config, lease)
+    assert told == [("evaluation_llm", 8)] * 3
 
 
 def test_stopping_a_run_ends_the_work_on_it(cloud: Cloud, llm: str) -> None:
