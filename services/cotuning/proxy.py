@@ -21,7 +21,6 @@ from cotuning.divergences import Divergence
 from cotuning.encoded_rows import EncodedRows
 from cotuning.examples import Example
 from cotuning.folding import FoldPair, fold_pair
-from cotuning.generation import OnRows
 from cotuning.gradient_checkpointing import recomputed_layers
 from cotuning.heads import FoldedHead, Head
 from cotuning.language_model import LanguageModel, hidden_states, output_head
@@ -111,13 +110,7 @@ def distil_proxy(
     held_out, kept = _hold_out(examples, derive_seed(seed, "held_out"))
     fold = fold_pair(proxy.tokenizer, proxy.table, llm.tokenizer, llm.table).to(llm.device)
     measure = partial(
-        measure_agreement,
-        llm,
-        proxy,
-        held_out,
-        fold=fold,
-        max_length=max_length,
-        on_rows=lambda done, rows: on_progress(AGREEMENT_STAGE, done, rows, {}),
+        measure_agreement, llm, proxy, held_out, fold=fold, max_length=max_length, on_progress=on_progress
     )
     before = measure()
     losses: dict[str, float] = {}
@@ -226,7 +219,7 @@ def measure_agreement(
     *,
     fold: FoldPair,
     max_length: int,
-    on_rows: OnRows | None = None,
+    on_progress: OnProgress | None = None,
 ) -> Agreement:
     """Compare both models on `examples` at temperature 1; `fold` has the proxy as side A."""
     sides = [(model, output_head(model), EncodedRows(model, examples, max_length=max_length)) for model in (proxy, llm)]
@@ -256,8 +249,8 @@ def measure_agreement(
             divergence += float((teacher_NC.exp() * (teacher_NC - student_NC)).sum())
             same_top += float((teacher_NC.argmax(1) == student_NC.argmax(1)).sum())
         num_spans += spans.num_spans
-        if on_rows:
-            on_rows(chosen.stop, len(examples))
+        if on_progress:
+            on_progress(AGREEMENT_STAGE, chosen.stop, len(examples), {})
     return Agreement(
         kl=divergence / max(num_spans, 1),
         top1=same_top / max(num_spans, 1),
