@@ -39,7 +39,12 @@ def response_tokens(batch: EncodedBatch) -> ResponseTokens:
 
 
 def cross_entropy(
-    hidden_ND: Tensor, head: Head, target_N: Tensor, *, chunk_rows: int = DEFAULT_CHUNK_ROWS
+    hidden_ND: Tensor,
+    head: Head,
+    target_N: Tensor,
+    *,
+    num_tokens: float | None = None,
+    chunk_rows: int = DEFAULT_CHUNK_ROWS,
 ) -> tuple[Tensor, Tensor]:
     """The mean cross-entropy of `target_N`, and each token's.
 
@@ -49,16 +54,18 @@ def cross_entropy(
         hidden_ND: hidden states that predict the targets.
         head: their model's head.
         target_N: token ids.
+        num_tokens: what the sum is divided by, N if not given. Under gradient accumulation give the number of tokens
+            of all micro-batches, so that the result does not depend on how the batch is cut.
         chunk_rows: rows projected at a time; changes memory and speed, not the result.
 
     Returns:
-        The mean over N (0 where N is 0), which carries the gradient; and [N] values that do not. Nats.
+        The mean (0 where N is 0), which carries the gradient; and [N] values that do not. Nats.
     """
-    num_tokens = len(target_N)
-    side = FoldedHead(hidden_ND, head, None, head.num_tokens, temperature=1.0, scale=1.0 / max(num_tokens, 1))
+    num_tokens = max(len(target_N) if num_tokens is None else num_tokens, 1)
+    side = FoldedHead(hidden_ND, head, None, head.num_tokens, temperature=1.0, scale=1.0 / num_tokens)
     parts: list[Tensor] = []
     with torch.no_grad(), torch.autocast(hidden_ND.device.type, enabled=False):
-        for start in range(0, num_tokens, chunk_rows):
+        for start in range(0, len(target_N), chunk_rows):
             rows = slice(start, start + chunk_rows)
             log_probs_NV = side.class_log_probs(rows)
             losses_N = -log_probs_NV.gather(1, target_N[rows, None]).squeeze(1)

@@ -12,7 +12,7 @@ import torch
 from cotuning.cross_entropy import cross_entropy, response_tokens
 from cotuning.encoded_rows import EncodedRows
 from cotuning.examples import Example
-from cotuning.generation import DEFAULT_MAX_LENGTH, generate
+from cotuning.generation import DEFAULT_MAX_LENGTH, OnRows, generate
 from cotuning.language_model import LanguageModel, hidden_states, output_head
 
 
@@ -41,6 +41,7 @@ def evaluate(
     max_new_tokens: int,
     batch_size: int = 64,
     max_length: int = DEFAULT_MAX_LENGTH,
+    on_rows: OnRows | None = None,
 ) -> Scores:
     """Measure `lm`, as it stands with its active adapters, on `rows`.
 
@@ -49,9 +50,11 @@ def evaluate(
         max_new_tokens: longest answer.
         batch_size: rows at a time.
         max_length: tokens of prompt and response; what is longer loses its prompt's head.
+        on_rows: see `generation.OnRows`; every row is counted twice, when it is answered and when its response is read.
 
     Raises:
         ValueError: no rows.
+        Exception: whatever `on_rows` raises.
     """
     if not rows:
         raise ValueError("expected at least one row to evaluate on, got none")
@@ -59,21 +62,36 @@ def evaluate(
     from cotuning.metrics.exact_match import ExactMatch
     from cotuning.metrics.rouge_l import RougeL
 
-    answers = generate(lm, rows, max_new_tokens=max_new_tokens, batch_size=batch_size, max_length=max_length)
+    def on_answered(done: int, _: int) -> None:
+        if on_rows:
+            on_rows(done, 2 * len(rows))
+
+    def on_read(done: int, _: int) -> None:
+        if on_rows:
+            on_rows(len(rows) + done, 2 * len(rows))
+
+    answers = generate(
+        lm, rows, max_new_tokens=max_new_tokens, batch_size=batch_size, max_length=max_length, on_rows=on_answered
+    )
     accepted = [list(row.accepted) for row in rows]
     rouge_l = RougeL().compute(predictions=answers, references=accepted)
     exact_match = ExactMatch().compute(predictions=answers, references=accepted)
     return Scores(
         rouge_l=float(rouge_l["rouge_l"]),
         exact_match=float(exact_match["exact_match"]),
-        bits_per_byte=bits_per_byte(lm, rows, batch_size=batch_size, max_length=max_length),
+        bits_per_byte=bits_per_byte(lm, rows, batch_size=batch_size, max_length=max_length, on_rows=on_read),
         num_rows=len(rows),
     )
 
 
 @torch.no_grad()
 def bits_per_byte(
-    lm: LanguageModel, rows: Sequence[Example], *, batch_size: int = 64, max_length: int = DEFAULT_MAX_LENGTH
+    lm: LanguageModel,
+    rows: Sequence[Example],
+    *,
+    batch_size: int = 64,
+    max_length: int = DEFAULT_MAX_LENGTH,
+    on_rows: OnRows | None = None,
 ) -> float:
     """Bits that the model needs for the responses (`output`) and their ends, over the responses' UTF-8 bytes."""
     encoded = EncodedRows(lm, rows, max_length=max_length)
@@ -89,6 +107,8 @@ def bits_per_byte(
         nats += float(losses_N.double().sum())
         read_B = torch.where(batch.end_position_B >= 0, batch.num_bytes_B, batch.byte_ends_BT.amax(1))
         num_bytes += int(read_B.sum())
+        if on_rows:
+            on_rows(min(start + batch_size, len(rows)), len(rows))
     return nats / math.log(2) / max(num_bytes, 1)
 
 

@@ -21,6 +21,10 @@ from cotuning.language_model import LanguageModel, logits, output_head
 
 DEFAULT_MAX_LENGTH = 512
 
+OnRows = Callable[[int, int], None]
+"""Called between forward passes with rows done and rows in all. What it raises ends the work there, with the model as
+it was lent."""
+
 _Choose = Callable[[Tensor], Tensor]
 """Next tokens [B] from logits [B, V]."""
 
@@ -33,9 +37,18 @@ def generate(
     max_new_tokens: int,
     batch_size: int = 64,
     max_length: int = DEFAULT_MAX_LENGTH,
+    on_rows: OnRows | None = None,
 ) -> list[str]:
     """The model's greedy answers, in the order of `rows`; each stops before the end token."""
-    return _answer(lm, rows, _most_likely, max_new_tokens=max_new_tokens, batch_size=batch_size, max_length=max_length)
+    return _answer(
+        lm,
+        rows,
+        _most_likely,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        max_length=max_length,
+        on_rows=on_rows,
+    )
 
 
 @torch.no_grad()
@@ -80,6 +93,7 @@ def _answer(
     max_new_tokens: int,
     batch_size: int,
     max_length: int,
+    on_rows: OnRows | None = None,
 ) -> list[str]:
     prompts = [render_prompt(lm.tokenizer, row) for row in rows]
     encoded = encode_batch(lm.tokenizer, lm.table, prompts, [""] * len(rows), max_length=max_length)
@@ -93,27 +107,44 @@ def _answer(
     lm.model.eval()
     order = sorted(range(len(rows)), key=lambda index: (len(prompt_ids[index]), index))
     answers: list[str] = [""] * len(rows)
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        new_ids = _continue(lm, head, [prompt_ids[index] for index in chosen], max_new_tokens, choose)
-        texts = lm.tokenizer.batch_decode(new_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
-        for index, text in zip(chosen, texts, strict=True):
-            answers[index] = text
-    lm.model.train(training)
+    done = 0
+
+    def on_ended(ended: int) -> None:
+        if on_rows:
+            on_rows(done + ended, len(rows))
+
+    try:
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            prompts_B = [prompt_ids[index] for index in chosen]
+            new_ids = _continue(lm, head, prompts_B, max_new_tokens, choose, on_ended=on_ended)
+            texts = lm.tokenizer.batch_decode(new_ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+            for index, text in zip(chosen, texts, strict=True):
+                answers[index] = text
+            done += len(chosen)
+    finally:
+        lm.model.train(training)
     return answers
 
 
 def _continue(
-    lm: LanguageModel, head: Head, prompts: Sequence[Sequence[int]], max_new_tokens: int, choose: _Choose
+    lm: LanguageModel,
+    head: Head,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    choose: _Choose,
+    *,
+    on_ended: Callable[[int], None],
 ) -> list[list[int]]:
-    """Continue every prompt until its end token; finished rows leave the batch."""
+    """Continue every prompt until its end token; finished rows leave the batch. After each token `on_ended` is told how
+    many have ended; after the last one, all."""
     stop = _stop_ids(lm)
     takes_positions = "position_ids" in inspect.signature(lm.decoder.forward).parameters
     ids_BT, mask_BT = _pad_left(prompts, lm.table.end_id, lm.device)
     new_ids: list[list[int]] = [[] for _ in prompts]
     running = list(range(len(prompts)))
     cache = DynamicCache(config=lm.base.config)
-    for _ in range(max_new_tokens):
+    for taken in range(1, max_new_tokens + 1):
         extra = {}
         if takes_positions:
             extra["position_ids"] = (mask_BT.cumsum(1) - 1).clamp(min=0)[:, -ids_BT.shape[1] :]
@@ -126,6 +157,7 @@ def _continue(
             if token not in stop:
                 new_ids[row].append(token)
                 kept.append(place)
+        on_ended(len(prompts) - len(kept) if taken < max_new_tokens else len(prompts))
         if not kept:
             break
         if len(kept) < len(running):

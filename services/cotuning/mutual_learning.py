@@ -9,65 +9,28 @@ the paper's.
 Names: B rows, T tokens, S span starts, D hidden size.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from cotuning.adapters import adapter_parameters
-from cotuning.alignment import align
 from cotuning.checkpoints import Checkpoints
 from cotuning.cross_entropy import cross_entropy, response_tokens
 from cotuning.divergences import Divergence
-from cotuning.encoded_rows import EncodedRows
 from cotuning.encoding import EncodedBatch
-from cotuning.folding import FoldPair, class_agreement, fold_pair
 from cotuning.gradient_checkpointing import recomputed_layers
 from cotuning.heads import Head
 from cotuning.language_model import LanguageModel, hidden_states, output_head
 from cotuning.matching.choose import choose_matching
-from cotuning.matching.interface import Lesson, Matching, MatchingName, Reading
+from cotuning.matching.interface import Counts, Lesson, Matching, MatchingName, Reading
 from cotuning.mutual_loss import payload_loss
 from cotuning.payload import PayloadRows, match_rows
 from cotuning.seeding import derive_seed, isolated_generators
-from cotuning.training import Learner, OnProgress, Precision, Step, autocast, train, training_mode
-
-_MEASURED_AT_ONCE = 64
-
-
-class CoverageTooLow(ValueError):
-    """The two tokenizations cannot be aligned well enough to learn from.
-
-    Attributes:
-        measure: `coverage` or `class_agreement`.
-        expected, received: the least accepted share and the measured one.
-    """
-
-    def __init__(self, measure: str, expected: float, received: float) -> None:
-        super().__init__(
-            f"alignment {measure}: expected at least {expected:.3f}, got {received:.3f}; nothing was trained"
-        )
-        self.measure = measure
-        self.expected = expected
-        self.received = received
-
-
-@dataclass(frozen=True)
-class AlignmentStats:
-    """How well two tokenizations of the training rows could be aligned.
-
-    Attributes:
-        coverage: share of response bytes inside spans; rows that could not be aligned count as uncovered.
-        class_agreement: share of text spans whose observed first tokens fall in the same class.
-        num_spans: span starts, END included.
-        skipped_rows: rows that keep only their cross-entropy.
-    """
-
-    coverage: float
-    class_agreement: float
-    num_spans: int
-    skipped_rows: int
+from cotuning.shared_rows import SharedRows
+from cotuning.training import Learner, OnProgress, Precision, Step, autocast, micro_batches, train, training_mode
 
 
 @dataclass(frozen=True)
@@ -108,67 +71,6 @@ class Party:
     teacher: Teacher | None = None
 
 
-@dataclass(frozen=True)
-class SharedRows:
-    """What both parties read, each with its own tokenizer.
-
-    Attributes:
-        rows_a, rows_b: the same examples.
-        batches: indices of the rows of each step.
-        fold: of the two vocabularies.
-        alignment: of all rows in `batches`.
-    """
-
-    rows_a: EncodedRows
-    rows_b: EncodedRows
-    batches: Sequence[Sequence[int]]
-    fold: FoldPair
-    alignment: AlignmentStats
-
-
-def share_rows(
-    rows_a: EncodedRows, rows_b: EncodedRows, batches: Sequence[Sequence[int]], *, min_coverage: float
-) -> SharedRows:
-    """Align the rows that will be drawn, and refuse to train on garbage.
-
-    Raises:
-        CoverageTooLow: coverage or class agreement is below `min_coverage`.
-    """
-    a, b = rows_a.lm, rows_b.lm
-    fold = fold_pair(a.tokenizer, a.table, b.tokenizer, b.table).to(a.device)
-    used = sorted({index for batch in batches for index in batch})
-    stats = measure_alignment(rows_a, rows_b, fold, used)
-    for measure in ("coverage", "class_agreement"):
-        value = getattr(stats, measure)
-        if value < min_coverage:
-            raise CoverageTooLow(measure, min_coverage, value)
-    return SharedRows(rows_a, rows_b, batches, fold, stats)
-
-
-def measure_alignment(a: EncodedRows, b: EncodedRows, fold: FoldPair, indices: Sequence[int]) -> AlignmentStats:
-    """Align the rows at `indices` and report how well that went."""
-    covered = total = spans = text_spans = skipped = 0
-    agreeing = 0.0
-    a.encode(indices)
-    b.encode(indices)
-    for start in range(0, len(indices), _MEASURED_AT_ONCE):
-        chunk = indices[start : start + _MEASURED_AT_ONCE]
-        alignment = align(a.batch(chunk), b.batch(chunk))
-        num_text = int((~alignment.is_end_S).sum())
-        covered += int(alignment.covered_bytes)
-        total += int(alignment.total_bytes)
-        spans += alignment.num_spans
-        skipped += alignment.num_skipped
-        agreeing += class_agreement(alignment, fold) * num_text
-        text_spans += num_text
-    return AlignmentStats(
-        coverage=covered / total if total else 1.0,
-        class_agreement=agreeing / text_spans if text_spans else 1.0,
-        num_spans=spans,
-        skipped_rows=skipped,
-    )
-
-
 def learn_mutually(
     a: Party,
     b: Party,
@@ -183,6 +85,7 @@ def learn_mutually(
     span_likelihood_weight: float = 0.0,
     precision: Precision = "float32",
     gradient_checkpointing: bool = False,
+    micro_batch_size: int | None = None,
     seed: int,
     stage: str,
     on_progress: OnProgress,
@@ -193,9 +96,11 @@ def learn_mutually(
     Args:
         a: one party.
         b: the other.
-        shared: from `share_rows`, in the same order of parties.
+        shared: from `shared_rows.share_rows`, in the same order of parties.
         temperature, divergence, jsd_beta, matching, span_likelihood_weight: see `choose_matching`.
         gradient_checkpointing: see there; of both models.
+        micro_batch_size: rows of a step in memory at a time, all if not given. Without dropout it changes nothing but
+            rounding: every mean is over the whole step.
         seed: of dropout.
         checkpoints: see `training.train`.
 
@@ -207,7 +112,7 @@ def learn_mutually(
         ValueError: see `choose_matching`.
         TrainingDiverged: see `training.train`.
     """
-    side_a, side_b = _Side(a, output_head(a.lm)), _Side(b, output_head(b.lm))
+    side_a, side_b = (_Side(party, output_head(party.lm), precision) for party in (a, b))
     match = choose_matching(
         matching,
         a.lm.table,
@@ -219,9 +124,9 @@ def learn_mutually(
         span_likelihood_weight=span_likelihood_weight,
     )
 
-    def step_at(step: int) -> Step:
-        with autocast(a.lm, precision):
-            return _mutual_step(side_a, side_b, shared, shared.batches[step], match)
+    def step_at(step: int) -> Iterator[Step]:
+        micro = micro_batches(shared.batches[step], micro_batch_size)
+        return _mutual_step(side_a, side_b, shared, micro, match)
 
     learners = {party.name: _learner(party, weight_decay, gradient_clip) for party in (a, b)}
     with (
@@ -246,13 +151,61 @@ def _learner(party: Party, weight_decay: float, gradient_clip: float) -> Learner
     return Learner(parameters, party.learning_rate, weight_decay, gradient_clip)
 
 
-def _mutual_step(side_a: "_Side", side_b: "_Side", shared: SharedRows, indices: Sequence[int], match: Matching) -> Step:
-    """Both objectives on one batch, from one forward pass of each model."""
-    read_a, read_b = side_a.read(shared.rows_a.batch(indices)), side_b.read(shared.rows_b.batch(indices))
-    lesson_a, lesson_b = match(read_a, read_b)
-    objective_a, report_a = side_a.objective(read_a, lesson_a, indices)
-    objective_b, report_b = side_b.objective(read_b, lesson_b, indices)
+def _mutual_step(
+    side_a: "_Side", side_b: "_Side", shared: SharedRows, micro: Sequence[Sequence[int]], match: Matching
+) -> Iterator[Step]:
+    """Both objectives on each micro-batch, from one forward pass of each model."""
+    parts = [_Part(indices, shared.rows_a.batch(indices), shared.rows_b.batch(indices)) for indices in micro]
+    counts = _count(side_a, side_b, parts, match) if len(parts) > 1 else _Counts()
+    for part in parts:
+        yield _learn_part(side_a, side_b, part, match, counts)
+
+
+def _learn_part(side_a: "_Side", side_b: "_Side", part: "_Part", match: Matching, counts: "_Counts") -> Step:
+    with autocast(side_a.party.lm, side_a.precision):
+        read_a, read_b = side_a.read(part.batch_a), side_b.read(part.batch_b)
+        lesson_a, lesson_b = match(read_a, read_b, counts.matching)
+        objective_a, report_a = side_a.objective(read_a, lesson_a, part.indices, counts.a)
+        objective_b, report_b = side_b.objective(read_b, lesson_b, part.indices, counts.b)
     return Step({side_a.party.name: objective_a, side_b.party.name: objective_b}, report_a | report_b)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A micro-batch: rows of a step, as each side reads them."""
+
+    indices: Sequence[int]
+    batch_a: EncodedBatch
+    batch_b: EncodedBatch
+
+
+class _SideCounts(NamedTuple):
+    """What a side's own means are over: response tokens, and weights of what its teacher says. None: the batch's."""
+
+    num_tokens: float | None = None
+    num_taught: float | None = None
+
+
+@dataclass(frozen=True)
+class _Counts:
+    """What every mean is over. None: what the batch itself has."""
+
+    matching: Counts | None = None
+    a: _SideCounts = field(default_factory=_SideCounts)
+    b: _SideCounts = field(default_factory=_SideCounts)
+
+
+def _count(side_a: "_Side", side_b: "_Side", parts: Sequence[_Part], match: Matching) -> _Counts:
+    """What the means of a whole step are over; known from its rows alone."""
+
+    def total(counts: Iterable[tuple[float, ...]]) -> tuple[float, ...]:
+        return tuple(map(sum, zip(*counts, strict=True)))
+
+    return _Counts(
+        total(match.count(part.batch_a, part.batch_b) for part in parts),
+        _SideCounts(*total(side_a.count(part.batch_a, part.indices) for part in parts)),
+        _SideCounts(*total(side_b.count(part.batch_b, part.indices) for part in parts)),
+    )
 
 
 @dataclass(frozen=True)
@@ -261,16 +214,29 @@ class _Side:
 
     party: Party
     head: Head
+    precision: Precision
+
+    def count(self, batch: EncodedBatch, indices: Sequence[int]) -> tuple[float, float]:
+        """Response tokens, and weights of what the teacher says."""
+        taught = self._taught_rows(batch, indices)
+        return len(response_tokens(batch).target_N), float(taught.weights_S.sum()) if taught else 0.0
 
     def read(self, batch: EncodedBatch) -> Reading:
         hidden_BTD = hidden_states(self.party.lm, batch.input_ids_BT)
         return Reading(batch, hidden_BTD, self.head, learns=bool(self.party.divergence_weight))
 
-    def objective(self, reading: Reading, lesson: Lesson, indices: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
+    def objective(
+        self, reading: Reading, lesson: Lesson, indices: Sequence[int], counts: _SideCounts
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy plus what the other model, and the teacher if there is one, add."""
         party, batch, hidden_BTD = self.party, reading.batch, reading.hidden_BTD
         tokens = response_tokens(batch)
-        loss, _ = cross_entropy(hidden_BTD[tokens.sample_N, tokens.position_N], self.head, tokens.target_N)
+        loss, _ = cross_entropy(
+            hidden_BTD[tokens.sample_N, tokens.position_N],
+            self.head,
+            tokens.target_N,
+            num_tokens=counts.num_tokens,
+        )
         report = {f"{party.name}_ce": loss.detach()}
         objective = loss
         learnt = lesson.loss()
@@ -279,32 +245,50 @@ class _Side:
         for name, value in [*lesson.terms.items(), *lesson.metrics.items()]:
             report[f"{party.name}_{name}"] = value.detach()
         if party.teacher is not None:
-            taught = self._taught(party.teacher, batch, hidden_BTD, indices)
+            taught = self._taught(party.teacher, reading, indices, counts.num_taught)
             if taught is not None:
                 objective = objective + party.teacher.weight * taught
                 report[f"{party.name}_teacher_kl"] = taught.detach()
         return objective, report
 
     def _taught(
-        self, teacher: Teacher, batch: EncodedBatch, hidden_BTD: Tensor, indices: Sequence[int]
+        self, teacher: Teacher, reading: Reading, indices: Sequence[int], num_taught: float | None
     ) -> Tensor | None:
         """The teacher's term: a mean over taught positions, None if the batch has none."""
-        places = [place for place, index in enumerate(indices) if index in teacher.sample_of_row]
-        if not places:
+        rows = self._taught_rows(reading.batch, indices)
+        if rows is None:
             return None
-        places_R = torch.tensor(places, device=hidden_BTD.device)
+        return payload_loss(
+            reading.hidden_BTD[rows.batch_row_S, rows.position_S],
+            self.head,
+            teacher.payload.take(rows.payload_row_S),
+            weights_S=rows.weights_S,
+            num_spans=float(rows.weights_S.sum()) if num_taught is None else num_taught,
+        )
+
+    def _taught_rows(self, batch: EncodedBatch, indices: Sequence[int]) -> "_TaughtRows | None":
+        """Where the teacher speaks in a batch, None if nowhere."""
+        teacher = self.party.teacher
+        places = [place for place, index in enumerate(indices) if teacher and index in teacher.sample_of_row]
+        if teacher is None or not places:
+            return None
+        places_R = torch.tensor(places, device=batch.input_ids_BT.device)
         samples_R = torch.tensor([teacher.sample_of_row[indices[place]] for place in places], device=places_R.device)
         match = match_rows(teacher.payload, _rows_of(batch, places_R), samples_R)
         if not len(match.payload_row_S):
             return None
         weights_S = teacher.weights_S[match.payload_row_S]
-        return payload_loss(
-            hidden_BTD[places_R[match.batch_row_S], match.position_S],
-            self.head,
-            teacher.payload.take(match.payload_row_S),
-            weights_S=weights_S,
-            num_spans=float(weights_S.sum()),
-        )
+        return _TaughtRows(places_R[match.batch_row_S], match.position_S, match.payload_row_S, weights_S)
+
+
+@dataclass(frozen=True)
+class _TaughtRows:
+    """Positions of a batch and the payload's rows that teach there, with their weights."""
+
+    batch_row_S: Tensor
+    position_S: Tensor
+    payload_row_S: Tensor
+    weights_S: Tensor
 
 
 def _rows_of(batch: EncodedBatch, places_R: Tensor) -> EncodedBatch:

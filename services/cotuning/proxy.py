@@ -30,6 +30,7 @@ from cotuning.seeding import derive_seed, isolated_generators
 from cotuning.training import Learner, OnProgress, Precision, Step, draw_batches, row_sizes, train
 
 STAGE = "distillation"
+AGREEMENT_STAGE = "distillation_agreement"
 _HELD_OUT_SHARE = 0.1
 _MAX_HELD_OUT = 64
 _MEASURED_AT_ONCE = 16
@@ -93,6 +94,7 @@ def distil_proxy(
             prompts (GKD, arXiv 2306.13649, algorithm 1). Such a step has no cross-entropy: a sample is no truth.
         on_policy_tokens: longest sample.
         gradient_checkpointing: see there; of the proxy.
+        on_progress: of the training's steps, and of the rows measured before and after it.
         checkpoints: see `training.train`.
 
     Returns:
@@ -107,7 +109,10 @@ def distil_proxy(
     _require_terms(distillation_weight, feature_weight, relation_weight, on_policy_fraction)
     held_out, kept = _hold_out(examples, derive_seed(seed, "held_out"))
     fold = fold_pair(proxy.tokenizer, proxy.table, llm.tokenizer, llm.table).to(llm.device)
-    before = measure_agreement(llm, proxy, held_out, fold=fold, max_length=max_length)
+    measure = partial(
+        measure_agreement, llm, proxy, held_out, fold=fold, max_length=max_length, on_progress=on_progress
+    )
+    before = measure()
     losses: dict[str, float] = {}
     if steps:
         compare = partial(
@@ -147,7 +152,7 @@ def distil_proxy(
                 on_progress=on_progress,
                 checkpoints=checkpoints,
             )
-    after = measure_agreement(llm, proxy, held_out, fold=fold, max_length=max_length) if steps else before
+    after = measure() if steps else before
     return losses | _before_and_after(before, after)
 
 
@@ -186,8 +191,8 @@ def _train_whole(
     falls to nothing, because this is done once."""
     proxy = distillation.proxy
 
-    def step_at(step: int) -> Step:
-        return distillation.step(*reader.batches(step), on_policy=step in reader.on_policy)
+    def step_at(step: int) -> list[Step]:
+        return [distillation.step(*reader.batches(step), on_policy=step in reader.on_policy)]
 
     proxy.model.eval()
     proxy.model.requires_grad_(True)
@@ -208,7 +213,13 @@ def _train_whole(
 
 @torch.no_grad()
 def measure_agreement(
-    llm: LanguageModel, proxy: LanguageModel, examples: Sequence[Example], *, fold: FoldPair, max_length: int
+    llm: LanguageModel,
+    proxy: LanguageModel,
+    examples: Sequence[Example],
+    *,
+    fold: FoldPair,
+    max_length: int,
+    on_progress: OnProgress | None = None,
 ) -> Agreement:
     """Compare both models on `examples` at temperature 1; `fold` has the proxy as side A."""
     sides = [(model, output_head(model), EncodedRows(model, examples, max_length=max_length)) for model in (proxy, llm)]
@@ -238,6 +249,8 @@ def measure_agreement(
             divergence += float((teacher_NC.exp() * (teacher_NC - student_NC)).sum())
             same_top += float((teacher_NC.argmax(1) == student_NC.argmax(1)).sum())
         num_spans += spans.num_spans
+        if on_progress:
+            on_progress(AGREEMENT_STAGE, chosen.stop, len(examples), {})
     return Agreement(
         kl=divergence / max(num_spans, 1),
         top1=same_top / max(num_spans, 1),

@@ -1,12 +1,13 @@
 """The one training loop, the order in which rows are drawn, and tuning by cross-entropy.
 
 Everything random here is a pure function of a seed: the same inputs give the same bits on the same machine. The loop
-knows nothing of models: it is given, for every step, an objective for each learner. Given `Checkpoints`, it goes on
-from the last one, with the bits of a training that was never interrupted.
+knows nothing of models: it is given, for every step, an objective for each learner, whole or in parts that add up to it
+(gradient accumulation). Given `Checkpoints`, it goes on from the last one, with the bits of a training that was never
+interrupted.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
@@ -16,8 +17,9 @@ from torch import Tensor
 
 from cotuning.adapters import adapter_parameters
 from cotuning.checkpoints import Checkpoints, TrainingState, capture, fingerprint, restore
-from cotuning.cross_entropy import cross_entropy, response_tokens
+from cotuning.cross_entropy import ResponseTokens, cross_entropy, response_tokens
 from cotuning.encoded_rows import EncodedRows
+from cotuning.encoding import EncodedBatch
 from cotuning.examples import Example
 from cotuning.gradient_checkpointing import recomputed_layers
 from cotuning.language_model import LanguageModel, hidden_states, output_head
@@ -56,7 +58,8 @@ class Learner:
 
 @dataclass(frozen=True)
 class Step:
-    """What a step computes: an objective (0-dim, with gradient) by learner, and numbers to report."""
+    """What a step, or one micro-batch of it, computes: an objective (0-dim, with gradient) by learner, and numbers to
+    report. Both of a step are the sums of its micro-batches'."""
 
     objectives: Mapping[str, Tensor]
     report: Mapping[str, Tensor]
@@ -80,7 +83,7 @@ class _Report:
 
 def train(
     learners: Mapping[str, Learner],
-    step_at: Callable[[int], Step],
+    step_at: Callable[[int], Iterable[Step]],
     *,
     steps: int,
     stage: str,
@@ -93,6 +96,9 @@ def train(
     The warm-up is taken every time, because the optimizers start without moments every time.
 
     Args:
+        step_at: the micro-batches of a step, or the whole of it as the only one. Each is asked for when the backward
+            passes of the one before are done, so only one is held at a time. Their means must be over the whole step:
+            a mean of the micro-batches' means would weigh a token by how many others its micro-batch has.
         decay: fall from the full rate towards none in a straight line, for training that is not continued. Without it
             the last steps of a model whose weights all learn undo much of what it had.
         checkpoints: where the state is kept; a stage that has a state there goes on from it. Everything else must be
@@ -117,12 +123,13 @@ def train(
     if checkpoints:
         keeper = _Keeper(checkpoints, learners, optimizers, stage=stage, steps=steps, decay=decay)
     for step in range(keeper.resume(report) if keeper else 0, steps):
-        result = step_at(step)
-        losses = {name: float(value) for name, value in result.report.items()}
+        for optimizer in optimizers.values():
+            optimizer.zero_grad(set_to_none=True)
+        objectives, losses = _accumulate(step_at(step))
         for name, learner in learners.items():
             rate = learner.learning_rate * _rate(step, steps, decay)
             try:
-                _move(learner, optimizers[name], result.objectives[name], rate)
+                _move(learner, optimizers[name], objectives[name], rate)
             except TrainingDiverged as error:
                 expected = f"expected a finite loss and gradient for {name}"
                 raise TrainingDiverged(f"{stage}, step {step + 1} of {steps}: {expected}, {error}") from None
@@ -139,14 +146,24 @@ def _rate(step: int, steps: int, decay: bool) -> float:
     return min(1.0, (step + 1) / warm_up) * (1.0 - decay * step / steps)
 
 
-def _move(learner: Learner, optimizer: torch.optim.Optimizer, objective: Tensor, rate: float) -> None:
+def _accumulate(parts: Iterable[Step]) -> tuple[dict[str, float], dict[str, float]]:
+    """Add every part's gradients to the parameters'; return the sums of the objectives and of the reported numbers."""
+    objectives: dict[str, float] = {}
+    losses: dict[str, float] = {}
+    for part in parts:
+        for name, value in part.report.items():
+            losses[name] = losses.get(name, 0.0) + float(value)
+        for name, objective in part.objectives.items():
+            objective.backward()  # type: ignore[no-untyped-call]
+            objectives[name] = objectives.get(name, 0.0) + float(objective.detach())
+    return objectives, losses
+
+
+def _move(learner: Learner, optimizer: torch.optim.Optimizer, loss: float, rate: float) -> None:
     """One AdamW step; `TrainingDiverged` before anything moved if the loss or a gradient is not finite."""
     for group in optimizer.param_groups:
         group["lr"] = rate
-    optimizer.zero_grad(set_to_none=True)
-    objective.backward()  # type: ignore[no-untyped-call]
     norm = float(torch.nn.utils.clip_grad_norm_(learner.parameters, learner.gradient_clip))
-    loss = float(objective.detach())
     if not (math.isfinite(norm) and math.isfinite(loss)):
         raise TrainingDiverged(f"got loss {loss} and gradient norm {norm}")
     optimizer.step()
@@ -236,6 +253,11 @@ def draw_mixed_batches(
     return [[*batch, *(index + len(first) for index in other)] for batch, other in zip(batches, others, strict=True)]
 
 
+def micro_batches(batch: Sequence[int], size: int | None) -> list[Sequence[int]]:
+    """A batch cut into parts of `size` rows, the last one of what is left; None cuts nothing."""
+    return [batch] if size is None else [batch[start : start + size] for start in range(0, len(batch), size)]
+
+
 def row_sizes(examples: Sequence[Example]) -> list[int]:
     """Characters of each row."""
     return [len(row.instruction) + len(row.input) + len(row.output) for row in examples]
@@ -274,6 +296,7 @@ def tune_adapter(
     gradient_clip: float = 1.0,
     precision: Precision = "float32",
     gradient_checkpointing: bool = False,
+    micro_batch_size: int | None = None,
     seed: int,
     stage: str,
     on_progress: OnProgress,
@@ -287,6 +310,8 @@ def tune_adapter(
         rows: to learn, as `lm` reads them.
         batches: indices of the rows of each step, for example from `draw_batches`.
         gradient_checkpointing: see there.
+        micro_batch_size: rows of a step in memory at a time, all if not given. Without dropout it changes nothing but
+            rounding.
         seed: of dropout.
         checkpoints: see `train`.
 
@@ -299,13 +324,19 @@ def tune_adapter(
     head = output_head(lm)
     parameters = list(adapter_parameters(lm, name).values())
 
-    def step_at(step: int) -> Step:
-        batch = rows.batch(batches[step])
+    def learn(batch: EncodedBatch, tokens: ResponseTokens, num_tokens: int) -> Step:
         with autocast(lm, precision):
             hidden_BTD = hidden_states(lm, batch.input_ids_BT)
-            tokens = response_tokens(batch)
-            loss, _ = cross_entropy(hidden_BTD[tokens.sample_N, tokens.position_N], head, tokens.target_N)
+            hidden_ND = hidden_BTD[tokens.sample_N, tokens.position_N]
+            loss, _ = cross_entropy(hidden_ND, head, tokens.target_N, num_tokens=num_tokens)
         return Step({name: loss}, {"cross_entropy": loss.detach()})
+
+    def step_at(step: int) -> Iterator[Step]:
+        parts = [rows.batch(part) for part in micro_batches(batches[step], micro_batch_size)]
+        tokens = [response_tokens(part) for part in parts]
+        num_tokens = sum(len(each.target_N) for each in tokens)
+        for part, tokens_N in zip(parts, tokens, strict=True):
+            yield learn(part, tokens_N, num_tokens)
 
     with (
         isolated_generators(derive_seed(seed, "dropout"), lm.device),

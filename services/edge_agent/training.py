@@ -35,7 +35,7 @@ from cotuning.evaluation import evaluate
 from cotuning.examples import Example, rows_digest
 from cotuning.language_model import LanguageModel, UnknownHead
 from cotuning.memory import CannotEstimate, NotEnoughMemory, estimate_memory, longest_row, require_memory
-from cotuning.mutual_learning import CoverageTooLow
+from cotuning.shared_rows import CoverageTooLow
 from cotuning.strategies import co_plms, standalone
 from cotuning.strategies.device_ranks import device_start
 from cotuning.strategies.results import DeviceResult
@@ -218,7 +218,7 @@ class LocalTrainer:
         training = strategy.training
         options: dict[str, Any] = {
             "learns": "adapter",
-            "batch_size": training.batch_size,
+            "batch_size": training.rows_at_once,
             "length": longest_row(slm.tokenizer, private, max_length=training.max_length),
             "precision": training.precision,
             "gradient_checkpointing": training.gradient_checkpointing,
@@ -272,7 +272,11 @@ class LocalTrainer:
             return None
         rows = read_examples(path, limit=limit)
         settings = self._config.training
-        on_progress(stage, 0, len(rows), {})
+
+        def note(done: int, total: int) -> None:
+            on_progress(stage, done, total, {})
+
+        note(0, 2 * len(rows))
         with adapted(slm, tuned[0], {"slm": tuned[1]}) if tuned else nullcontext(slm) as lent:
             scores = evaluate(
                 lent,
@@ -280,8 +284,8 @@ class LocalTrainer:
                 max_new_tokens=assignment.evaluation.max_new_tokens,
                 batch_size=settings.evaluation_batch_size,
                 max_length=settings.evaluation_max_length,
+                on_rows=note,
             )
-        on_progress(stage, len(rows), len(rows), {})
         return Scores(**asdict(scores))
 
     def _load_slm(self) -> LanguageModel:

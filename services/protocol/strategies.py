@@ -25,11 +25,28 @@ class LoraSettings(SettingsModel):
     target_modules: Literal["all-linear"] | list[str] = Field(default="all-linear", description="As in peft.")
 
 
-class LocalTraining(SettingsModel):
+class Batches(SettingsModel):
+    """How many rows a step reads, and how many at a time."""
+
+    batch_size: int = Field(default=16, ge=1, le=4096, description="Rows a step.")
+    micro_batch_size: int | None = Field(
+        default=None,
+        ge=1,
+        le=4096,
+        description="Rows of a step in memory at a time, null for all: less memory, more time. Losses and gradients "
+        "are those of the whole step.",
+    )
+
+    @property
+    def rows_at_once(self) -> int:
+        """Rows in memory at a time."""
+        return min(self.micro_batch_size or self.batch_size, self.batch_size)
+
+
+class LocalTraining(Batches):
     """One model's training on one device: optimizer steps are the budget, never seconds."""
 
     steps: int = Field(default=60, ge=1, le=1_000_000, description="Optimizer steps a round.")
-    batch_size: int = Field(default=16, ge=1, le=4096, description="Rows a step.")
     learning_rate: float = Field(
         default=5e-3, gt=0, description="AdamW, started anew each round: linear warm-up over a tenth of its steps."
     )
@@ -54,11 +71,10 @@ class StandaloneSettings(SettingsModel):
     training: LocalTraining = LocalTraining()
 
 
-class ServerTraining(SettingsModel):
+class ServerTraining(Batches):
     """SAML between the LLM and the proxy on the public set, once a round."""
 
     steps: int = Field(default=40, ge=0, le=1_000_000)
-    batch_size: int = Field(default=16, ge=1, le=4096)
     llm_learning_rate: float = Field(default=1e-3, gt=0)
     proxy_learning_rate: float = Field(default=2e-3, gt=0)
     max_length: int = Field(default=256, ge=16, le=131_072)
@@ -72,6 +88,9 @@ class ServerTraining(SettingsModel):
     device_teacher_weight: float = Field(default=1.0, ge=0)
     probe_fraction: float = Field(
         default=0.25, ge=0, lt=1, description="Share of each batch drawn from probe rows that a device's logits teach."
+    )
+    checkpoint_steps: int = Field(
+        default=20, ge=0, description="Steps between two states on the worker's disk; 0: none, a kill costs them all."
     )
 
 

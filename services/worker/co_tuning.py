@@ -7,8 +7,9 @@ import time
 
 from sqlalchemy.orm import Session
 
-from cotuning.mutual_learning import CoverageTooLow
+from assets.models import folder_identity
 from cotuning.payload import PayloadRows
+from cotuning.shared_rows import CoverageTooLow
 from cotuning.strategies import co_plms
 from cotuning.strategies.results import ServerResult
 from cotuning.training import TrainingDiverged
@@ -19,6 +20,7 @@ from protocol.errors import DomainError, ErrorCode
 from protocol.statuses import RoundStatus
 from protocol.strategies import CoPlmsSettings
 from worker.adapter_files import get_adapter, put_adapter
+from worker.checkpoints import drop_outdated, forget_when_stored, open_checkpoints, round_place
 from worker.device_logits import LogitsReader
 from worker.round_metrics import grown
 from worker.row_files import RowFiles, get_rows
@@ -56,6 +58,7 @@ def co_tune(work: Work) -> Finish:
     llm_adapter = put_adapter(work.blobs, result.llm_adapter, proxy_sha256=context.proxy_manifest_sha256)
 
     def finish(session: Session) -> None:
+        forget_when_stored(work, session)
         now = utc_now()
         artifacts.register(session, adapter.sha256, adapter.size, "adapter", context.run_id, now)
         artifacts.register(session, llm_adapter.sha256, llm_adapter.size, "llm_adapter", context.run_id, now)
@@ -76,6 +79,7 @@ def _learn(
 ) -> ServerResult:
     config = context.config
     assert config.llm is not None
+    drop_outdated(work)
     assert context.proxy_manifest_sha256 is not None
     assert context.probe_set_sha256 is not None
     assert context.aggregated_adapter_sha256 is not None
@@ -100,6 +104,12 @@ def _learn(
             round_number=context.number,
             seed=config.seed,
             on_progress=work.lease.on_progress,
+            checkpoints=open_checkpoints(
+                work,
+                round_place(context.number),
+                about=_determined_by(context, settings, rows, counted),
+                every=settings.server.checkpoint_steps,
+            ),
         )
     except CoverageTooLow as error:
         detail = f"the LLM and the proxy: {error}"
@@ -108,3 +118,19 @@ def _learn(
         ) from error
     except TrainingDiverged as error:
         raise DomainError(ErrorCode.JOB_FAILED, str(error)) from error
+
+
+def _determined_by(
+    context: RoundContext, settings: CoPlmsSettings, rows: RowFiles, counted: list[UpdateRecord]
+) -> list[object]:
+    """What the round's mutual learning follows from, beside what its loop sees."""
+    config = context.config
+    assert config.llm is not None
+    return [
+        settings.model_dump(mode="json"),
+        [config.seed, context.number],
+        [folder_identity(config.llm), config.llm_loading.model_dump(mode="json"), context.base_llm_adapter_sha256],
+        [context.proxy_manifest_sha256, context.aggregated_adapter_sha256],
+        [rows.training, context.probe_set_sha256],
+        [update.parts for update in counted],
+    ]

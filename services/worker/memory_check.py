@@ -90,7 +90,7 @@ def _mutual_learning(
     server = settings.server
     options: dict[str, Any] = {
         "learns": "adapter",
-        "batch_size": server.batch_size,
+        "batch_size": server.rows_at_once,
         "length": min(longest, server.max_length),
         "precision": server.precision,
         "gradient_checkpointing": server.gradient_checkpointing,

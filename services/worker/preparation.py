@@ -4,19 +4,14 @@ What later stages and the devices need goes to the blob store; of the user's fil
 afterwards.
 """
 
-import hashlib
-import json
-import shutil
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-import structlog
 from sqlalchemy.orm import Session
 
-from assets.checkpoints import FolderCheckpoints
 from assets.data import read_examples
 from assets.errors import DataFileError
 from assets.models import folder_identity, list_model_files, save_language_model
@@ -34,9 +29,9 @@ from protocol.assignments import ModelFile, ModelManifest
 from protocol.errors import DomainError, ErrorCode
 from protocol.runs import RunCreate
 from protocol.safetensors_header import read_header
-from protocol.statuses import RunStatus
 from protocol.strategies import CoPlmsSettings, LoraSettings
 from worker.adapter_files import peft_config, put_adapter
+from worker.checkpoints import PREPARATION, drop_outdated, forget_when_stored, open_checkpoints
 from worker.memory_check import check_memory
 from worker.model_cache import load_model
 from worker.public_rows import PublicRows, in_hashed_order, split_public_rows
@@ -48,8 +43,6 @@ T = TypeVar("T")
 
 _IMPORTANCE_ROWS = 256
 """Public rows on which the importance of heads and neurons is measured."""
-
-log = structlog.get_logger("worker.preparation")
 
 
 @dataclass(frozen=True)
@@ -79,7 +72,7 @@ def prepare(work: Work) -> Finish:
 def _prepare(work: Work, config: RunCreate, settings: CoPlmsSettings) -> Finish:
     assert config.llm is not None
     watch = Stopwatch()
-    _drop_outdated_checkpoints(work)
+    drop_outdated(work)
     with watch.measure("loading"):
         rows, test_rows = _read_rows(config)
         check_memory(config, settings, rows.training)
@@ -128,8 +121,7 @@ def _finish(work: Work, files: _Files, metrics: dict[str, Any]) -> Finish:
     )
 
     def finish(session: Session) -> None:
-        if work.checkpoints:
-            shutil.rmtree(work.checkpoints / work.job.run_id, ignore_errors=True)
+        forget_when_stored(work, session)
         now, run_id = utc_now(), work.job.run_id
         for blob in (files.manifest, *files.proxy):
             artifacts.register(session, blob.sha256, blob.size, "proxy_base", run_id, now)
@@ -241,40 +233,20 @@ def _distil(
             gradient_checkpointing=settings.gradient_checkpointing,
             seed=derive_seed(config.seed, "distillation"),
             on_progress=work.lease.on_progress,
-            checkpoints=_checkpoints(work, training, config),
+            checkpoints=open_checkpoints(
+                work, PREPARATION, about=_determined_by(training, config), every=settings.checkpoint_steps
+            ),
         )
     except TrainingDiverged as error:
         raise DomainError(ErrorCode.JOB_FAILED, str(error)) from error
 
 
-def _drop_outdated_checkpoints(work: Work) -> None:
-    """Remove the states of runs that are not being prepared any more: they failed or were stopped."""
-    if work.checkpoints is None or not work.checkpoints.exists():
-        return
-    for folder in work.checkpoints.iterdir():
-        try:
-            with work.database.reading() as session:
-                keep = runs.get_run(session, folder.name).status is RunStatus.PREPARING
-        except DomainError:  # of another database
-            keep = False
-        if not keep:
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _checkpoints(work: Work, training: list[Example], config: RunCreate) -> FolderCheckpoints | None:
-    """Where the distillation's states are kept until the run is prepared: a worker that is killed goes on from them."""
-    if work.checkpoints is None or not config.proxy.checkpoint_steps:
-        return None
+def _determined_by(training: list[Example], config: RunCreate) -> list[object]:
+    """What the distillation follows from, beside what its loop sees."""
     assert config.llm is not None
     path = config.proxy.path
     models = [folder_identity(config.llm), folder_identity(path) if path else None]
-    about = [config.proxy.model_dump(mode="json"), config.seed, models, rows_digest(training)]
-    return FolderCheckpoints(
-        work.checkpoints / work.job.run_id,
-        configuration=hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest(),
-        every=config.proxy.checkpoint_steps,
-        on_ignored=lambda reason: log.warning("checkpoint_ignored", reason=reason),
-    )
+    return [config.proxy.model_dump(mode="json"), config.seed, models, rows_digest(training)]
 
 
 def _fresh_adapter(

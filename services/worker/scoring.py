@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 from cotuning.evaluation import evaluate
 from cotuning.examples import Example
@@ -21,7 +22,7 @@ def score(models: Mapping[str, LanguageModel], rows: Sequence[Example], config: 
     """Measure each model on `rows`; nothing for no rows.
 
     Raises:
-        Abandoned: from the lease, between two models.
+        Abandoned: from the lease, between two tokens.
     """
     settings = config.strategy
     assert isinstance(settings, CoPlmsSettings)
@@ -34,9 +35,14 @@ def score(models: Mapping[str, LanguageModel], rows: Sequence[Example], config: 
             max_new_tokens=config.evaluation.max_new_tokens,
             batch_size=BATCH_FACTOR * settings.server.batch_size,
             max_length=settings.server.max_length,
+            on_rows=partial(_note, lease, f"evaluation_{name}"),
         )
         scores[name] = Scores.model_validate(dataclasses.asdict(measured))
     return scores
+
+
+def _note(lease: Lease, stage: str, done: int, total: int) -> None:
+    lease.on_progress(stage, done, total, {})
 
 
 def not_worse(candidate: ModelScores, reference: ModelScores, tolerance: float) -> bool:

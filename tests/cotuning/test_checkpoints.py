@@ -9,13 +9,13 @@ import torch
 
 from assets.checkpoints import FolderCheckpoints
 from assets.tensors import read_tensors
-from cotuning.adapters import AdapterState, activate, adapted, adapter_state, lora_config
+from cotuning.adapters import AdapterState, activate, adapted, adapter_state, fresh_adapter, lora_config
 from cotuning.checkpoints import capture, restore
 from cotuning.encoded_rows import EncodedRows
 from cotuning.strategies import co_plms
-from cotuning.strategies.results import DeviceResult
+from cotuning.strategies.results import DeviceResult, ServerResult
 from cotuning.training import Learner, Step, draw_batches, row_sizes, train, tune_adapter
-from protocol.strategies import CoPlmsSettings, LocalTraining, LoraSettings
+from protocol.strategies import CoPlmsSettings, LocalTraining, LoraSettings, ServerTraining
 from tests.tiny_models import tiny_examples, tiny_language_model
 
 ROWS = tiny_examples(16)
@@ -148,8 +148,8 @@ def test_a_parameter_without_a_gradient_has_no_moments_and_stays_so(tmp_path: Pa
     def run(on_progress: Any, checkpoints: Any) -> list[torch.Tensor]:
         used, unused = torch.ones(2, requires_grad=True), torch.ones(1, requires_grad=True)
 
-        def step_at(step: int) -> Step:
-            return Step({"one": (used * used).sum()}, {})
+        def step_at(step: int) -> list[Step]:
+            return [Step({"one": (used * used).sum()}, {})]
 
         learners = {"one": Learner([used, unused], 0.1)}
         train(learners, step_at, steps=6, stage="test", on_progress=on_progress, checkpoints=checkpoints)
@@ -205,3 +205,36 @@ def test_a_devices_round_goes_on_in_the_stage_in_which_it_was_killed(tmp_path: P
     assert same(resumed.domain_adapter, whole.domain_adapter)
     assert resumed.losses == whole.losses
     assert seen[0] == (stage, step - step % 2 + 1) if step < 4 or stage == "mutual_learning" else seen[0][1] == 1
+
+
+def server_round(on_progress: Any, checkpoints: Any = None) -> ServerResult:
+    lora = LoraSettings(rank=2, alpha=4, dropout=0.2)
+    server = ServerTraining(steps=5, batch_size=4, micro_batch_size=3, max_length=64)
+    proxy = tiny_language_model("llama_proxy")
+    return co_plms.server_step(
+        llm=tiny_language_model("llama"),
+        proxy=proxy,
+        public=ROWS,
+        probe=tiny_examples(4, start=100),
+        shared_adapter=fresh_adapter(proxy, lora_config(proxy, **lora.model_dump()), seed=1),
+        llm_adapter=None,
+        device_logits=[],
+        settings=CoPlmsSettings(proxy_lora=lora, llm_lora=lora, server=server),
+        round_number=1,
+        seed=0,
+        on_progress=on_progress,
+        checkpoints=checkpoints,
+    )
+
+
+@pytest.mark.parametrize("step", [1, 4])
+def test_the_clouds_round_goes_on_where_it_was_killed_in_micro_batches_too(tmp_path: Path, step: int) -> None:
+    whole = server_round(silent)
+    with pytest.raises(Killed):
+        server_round(killed_at("server_mutual_learning", step), kept(tmp_path))
+    seen: list[int] = []
+    resumed = server_round(lambda stage, done, steps, losses: seen.append(done), kept(tmp_path))
+    assert seen == list(range(step - step % 2 + 1, 6))
+    assert same(resumed.shared_adapter, whole.shared_adapter)
+    assert same(resumed.llm_adapter, whole.llm_adapter)
+    assert resumed.losses == whole.losses

@@ -152,6 +152,40 @@ def test_over_long_rows_lose_their_head_and_an_answer_is_given() -> None:
     assert math.isfinite(bits_per_byte(lm, [row], max_length=32))
 
 
+def test_progress_is_told_between_any_two_tokens_and_counts_every_row_twice() -> None:
+    lm = sharpened("gpt2")
+    rows = varied_rows()
+    seen: list[tuple[int, int]] = []
+    scores = evaluate(lm, rows, max_new_tokens=5, batch_size=4, on_rows=lambda done, total: seen.append((done, total)))
+    assert scores == evaluate(lm, rows, max_new_tokens=5, batch_size=4)
+    done = [each for each, _ in seen]
+    assert {total for _, total in seen} == {2 * len(rows)}
+    assert done == sorted(done)
+    assert done[-1] == 2 * len(rows)
+    longest = max(len(lm.tokenizer(answer)["input_ids"]) for answer in generate(lm, rows, max_new_tokens=5))
+    assert len([each for each in done if each <= len(rows)]) > longest  # not once a batch of rows
+    assert {len(rows), len(rows) + 4, len(rows) + 8} <= set(done)
+
+
+@pytest.mark.parametrize("call", [1, 3, 9])
+def test_what_progress_raises_ends_the_evaluation_with_the_model_as_it_was(call: int) -> None:
+    class Stopped(Exception):
+        pass
+
+    def stop(*_: int) -> None:
+        calls.append(None)
+        if len(calls) == call:
+            raise Stopped
+
+    calls: list[None] = []
+    lm = sharpened("gpt2")
+    lm.model.train()
+    with pytest.raises(Stopped):
+        evaluate(lm, varied_rows(), max_new_tokens=5, batch_size=4, on_rows=stop)
+    assert len(calls) == call
+    assert lm.model.training
+
+
 def test_no_rows_are_refused() -> None:
     with pytest.raises(ValueError, match="expected at least one row"):
         evaluate(tiny_language_model("gpt2"), [], max_new_tokens=3)

@@ -13,8 +13,9 @@ from cotuning.encoded_rows import EncodedRows
 from cotuning.examples import Example
 from cotuning.language_model import LanguageModel
 from cotuning.memory import MemoryEstimate, NotEnoughMemory, estimate_memory, longest_row, require_memory, together
-from cotuning.mutual_learning import Party, learn_mutually, share_rows
+from cotuning.mutual_learning import Party, learn_mutually
 from cotuning.proxy import distil_proxy
+from cotuning.shared_rows import share_rows
 from cotuning.training import tune_adapter
 from tests.tiny_models import tiny_language_model
 

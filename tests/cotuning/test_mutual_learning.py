@@ -8,8 +8,9 @@ from cotuning.encoded_rows import EncodedRows
 from cotuning.encoding import encode_batch
 from cotuning.examples import Example, render_prompt
 from cotuning.language_model import LanguageModel
-from cotuning.mutual_learning import Party, learn_mutually, share_rows
+from cotuning.mutual_learning import Party, learn_mutually
 from cotuning.probe_logits import choose_teachers, make_teacher, parse_probe_payload, probe_payload, probe_places
+from cotuning.shared_rows import share_rows
 from tests.tiny_models import tiny_examples, tiny_language_model
 
 ROWS = tiny_examples(6)

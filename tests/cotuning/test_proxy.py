@@ -256,7 +256,8 @@ def test_on_policy_steps_read_the_proxys_own_words_and_have_no_cross_entropy() -
     reported: list[set[str]] = []
 
     def note(stage: str, step: int, steps: int, losses: dict[str, float]) -> None:
-        reported.append(set(losses))
+        if stage == "distillation":
+            reported.append(set(losses))
 
     proxy = create_proxy(llm, source="prune", layers=1, seed=1)
     distil(llm, proxy, on_policy_fraction=0.5, on_policy_tokens=8, on_progress=note)
@@ -321,7 +322,7 @@ def test_a_killed_distillation_goes_on_to_the_same_bits_in_every_mode(tmp_path: 
         pass
 
     def kill(stage: str, step: int, steps: int, losses: dict[str, float]) -> None:
-        if step == 5:
+        if (stage, step) == ("distillation", 5):
             raise Killed
 
     def fresh() -> LanguageModel:
@@ -344,3 +345,20 @@ def test_gradient_checkpointing_changes_no_bit() -> None:
     assert distil(llm, proxies[1], steps=4, feature_weight=1.0, gradient_checkpointing=True) == plain
     pairs = zip(proxies[0].model.parameters(), proxies[1].model.parameters(), strict=True)
     assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_measuring_can_be_ended_between_rows() -> None:
+    llm = opinionated()
+
+    class Stopped(Exception):
+        pass
+
+    def stop(stage: str, step: int, steps: int, losses: dict[str, float]) -> None:
+        told.append((stage, step, steps))
+        raise Stopped
+
+    told: list[tuple[str, int, int]] = []
+    with pytest.raises(Stopped):
+        distil(llm, create_proxy(llm, source="prune", layers=1, seed=1), on_progress=stop)
+    ((stage, done, rows),) = told
+    assert (stage, done) == ("distillation_agreement", rows)

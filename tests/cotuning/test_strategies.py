@@ -10,11 +10,11 @@ from cotuning.encoded_rows import EncodedRows
 from cotuning.evaluation import bits_per_byte
 from cotuning.examples import Example
 from cotuning.language_model import LanguageModel
-from cotuning.mutual_learning import CoverageTooLow, measure_alignment, share_rows
 from cotuning.probe_logits import probe_payload
 from cotuning.proxy_creation import create_proxy
+from cotuning.shared_rows import CoverageTooLow, measure_alignment, share_rows
 from cotuning.strategies import co_plms, standalone
-from cotuning.strategies.results import DeviceResult
+from cotuning.strategies.results import DeviceResult, ServerResult
 from protocol.strategies import CoPlmsSettings, LocalTraining, LoraSettings, ServerTraining, StandaloneSettings
 from tests.tiny_models import tiny_examples, tiny_language_model
 
@@ -68,7 +68,7 @@ class World:
         }
         return co_plms.device_step(**values | changes)
 
-    def server(self, **changes: Any) -> co_plms.ServerResult:
+    def server(self, **changes: Any) -> ServerResult:
         values: dict[str, Any] = {
             "llm": self.llm,
             "proxy": self.proxy,
@@ -350,6 +350,47 @@ def test_the_server_teaches_both_and_gives_equal_bits() -> None:
     assert tuned_loss(world.llm, first.llm_adapter, PUBLIC) < bits_per_byte(world.llm, PUBLIC)
     onward = world.server(llm_adapter=first.llm_adapter, shared_adapter=first.shared_adapter, round_number=2)
     assert tuned_loss(world.llm, onward.llm_adapter, PUBLIC) < tuned_loss(world.llm, first.llm_adapter, PUBLIC)
+
+
+def test_micro_batches_change_every_stage_by_rounding_only() -> None:
+    world = World()
+    small = settings(
+        training=TRAINING.model_copy(update={"micro_batch_size": 3}),
+        server=ServerTraining(steps=5, batch_size=4, micro_batch_size=3, max_length=64, llm_learning_rate=1e-2),
+    )
+    whole_device, device = world.device(), world.device(settings=small)
+    whole_cloud, cloud = world.server(), world.server(settings=small)
+    for expected, got in ((whole_device.losses, device.losses), (whole_cloud.losses, cloud.losses)):
+        assert got == pytest.approx(expected, rel=1e-3)
+    assert whole_device.domain_adapter is not None
+    assert device.domain_adapter is not None
+    for whole, cut in (
+        (whole_device.domain_adapter, device.domain_adapter),
+        (whole_device.slm_adapter, device.slm_adapter),
+        (whole_device.delta, device.delta),
+        (whole_cloud.shared_adapter, cloud.shared_adapter),
+        (whole_cloud.llm_adapter, cloud.llm_adapter),
+    ):
+        assert not same(whole, cut)  # summed in another order: it was cut
+        for name, tensor in whole.items():
+            torch.testing.assert_close(cut[name], tensor, rtol=1e-2, atol=1e-3)
+
+
+def test_a_standalone_device_takes_micro_batches() -> None:
+    losses = []
+    for size in (None, 3):
+        result = standalone.device_step(
+            slm=tiny_language_model("gpt2"),
+            private=PRIVATE,
+            slm_adapter=None,
+            settings=StandaloneSettings(slm_lora=LORA, training=TRAINING.model_copy(update={"micro_batch_size": size})),
+            round_number=1,
+            seed=0,
+            on_progress=silent,
+        )
+        losses.append(result.losses["slm_ce"])
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 def test_no_server_steps_change_nothing() -> None:

@@ -139,10 +139,10 @@ def test_warm_up_clip_and_report_of_the_loop() -> None:
     weight = torch.zeros(1, requires_grad=True)
     path: list[float] = []
 
-    def step_at(step: int) -> Step:
+    def step_at(step: int) -> list[Step]:
         path.append(float(weight.detach()))
         objective = -1000.0 * weight.sum()  # a constant gradient, so AdamW moves by the rate each step
-        return Step({"one": objective}, {"value": torch.tensor(float(step))})
+        return [Step({"one": objective}, {"value": torch.tensor(float(step))})]
 
     report = train({"one": Learner([weight], 0.1)}, step_at, steps=40, stage="test", on_progress=silent)
     moves = [after - before for before, after in itertools.pairwise(path)]
@@ -158,8 +158,8 @@ def test_decay_falls_to_nothing_in_a_straight_line() -> None:
         weight = torch.zeros(1, requires_grad=True)
         places = [0.0]
 
-        def step_at(_: int, weight: torch.Tensor = weight) -> Step:
-            return Step({"one": weight.sum()}, {})
+        def step_at(_: int, weight: torch.Tensor = weight) -> list[Step]:
+            return [Step({"one": weight.sum()}, {})]
 
         def note(*_: Any, weight: torch.Tensor = weight, places: list[float] = places) -> None:
             places.append(weight.item())
@@ -173,9 +173,9 @@ def test_decay_falls_to_nothing_in_a_straight_line() -> None:
 def test_a_loss_that_is_not_finite_stops_the_training_with_finite_weights() -> None:
     weight = torch.ones(2, requires_grad=True)
 
-    def step_at(step: int) -> Step:
+    def step_at(step: int) -> list[Step]:
         objective = (weight * (torch.nan if step == 2 else 1.0)).sum()
-        return Step({"one": objective}, {})
+        return [Step({"one": objective}, {})]
 
     with pytest.raises(TrainingDiverged, match=r"test, step 3 of 5: expected a finite loss and gradient for one"):
         train({"one": Learner([weight], 0.1)}, step_at, steps=5, stage="test", on_progress=silent)

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from sqlalchemy import update
 from structlog.testing import capture_logs
 from transformers.utils import is_bitsandbytes_available
 
@@ -19,21 +20,23 @@ from cotuning.product_mean import at_rank, lora_pairs
 from persistence import devices as persisted_devices
 from persistence import jobs, rounds, runs, updates
 from persistence.errors import LeaseLost
+from persistence.tables import RunRow
 from protocol.assignments import ModelManifest
 from protocol.devices import Heartbeat
 from protocol.errors import DomainError, ErrorCode
 from protocol.events import EventType
 from protocol.headers import ADAPTER_FORMAT, METADATA_FORMAT, METADATA_PROXY
-from protocol.runs import ModelLoading, RoundMetrics, Scores
+from protocol.runs import ModelLoading, RoundMetrics, Run, Scores
 from protocol.statuses import AssignmentStatus, PartKind, RoundStatus, RunStatus
 from protocol.strategies import CoPlmsSettings
 from tests.tiny_models import tiny_examples
 from tests.worker.cloud import PROFILE, Cloud, write_rows
+from worker.co_tuning import co_tune
 from worker.leases import Abandoned, Lease
 from worker.memory_check import check_memory
 from worker.model_cache import ModelCache
 from worker.preparation import prepare
-from worker.scoring import not_worse
+from worker.scoring import not_worse, score
 from worker.settings import Settings
 from worker.stage import Work, utc_now
 
@@ -409,9 +412,10 @@ def test_every_mode_of_distillation_reaches_the_proxy(cloud: Cloud, llm: str) ->
 def test_a_killed_distillation_is_taken_up_where_it_was(cloud: Cloud, llm: str) -> None:
     class Dying(Lease):
         def on_progress(self, stage: str, step: int, steps: int, losses: dict[str, float]) -> None:
-            steps_taken.append(step)
-            if step == 5:
-                raise Abandoned("killed")
+            if stage == "distillation":
+                steps_taken.append(step)
+                if step == 5:
+                    raise Abandoned("killed")
 
     steps_taken: list[int] = []
     (device,) = cloud.enrol("a")
@@ -429,7 +433,7 @@ def test_a_killed_distillation_is_taken_up_where_it_was(cloud: Cloud, llm: str) 
         work = Work(job, "killed", cloud.database, cloud.blobs, cache, lease, folder)
         with pytest.raises(Abandoned):
             prepare(work)
-    assert (folder / run.run_id / "distillation.safetensors").exists()
+    assert (folder / run.run_id / "preparation" / "distillation.safetensors").exists()
     time.sleep(0.01)
     with capture_logs() as logs:
         cloud.work()
@@ -448,6 +452,85 @@ def test_states_of_runs_that_ended_are_removed(cloud: Cloud, llm: str) -> None:
     cloud.create_run(llm)
     cloud.work()
     assert list(folder.iterdir()) == []
+
+
+KEPT = {"server": {"steps": 6, "batch_size": 4, "max_length": 64, "checkpoint_steps": 2}}
+"""The co-tuning's states: after steps 2, 4 and 6."""
+
+
+class DiesAtTheFifthStep(Lease):
+    """As a worker that is killed: nothing is written, nothing given back."""
+
+    def on_progress(self, stage: str, step: int, steps: int, losses: dict[str, float]) -> None:
+        if step == 5:
+            raise Abandoned("killed")
+
+
+def co_tune_until_killed(cloud: Cloud, llm: str) -> Run:
+    """A run whose first round lost its worker in co-tuning; the job waits for another."""
+    (device,) = cloud.enrol("a")
+    run = cloud.create_run(llm, strategy=KEPT)
+    cloud.work()
+    cloud.deliver_untrained(device)
+    cloud.runner.run(cloud.sent.pop(0))
+    (job_id,) = cloud.sent
+    job = cloud.call(jobs.claim, job_id, "killed", 0.001, utc_now())
+    assert job is not None
+    with DiesAtTheFifthStep(lambda: True, 60, threading.Event()) as lease:
+        cache = ModelCache(cloud.settings.home, cloud.blobs)
+        work = Work(job, "killed", cloud.database, cloud.blobs, cache, lease, cloud.settings.home / "checkpoints")
+        with pytest.raises(Abandoned):
+            co_tune(work)
+    time.sleep(0.01)
+    return run
+
+
+def test_a_killed_co_tuning_is_taken_up_where_it_was_to_the_same_bits(cloud: Cloud, llm: str) -> None:
+    killed = co_tune_until_killed(cloud, llm)
+    folder = cloud.settings.home / "checkpoints" / killed.run_id
+    assert [path.name for path in (folder / "round-1").iterdir()] == ["server_mutual_learning.safetensors"]
+    with capture_logs() as logs:
+        cloud.work()
+    assert next(entry for entry in logs if entry.get("stage") == "server_mutual_learning")["step"] == 5
+    assert not [entry for entry in logs if entry["event"] == "checkpoint_ignored"]
+    assert not folder.exists()
+    (device,) = cloud.enrol("b")
+    whole = cloud.create_run(llm, strategy=KEPT)
+    cloud.work()
+    cloud.deliver_untrained(device)
+    cloud.work()
+    expected, got = (cloud.version(run.run_id, 1) for run in (whole, killed))
+    assert got.proxy_adapter_sha256 == expected.proxy_adapter_sha256
+    assert got.llm_adapter_sha256 == expected.llm_adapter_sha256
+    losses = [cloud.round(run.run_id).metrics["losses"] for run in (whole, killed)]
+    assert losses[0] == losses[1]
+
+
+def test_a_state_of_other_inputs_is_not_used(cloud: Cloud, llm: str) -> None:
+    """Here another seed; any other input is part of the same hash."""
+    run = co_tune_until_killed(cloud, llm)
+    config = run.config.model_copy(update={"seed": run.config.seed + 1})
+    with cloud.database.transaction() as session:
+        session.execute(update(RunRow).where(RunRow.id == run.run_id).values(config=config.model_dump(mode="json")))
+    with capture_logs() as logs:
+        cloud.work()
+    assert next(entry for entry in logs if entry.get("stage") == "server_mutual_learning")["step"] == 1
+    assert len([entry for entry in logs if entry["event"] == "checkpoint_ignored"]) == 1
+    assert cloud.round(run.run_id).status is RoundStatus.PUBLISHED
+
+
+def test_states_of_a_round_that_is_over_are_removed(cloud: Cloud, llm: str) -> None:
+    run = co_tune_until_killed(cloud, llm)
+    folder = cloud.settings.home / "checkpoints" / run.run_id
+    (folder / "round-0").mkdir()
+    (folder / "preparation").mkdir()
+    cloud.create_run(llm)
+    cloud.runner.run(cloud.sent.pop())  # another run's preparation, on the same machine
+    assert [path.name for path in folder.iterdir()] == ["round-1"]
+    cloud.call(runs.stop_run, run.run_id, "enough", utc_now())
+    cloud.create_run(llm)
+    cloud.runner.run(cloud.sent.pop())
+    assert not folder.exists()
 
 
 def test_a_run_that_cannot_fit_is_refused_before_anything_is_loaded(cloud: Cloud, llm: str) -> None:
@@ -469,6 +552,8 @@ def test_the_servers_own_training_is_weighed_too(cloud: Cloud, llm: str) -> None
     assert (caught.value.code, caught.value.received) == (ErrorCode.NOT_ENOUGH_MEMORY, 50_000_000)
     assert caught.value.expected > 100_000_000
     check_memory(config, config.strategy, rows, {"cuda:0": 2**40})
+    in_parts = config.strategy.server.model_copy(update={"micro_batch_size": 4})
+    check_memory(config, config.strategy.model_copy(update={"server": in_parts}), rows, {"cuda:0": 50_000_000})
     careless = config.model_copy(update={"llm_loading": ModelLoading(check_memory=False)})
     check_memory(careless, config.strategy, rows, {"cuda:0": 1})
 
@@ -579,6 +664,23 @@ def test_a_worker_that_stops_gives_the_job_back(cloud: Cloud, llm: str) -> None:
     other = cloud.call(jobs.claim, job_id, "worker-2", 20, utc_now())
     assert other is not None
     assert other.attempts == 1  # being asked to stop is no failure
+
+
+def test_a_worker_that_stops_while_it_evaluates_gives_the_job_back_within_a_token(cloud: Cloud, llm: str) -> None:
+    class StopsAtTheThirdToken(Lease):
+        def on_progress(self, stage: str, step: int, steps: int, losses: dict[str, float]) -> None:
+            told.append((stage, steps))
+            if len(told) == 3:
+                stop.set()
+            super().on_progress(stage, step, steps, losses)
+
+    told: list[tuple[str, int]] = []
+    stop = threading.Event()
+    lm = load_language_model(llm)
+    config = cloud.create_run(llm).config
+    with StopsAtTheThirdToken(lambda: True, 60, stop) as lease, pytest.raises(Abandoned):
+        score({"llm": lm, "proxy": lm}, tiny_examples(4), config, lease)
+    assert told == [("evaluation_llm", 8)] * 3
 
 
 def test_stopping_a_run_ends_the_work_on_it(cloud: Cloud, llm: str) -> None:

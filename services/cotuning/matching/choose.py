@@ -8,11 +8,13 @@ import torch
 
 from cotuning.alignment import align
 from cotuning.divergences import Divergence
+from cotuning.encoding import EncodedBatch
 from cotuning.folding import FoldPair
 from cotuning.matching.gold import gold, match_vocabularies
-from cotuning.matching.interface import Direction, Lesson, Matching, MatchingName, Reading, both_ways
+from cotuning.matching.interface import Counts, Direction, Lesson, Matching, MatchingName, Reading, both_ways
 from cotuning.matching.likelihood import span_likelihood
 from cotuning.matching.mined import MinedDtw
+from cotuning.matching.spans import count_spans
 from cotuning.matching.uld import uld
 from cotuning.mutual_loss import mutual_loss
 from cotuning.token_tables import TokenTable
@@ -59,13 +61,13 @@ def choose_matching(
         )
     compared: _Compared = {"temperature": temperature, "divergence": divergence, "jsd_beta": jsd_beta}
     if name == "fold":
-        folded = partial(_fold, fold=fold, **compared)
+        folded = Matching(partial(_fold, fold=fold, **compared), _count_fold)
         if not span_likelihood_weight:
             return folded
         inside = span_likelihood(**compared, spans="several_tokens", name="span_likelihood")
-        return partial(_with_term, folded, both_ways(inside, inside), weight=span_likelihood_weight)
+        return _with_term(folded, both_ways(inside, inside), weight=span_likelihood_weight)
     if name == "ce_only":
-        return _nothing
+        return Matching(_nothing, lambda a, b: ())
     device = fold.map_a_V.device
     ways = ((table_a, table_b), (table_b, table_a))
     return both_ways(*(_direction(name, student, teacher, device, compared) for student, teacher in ways))
@@ -81,14 +83,22 @@ def _direction(
         case "gold":
             return gold(match_vocabularies(student, teacher, device), **compared)
         case "mined_dtw":
-            return MinedDtw(student, teacher, temperature=compared["temperature"])
+            mined = MinedDtw(student, teacher, temperature=compared["temperature"])
+            return Direction(mined, mined.count)
         case "alm":
             return span_likelihood(**compared)
     raise ValueError(f"expected a matching of {', '.join(get_args(MatchingName))}, got {name!r}")
 
 
 def _fold(
-    a: Reading, b: Reading, *, fold: FoldPair, temperature: float, divergence: Divergence, jsd_beta: float
+    a: Reading,
+    b: Reading,
+    counts: Counts | None,
+    *,
+    fold: FoldPair,
+    temperature: float,
+    divergence: Divergence,
+    jsd_beta: float,
 ) -> tuple[Lesson, Lesson]:
     """Both directions of `mutual_loss` at the starts of the common spans, in one pass; reported as `kl`."""
     spans = align(a.batch, b.batch)
@@ -103,6 +113,7 @@ def _fold(
         jsd_beta=jsd_beta,
         weight_a=1.0 if a.learns else None,
         weight_b=1.0 if b.learns else None,
+        num_spans=None if counts is None else max(counts[0], 1),
         after_break_S=fold.after_break(spans),
     )
     return (
@@ -111,15 +122,23 @@ def _fold(
     )
 
 
-def _nothing(a: Reading, b: Reading) -> tuple[Lesson, Lesson]:
+def _count_fold(a: EncodedBatch, b: EncodedBatch) -> Counts:
+    return (count_spans(a, b),)
+
+
+def _nothing(a: Reading, b: Reading, counts: Counts | None) -> tuple[Lesson, Lesson]:
     return Lesson(), Lesson()
 
 
-def _with_term(first: Matching, second: Matching, a: Reading, b: Reading, *, weight: float) -> tuple[Lesson, Lesson]:
-    """Both matchings' terms, those of the second at `weight`."""
-    lessons = zip(first(a, b), second(a, b), strict=True)
-    joined = [
-        replace(one, terms={**one.terms, **other.terms}, weights={**one.weights, **dict.fromkeys(other.terms, weight)})
-        for one, other in lessons
-    ]
-    return joined[0], joined[1]
+def _with_term(folded: Matching, other: Matching, *, weight: float) -> Matching:
+    """Both matchings' terms, those of the other at `weight`."""
+
+    def teach(a: Reading, b: Reading, counts: Counts | None) -> tuple[Lesson, Lesson]:
+        first, second = (None, None) if counts is None else (counts[:1], counts[1:])
+        joined = [
+            replace(one, terms={**one.terms, **two.terms}, weights={**one.weights, **dict.fromkeys(two.terms, weight)})
+            for one, two in zip(folded(a, b, first), other(a, b, second), strict=True)
+        ]
+        return joined[0], joined[1]
+
+    return Matching(teach, lambda a, b: (*folded.count(a, b), *other.count(a, b)))

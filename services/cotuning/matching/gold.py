@@ -29,7 +29,7 @@ from torch import Tensor
 from cotuning.alignment import align
 from cotuning.divergences import Divergence, divergence_and_slope
 from cotuning.matching.interface import Direction, Lesson, Reading, by_rows, log_probs, mean
-from cotuning.matching.spans import span_tokens, sum_by_span, token_log_likelihoods
+from cotuning.matching.spans import count_spans, span_tokens, sum_by_span, token_log_likelihoods
 from cotuning.matching.uld import sorted_l1
 from cotuning.token_tables import TokenTable
 
@@ -131,7 +131,7 @@ def gold(
         matched_weight=matched_weight,
     )
 
-    def teach(student: Reading, teacher: Reading) -> Lesson:
+    def teach(student: Reading, teacher: Reading, num_spans: float | None) -> Lesson:
         alignment = align(student.batch, teacher.batch)
         sides = []
         for reading in (student, teacher):
@@ -147,6 +147,6 @@ def gold(
                 log_probs(teacher_SD, teacher.head, temperature) + teacher_S[:, None],
             )
 
-        return Lesson({"gold": mean(by_rows(values, *sides))})
+        return Lesson({"gold": mean(by_rows(values, *sides), num_spans)})
 
-    return teach
+    return Direction(teach, count_spans)

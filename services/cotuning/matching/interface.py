@@ -5,7 +5,7 @@ Names: B rows, T tokens, D hidden size, N rows of hidden states, V token ids.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -74,40 +74,71 @@ class Lesson:
         return total
 
 
-class Matching(Protocol):
-    """What is compared between two models, and how."""
+Counts = tuple[float, ...]
+"""What each mean of a matching is over (spans, pairs of positions or tokens), in an order of the matching's own."""
 
-    def __call__(self, a: Reading, b: Reading) -> tuple[Lesson, Lesson]:
+
+@dataclass(frozen=True)
+class Matching:
+    """What is compared between two models, and how.
+
+    What it gives are means, and shares, over the batch. Where a step is computed in micro-batches they must be over the
+    whole step: then each micro-batch is given the step's counts, the sum of all its micro-batches' place by place, and
+    its lessons are what it adds to the step's.
+
+    Attributes:
+        teach: as `__call__`.
+        count: what the means over a batch are over; needs no forward pass.
+    """
+
+    teach: Callable[[Reading, Reading, Counts | None], tuple[Lesson, Lesson]]
+    count: Callable[[EncodedBatch, EncodedBatch], Counts]
+
+    def __call__(self, a: Reading, b: Reading, counts: Counts | None = None) -> tuple[Lesson, Lesson]:
         """What A learns from B, and B from A.
 
         Args:
             a: the first model's reading.
             b: the second's, of the same responses in the same order.
+            counts: what the means are over; the batch's own if not given.
 
         Raises:
             ValueError: the readings hold different responses.
         """
-        ...
+        return self.teach(a, b, counts)
 
 
-class Direction(Protocol):
-    """One half of a symmetric matching."""
+@dataclass(frozen=True)
+class Direction:
+    """One half of a symmetric matching; its lesson is one mean, of which see `Matching`.
 
-    def __call__(self, student: Reading, teacher: Reading) -> Lesson:
+    Attributes:
+        teach: as `__call__`.
+        count: what the mean over a batch is over, from the student's encoding and the teacher's.
+    """
+
+    teach: Callable[[Reading, Reading, float | None], Lesson]
+    count: Callable[[EncodedBatch, EncodedBatch], int]
+
+    def __call__(self, student: Reading, teacher: Reading, count: float | None = None) -> Lesson:
         """What the student learns from a teacher, which is a constant."""
-        ...
+        return self.teach(student, teacher, count)
 
 
 def both_ways(a_from_b: Direction, b_from_a: Direction) -> Matching:
     """A matching of two directions, each with the other side detached; a side that does not learn costs nothing."""
 
-    def match(a: Reading, b: Reading) -> tuple[Lesson, Lesson]:
+    def teach(a: Reading, b: Reading, counts: Counts | None) -> tuple[Lesson, Lesson]:
+        count_a, count_b = counts or (None, None)
         return (
-            a_from_b(a, b.detached()) if a.learns else Lesson(),
-            b_from_a(b, a.detached()) if b.learns else Lesson(),
+            a_from_b(a, b.detached(), count_a) if a.learns else Lesson(),
+            b_from_a(b, a.detached(), count_b) if b.learns else Lesson(),
         )
 
-    return match
+    def count(a: EncodedBatch, b: EncodedBatch) -> Counts:
+        return a_from_b.count(a, b), b_from_a.count(b, a)
+
+    return Matching(teach, count)
 
 
 def log_probs(hidden_ND: Tensor, head: Head, temperature: float = 1.0) -> Tensor:
@@ -138,6 +169,6 @@ def by_rows(values: Callable[..., Tensor], *rows: Tensor, rows_at_once: int = RO
     return torch.cat(parts)
 
 
-def mean(values_N: Tensor) -> Tensor:
-    """The mean, 0 (with a gradient of nothing) where there are no values."""
-    return values_N.sum() / max(len(values_N), 1)
+def mean(values_N: Tensor, count: float | None = None) -> Tensor:
+    """The sum over `count`, N if not given; 0 (with a gradient of nothing) where there are no values."""
+    return values_N.sum() / max(len(values_N) if count is None else count, 1)

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from cotuning.alignment import align
 from cotuning.divergences import Divergence, divergence_and_slope
+from cotuning.encoding import EncodedBatch
 from cotuning.matching.interface import Direction, Lesson, Reading, mean
-from cotuning.matching.spans import span_tokens, sum_by_span, token_log_likelihoods
+from cotuning.matching.spans import SpanTokens, count_spans, span_tokens, sum_by_span, token_log_likelihoods
 
 _CERTAIN = -1e-6
 """Log-likelihoods above it are taken for it: the other event must keep a probability that float32 can hold."""
@@ -84,18 +85,32 @@ def span_likelihood(
         name: under which it is reported.
     """
 
-    def teach(student: Reading, teacher: Reading) -> Lesson:
-        alignment = align(student.batch, teacher.batch)
-        logs, counts = [], []
-        for reading in (student, teacher):
-            tokens = span_tokens(reading.batch, alignment)
-            logs.append(sum_by_span(token_log_likelihoods(reading, tokens), tokens))
-            counts.append(tokens.count_S)
+    def teach(student: Reading, teacher: Reading, num_spans: float | None) -> Lesson:
+        sides = _both_sides(student.batch, teacher.batch)
+        logs = [
+            sum_by_span(token_log_likelihoods(reading, tokens), tokens)
+            for reading, tokens in zip((student, teacher), sides, strict=True)
+        ]
         values_S = binary_divergence(
             logs[0], logs[1], temperature=temperature, divergence=divergence, jsd_beta=jsd_beta
         )
         if spans == "several_tokens":
-            values_S = values_S[counts[0] + counts[1] > 2]
-        return Lesson({name: mean(values_S)})
+            values_S = values_S[_has_several(sides)]
+        return Lesson({name: mean(values_S, num_spans)})
 
-    return teach
+    def count(student: EncodedBatch, teacher: EncodedBatch) -> int:
+        if spans == "all":
+            return count_spans(student, teacher)
+        return int(_has_several(_both_sides(student, teacher)).sum())
+
+    return Direction(teach, count)
+
+
+def _both_sides(a: EncodedBatch, b: EncodedBatch) -> tuple[SpanTokens, SpanTokens]:
+    alignment = align(a, b)
+    return span_tokens(a, alignment), span_tokens(b, alignment)
+
+
+def _has_several(sides: tuple[SpanTokens, SpanTokens]) -> Tensor:
+    """Which spans are more than one token on a side, [S]."""
+    return sides[0].count_S + sides[1].count_S > 2

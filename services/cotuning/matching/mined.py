@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from cotuning.cross_entropy import ResponseTokens, response_tokens
+from cotuning.encoding import EncodedBatch
 from cotuning.language_model import logits
 from cotuning.matching.dtw import dtw_align
 from cotuning.matching.edit_distance import NearestPieces
@@ -78,10 +79,10 @@ class MinedDtw:
         # A path depends on the ids alone, and rows are drawn again and again.
         self._partners: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
 
-    def __call__(self, student: Reading, teacher: Reading) -> Lesson:
+    def __call__(self, student: Reading, teacher: Reading, num_tokens: float | None = None) -> Lesson:
         """See `interface.Direction`."""
         tokens = response_tokens(student.batch)
-        targets, share = self.targets(tokens, teacher)
+        targets, taught_N = self.targets(tokens, teacher)
 
         def values(hidden_ND: Tensor, ids_NK: Tensor, probs_NK: Tensor) -> Tensor:
             logs_NV = log_probs(hidden_ND, student.head, self._temperature)
@@ -90,11 +91,16 @@ class MinedDtw:
         values_N = by_rows(
             values, student.hidden_BTD[tokens.sample_N, tokens.position_N], targets.ids_NK, targets.probs_NK
         )
-        return Lesson({"mined": mean(values_N)}, metrics={"mined_share": share})
+        share = mean(taught_N.to(targets.probs_NK.dtype), num_tokens)
+        return Lesson({"mined": mean(values_N, num_tokens)}, metrics={"mined_share": share})
+
+    def count(self, student: EncodedBatch, teacher: EncodedBatch) -> int:
+        """The student's response tokens."""
+        return len(response_tokens(student).target_N)
 
     @torch.no_grad()
     def targets(self, tokens: ResponseTokens, teacher: Reading) -> tuple[Targets, Tensor]:
-        """The targets of the student's response tokens, and the share of them that the teacher gave; 0-dim."""
+        """The targets of the student's response tokens, and which of them the teacher gave; bool [N]."""
         teacher_tokens = response_tokens(teacher.batch)
         partner_N = self._aligned(tokens, teacher_tokens, rows=len(teacher.batch.digest_B))
         taught_N = partner_N >= 0
@@ -113,7 +119,7 @@ class MinedDtw:
         taught_N[taught_N.clone()] = usable_N
         ids_NK[taught_N] = mapped_NK[usable_N].clamp(min=0)
         one_hot_NK[taught_N] = probs_NK[usable_N]
-        return Targets(ids_NK, one_hot_NK), taught_N.to(probs_NK.dtype).sum() / max(len(taught_N), 1)
+        return Targets(ids_NK, one_hot_NK), taught_N
 
     def _aligned(self, tokens: ResponseTokens, teacher_tokens: ResponseTokens, *, rows: int) -> Tensor:
         """For each student token its only partner among the teacher's tokens, -1 where it has several or none, [N]."""

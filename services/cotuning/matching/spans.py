@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cotuning.alignment import Alignment, token_spans
+from cotuning.alignment import Alignment, align, token_spans
 from cotuning.cross_entropy import response_tokens
 from cotuning.encoding import EncodedBatch
 from cotuning.matching.interface import Reading, by_rows, log_probs
@@ -68,6 +68,11 @@ def span_tokens(batch: EncodedBatch, alignment: Alignment) -> SpanTokens:
         is_last_N=position_N == last_S[span_N],
         count_S=count_S,
     )
+
+
+def count_spans(a: EncodedBatch, b: EncodedBatch) -> int:
+    """Spans that two encodings of the same responses share."""
+    return align(a, b).num_spans
 
 
 def token_log_likelihoods(reading: Reading, tokens: SpanTokens, temperature: float = 1.0) -> Tensor:

@@ -30,7 +30,7 @@ def sorted_l1(student_probs_NV: Tensor, teacher_probs_NW: Tensor) -> Tensor:
 def uld(*, temperature: float) -> Direction:
     """The direction `mean_k sorted_l1(p_student, sg p_teacher)` over pairs of positions; reported as `uld`."""
 
-    def teach(student: Reading, teacher: Reading) -> Lesson:
+    def teach(student: Reading, teacher: Reading, num_pairs: float | None) -> Lesson:
         student_tokens, teacher_tokens = position_pairs(student.batch, teacher.batch)
 
         def values(student_ND: Tensor, teacher_ND: Tensor) -> Tensor:
@@ -44,9 +44,12 @@ def uld(*, temperature: float) -> Direction:
             student.hidden_BTD[student_tokens.sample_N, student_tokens.position_N],
             teacher.hidden_BTD[teacher_tokens.sample_N, teacher_tokens.position_N],
         )
-        return Lesson({"uld": mean(values_N)})
+        return Lesson({"uld": mean(values_N, num_pairs)})
 
-    return teach
+    def count(student: EncodedBatch, teacher: EncodedBatch) -> int:
+        return len(position_pairs(student, teacher)[0].target_N)
+
+    return Direction(teach, count)
 
 
 def position_pairs(a: EncodedBatch, b: EncodedBatch) -> tuple[ResponseTokens, ResponseTokens]:

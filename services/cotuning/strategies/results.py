@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from cotuning.adapters import AdapterState
-from cotuning.mutual_learning import AlignmentStats
+from cotuning.shared_rows import AlignmentStats
 
 
 @dataclass(frozen=True)

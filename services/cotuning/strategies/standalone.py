@@ -63,6 +63,7 @@ def device_step(
             gradient_clip=training.gradient_clip,
             precision=training.precision,
             gradient_checkpointing=training.gradient_checkpointing,
+            micro_batch_size=training.micro_batch_size,
             seed=derive_seed(seed, "dropout", round_number),
             stage=STAGE,
             on_progress=on_progress,
