@@ -264,15 +264,18 @@ class _Side:
 
     def read(self, batch: EncodedBatch) -> Reading:
         hidden_BTD = hidden_states(self.party.lm, batch.input_ids_BT)
-        return Reading(batch, hidden_BTD, self.head, learns=bool(self.party.divergence_weight))
+        weight = self.party.divergence_weight
+        return Reading(batch, hidden_BTD, self.head, learns=bool(weight), joint_weight=weight)
 
     def objective(self, reading: Reading, lesson: Lesson, indices: Sequence[int]) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy plus what the other model, and the teacher if there is one, add."""
         party, batch, hidden_BTD = self.party, reading.batch, reading.hidden_BTD
-        tokens = response_tokens(batch)
-        loss, _ = cross_entropy(hidden_BTD[tokens.sample_N, tokens.position_N], self.head, tokens.target_N)
-        report = {f"{party.name}_ce": loss.detach()}
-        objective = loss
+        report: dict[str, Tensor] = {}
+        objective = lesson.joint
+        if objective is None:
+            tokens = response_tokens(batch)
+            objective, _ = cross_entropy(hidden_BTD[tokens.sample_N, tokens.position_N], self.head, tokens.target_N)
+            report[f"{party.name}_ce"] = objective.detach()
         learnt = lesson.loss()
         if learnt is not None:
             objective = objective + party.divergence_weight * learnt

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cotuning.alignment import align
+from cotuning.cross_entropy import cross_entropy, response_tokens
 from cotuning.folding import FoldPair, fold_pair
 from cotuning.heads import Head
 from cotuning.matching.choose import choose_matching
@@ -157,6 +158,37 @@ def test_the_fold_is_the_mutual_loss_bit_for_bit() -> None:
         assert torch.equal(one, other)
         grads = [torch.autograd.grad(loss, side.hidden_BTD)[0] for loss in (one, other)]
         assert torch.equal(grads[0], grads[1])
+
+
+@pytest.mark.parametrize("likelihood", [0.0, 0.3])
+def test_the_fold_forms_the_cross_entropy_in_the_same_pass_where_it_is_asked_to(likelihood: float) -> None:
+    a, b = pair(grad=True)
+    match = matching("fold", temperature=1.7, span_likelihood_weight=likelihood)
+    joint = match(replace(a, joint_weight=0.4), replace(b, joint_weight=2.5))
+    for lesson, apart, side, weight in zip(joint, match(a, b), (a, b), (0.4, 2.5), strict=True):
+        tokens = response_tokens(side.batch)
+        mean, _ = cross_entropy(side.hidden_BTD[tokens.sample_N, tokens.position_N], side.head, tokens.target_N)
+        expected = mean + weight * apart.terms["kl"]
+        assert lesson.joint is not None
+        torch.testing.assert_close(lesson.joint, expected, rtol=1e-12, atol=0)
+        torch.testing.assert_close(lesson.metrics["ce"], mean.detach(), rtol=1e-12, atol=0)
+        torch.testing.assert_close(lesson.metrics["kl"], apart.terms["kl"].detach(), rtol=1e-12, atol=0)
+        assert lesson.terms.keys() == apart.terms.keys() - {"kl"}
+        tensors = (side.hidden_BTD, side.head.weight_VD)
+        torch.testing.assert_close(
+            torch.autograd.grad(lesson.joint, tensors), torch.autograd.grad(expected, tensors), rtol=0, atol=1e-12
+        )
+
+
+def test_where_neither_side_learns_nothing_is_joined() -> None:
+    a, b = (replace(side, learns=False, joint_weight=0.0) for side in pair())
+    for lesson in matching("fold")(a, b):
+        assert lesson.joint is None
+        assert lesson.loss() is None
+    learning = replace(a, learns=True, joint_weight=1.0)
+    taught, teacher = matching("fold")(learning, b)
+    assert taught.joint is not None
+    assert teacher.metrics.keys() == {"ce"}
 
 
 def test_ce_only_teaches_nothing() -> None:
