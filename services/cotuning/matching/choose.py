@@ -93,11 +93,12 @@ def _fold(
 ) -> tuple[Lesson, Lesson]:
     """Both directions of `mutual_loss` at the starts of the common spans, in one pass; reported as `kl`.
 
-    With the cross-entropies by `joint_loss`, where both sides ask for theirs and one learns from the other.
+    With the cross-entropies by `joint_loss`, where both sides ask for theirs and learn from each other. A side that
+    does not is left to learn bit for bit as it would alone.
     """
     spans = align(a.batch, b.batch)
     compared: _Compared = {"temperature": temperature, "divergence": divergence, "jsd_beta": jsd_beta}
-    if a.joint_weight is not None and b.joint_weight is not None and (a.learns or b.learns):
+    if a.learns and b.learns and a.joint_weight is not None and b.joint_weight is not None:
         return _fold_with_tokens(a, b, spans, fold, compared)
     losses = mutual_loss(
         a.hidden_BTD[spans.sample_S, spans.row_a_S],
@@ -123,7 +124,7 @@ def _fold_with_tokens(
     for reading, row_S in ((a, spans.row_a_S), (b, spans.row_b_S)):
         places = joint_places(reading.batch, spans.sample_S, row_S)
         hidden_ND = reading.hidden_BTD[places.sample_N, places.position_N]
-        weight = (reading.joint_weight or 0.0) if reading.learns else 0.0
+        weight = 0.0 if reading.joint_weight is None else reading.joint_weight
         sides.append(JointSide(hidden_ND, reading.head, places.target_N, weight, reading.num_tokens))
     found = joint_loss(sides[0], sides[1], fold, spans.num_spans, after_break_S=fold.after_break(spans), **compared)
     return _joint_lesson(found[0]), _joint_lesson(found[1])
