@@ -41,13 +41,21 @@ class Timing:
         return 1 / self.speed_ratio
 
 
-def compare(candidates: Mapping[str, Callable[[], object]], repeats: int, *, warm_up: int = 1) -> dict[str, Timing]:
+def compare(
+    candidates: Mapping[str, Callable[[], object]],
+    repeats: int,
+    *,
+    warm_up: int = 1,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Timing]:
     """Time each candidate `repeats` times, in turns whose order alternates; the first candidate is the baseline.
 
     Args:
         candidates: name -> what to time; called without arguments.
         repeats: turns that count, at least 2.
         warm_up: turns before that do not count.
+        clock: seconds from some start. `time.process_time`, where candidates use one thread, leaves out what other
+            processes took.
 
     Returns:
         By name: median seconds, and the median over the turns of (baseline's time / candidate's time).
@@ -58,10 +66,10 @@ def compare(candidates: Mapping[str, Callable[[], object]], repeats: int, *, war
     for turn in range(warm_up + repeats):
         order = list(candidates.items())
         for name, call in order if turn % 2 == 0 else reversed(order):
-            start = time.perf_counter()
+            start = clock()
             call()
             if turn >= warm_up:
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     baseline = seconds[next(iter(candidates))]
     timings = {}
     for name, taken in seconds.items():

@@ -1,13 +1,16 @@
 """Mutual learning: a step against two bare training steps, memory of the losses, and equality with PyTorch's KL.
 
-`make bench-saml`. Models are random and small, text and tokenizers those of `corpus`. Memory is the greatest resident
-size of a child process that makes inputs and runs one loss forward and backward, minus that of one that makes the same
-inputs only. TRL's loss comes from the `bench` extra; without it that line says so and is left out.
+`make bench-saml`. Models are random (`pairs`), text and tokenizers those of `corpus`. Steps are timed in seconds of the
+processor, by one thread. Memory is the greatest resident size of a child process that makes inputs and runs one loss
+forward and backward, minus that of one that makes the same inputs only. TRL's loss comes from the `bench` extra;
+without it that line says so and is left out.
 """
 
 import argparse
 import importlib
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -15,115 +18,103 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.corpus import held_out, tokenizer
 from benchmarks.measuring import Goal, compare, peak_memory_of, print_goals, print_table, write_results
-from cotuning.alignment import align
+from benchmarks.pairs import Reader, Shape, bare_step, described, fold_matching, reader, saml_step
 from cotuning.cross_entropy import cross_entropy, response_tokens
-from cotuning.encoding import EncodedBatch, encode_batch
-from cotuning.folding import FoldPair, fold_pair
+from cotuning.folding import FoldPair
 from cotuning.heads import Head
+from cotuning.joint_loss import JointSide, joint_loss
+from cotuning.matching.interface import Matching
 from cotuning.mutual_loss import mutual_loss
-from cotuning.token_tables import TokenTable, token_table
 
 _ROWS, _LENGTH = 4, 512
-_STEP_LENGTH = 256
 _KINDS = ("bpe_single_digits", "bpe_whole_numbers")
-_SMALL = ((256, 6), (384, 6))
-_TINY = ((192, 4), (256, 4))
 _WIDE_VOCABULARY = 32_000
 _LOSS_WIDTHS = (576, 1024)
 
 
-def model_of(num_tokens: int, hidden_size: int, layers: int) -> LlamaForCausalLM:
-    """A random Llama with untied head, all of it trained."""
-    torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=num_tokens,
-            hidden_size=hidden_size,
-            intermediate_size=3 * hidden_size,
-            num_hidden_layers=layers,
-            num_attention_heads=8,
-            max_position_embeddings=_STEP_LENGTH,
-            tie_word_embeddings=False,
-            pad_token_id=0,
-            bos_token_id=0,
-            eos_token_id=0,
-        )
-    )
+@dataclass(frozen=True)
+class Setting:
+    """Two models whose steps are timed.
+
+    Attributes:
+        vocabularies: of each, the tokenizer's own where None.
+        limit: greatest ratio aimed at.
+        lora_rank: of adapters on frozen models; all weights are trained if not given.
+        apart: whether the step with cross-entropies apart is timed too.
+    """
+
+    name: str
+    shapes: tuple[Shape, Shape]
+    vocabularies: tuple[int | None, int | None]
+    limit: float
+    rows: int = 4
+    length: int = 256
+    lora_rank: int | None = None
+    apart: bool = True
 
 
-def encoded() -> tuple[list[EncodedBatch], list[TokenTable], FoldPair]:
-    """Both readings of the same passages, cut at `_STEP_LENGTH` tokens a row."""
-    tokenizers = [tokenizer(kind) for kind in _KINDS]
-    tables = [token_table(each) for each in tokenizers]
-    prompts = ["Continue:\n"] * _ROWS
-    batches = [
-        encode_batch(each, table, prompts, held_out(_ROWS), max_length=_STEP_LENGTH)
-        for each, table in zip(tokenizers, tables, strict=True)
+_SMALL = (
+    Setting("V = 8k and 4k", (Shape(256, 6, 8, 8, 768), Shape(384, 6, 8, 8, 1152)), (None, None), 1.15),
+    Setting("V = 32k", (Shape(192, 4, 8, 8, 576), Shape(256, 4, 8, 8, 768)), (_WIDE_VOCABULARY,) * 2, 1.4),
+)
+# The second has the shape of Qwen2.5-0.5B, the first that of a Llama of 0.3 billion.
+_LARGE = Setting(
+    "0.3 B and 0.5 B, V = 32k and 152k",
+    (Shape(1024, 24, 16, 8, 2816, tied=True), Shape(896, 24, 14, 2, 4864, tied=True)),
+    (_WIDE_VOCABULARY, 151_936),
+    1.10,
+    rows=2,
+    length=128,
+    lora_rank=8,
+    apart=False,
+)
+
+
+def apart_step(readers: Sequence[Reader], match: Matching) -> None:
+    """As `saml_step`, but the cross-entropies in passes of their own: what one pass through each head saves."""
+    for each in readers:
+        each.forget_gradients()
+    losses = []
+    readings = [replace(each.reading(), joint_weight=None) for each in readers]
+    for reading, lesson in zip(readings, match(*readings), strict=True):
+        tokens = response_tokens(reading.batch)
+        hidden_ND = reading.hidden_BTD[tokens.sample_N, tokens.position_N]
+        losses += [cross_entropy(hidden_ND, reading.head, tokens.target_N)[0], lesson.terms["kl"]]
+    torch.stack(losses).sum().backward()
+
+
+def step_ratios(setting: Setting, repeats: int) -> tuple[dict[str, Any], Goal]:
+    """A step of mutual learning over two bare ones, in processor time."""
+    readers = [
+        reader(kind, shape, size, rows=setting.rows, length=setting.length, lora_rank=setting.lora_rank)
+        for kind, shape, size in zip(_KINDS, setting.shapes, setting.vocabularies, strict=True)
     ]
-    return batches, tables, fold_pair(tokenizers[0], tables[0], tokenizers[1], tables[1])
+    match = fold_matching(readers[0], readers[1])
+    candidates = {"bare": partial(bare_step, readers), "saml": partial(saml_step, readers, match)}
+    if setting.apart:
+        candidates["apart"] = partial(apart_step, readers, match)
+    timings = compare(candidates, repeats, clock=time.process_time)
+    results: dict[str, Any] = {"models": [described(each) for each in readers]}
+    for name, timing in timings.items():
+        low, high = timing.speed_quartiles
+        results[name] = {"seconds": timing.seconds, "ratio": timing.time_ratio, "quartiles": [1 / high, 1 / low]}
+    name = f"SAML step over two bare steps, {setting.name}"
+    return results, Goal(name, timings["saml"].time_ratio, setting.limit, at_least=False)
 
 
-def widened(batches: list[EncodedBatch], tables: list[TokenTable], fold: FoldPair) -> FoldPair:
-    """The same spans over vocabularies of `_WIDE_VOCABULARY`: ids never seen are spread evenly over the classes."""
-    maps = []
-    for table, map_V in zip(tables, (fold.map_a_V, fold.map_b_V), strict=True):
-        extra = torch.arange(_WIDE_VOCABULARY - table.num_tokens) % fold.num_classes
-        maps.append(torch.cat([map_V, extra]))
-    return FoldPair(maps[0], maps[1], fold.num_classes, fold.end_class, fold.other_class, 0, False, "widened")
-
-
-def bare_step(models: list[LlamaForCausalLM], batches: list[EncodedBatch]) -> None:
-    """Each model's forward, its own cross-entropy, backward; as a trainer runs it."""
-    for model, batch in zip(models, batches, strict=True):
-        model.zero_grad()
-        model(input_ids=batch.input_ids_BT, labels=batch.labels_BT).loss.backward()
-
-
-def saml_step(models: list[LlamaForCausalLM], batches: list[EncodedBatch], fold: FoldPair) -> None:
-    """Alignment, both forwards, both cross-entropies, both directions of the folded loss, backward."""
-    spans = align(*batches)
-    losses, states, heads = [], [], []
-    rows = (spans.row_a_S, spans.row_b_S)
-    for model, batch, row_S in zip(models, batches, rows, strict=True):
-        model.zero_grad()
-        hidden_BTD = model.model(input_ids=batch.input_ids_BT).last_hidden_state
-        head = Head(model.lm_head.weight, model.lm_head.out_features)
-        tokens = response_tokens(batch)
-        losses.append(cross_entropy(hidden_BTD[tokens.sample_N, tokens.position_N], head, tokens.target_N)[0])
-        states.append(hidden_BTD[spans.sample_S, row_S])
-        heads.append(head)
-    distances = mutual_loss(states[0], heads[0], states[1], heads[1], fold, after_break_S=fold.after_break(spans))
-    torch.stack([*losses, *distances]).sum().backward()
-
-
-def steps(repeats: int) -> tuple[dict[str, Any], list[Goal]]:
-    """A step of mutual learning over two bare ones: vocabularies of 8k and 4k, and of 32k both."""
-    batches, tables, fold = encoded()
-    settings = (
-        ("V = 8k and 4k", [table.num_tokens for table in tables], fold, _SMALL, 1.15),
-        ("V = 32k", [_WIDE_VOCABULARY] * 2, widened(batches, tables, fold), _TINY, 1.4),
-    )
-    results: dict[str, Any] = {"tokens": [int(batch.attention_mask_BT.sum()) for batch in batches]}
-    goals = []
-    for name, sizes, each_fold, shapes, limit in settings:
-        models = [model_of(size, *shape) for size, shape in zip(sizes, shapes, strict=True)]
-        timings = compare(
-            {"bare": partial(bare_step, models, batches), "saml": partial(saml_step, models, batches, each_fold)},
-            repeats,
-        )
-        ratio = timings["saml"].time_ratio
-        results[name] = {
-            "parameters": [sum(weight.numel() for weight in model.parameters()) for model in models],
-            "bare_seconds": timings["bare"].seconds,
-            "saml_seconds": timings["saml"].seconds,
-            "time_ratio": ratio,
-        }
-        goals.append(Goal(f"SAML step over two bare steps, {name}", ratio, limit, at_least=False))
-    return results, goals
+def steps(settings: Sequence[Setting], repeats: int) -> tuple[dict[str, Any], list[Goal]]:
+    """`step_ratios` of every setting."""
+    found = {setting.name: step_ratios(setting, repeats) for setting in settings}
+    rows = [
+        (setting, step, value["seconds"], value["ratio"], "{:.3f} to {:.3f}".format(*value["quartiles"]))
+        for setting, (results, _) in found.items()
+        for step, value in results.items()
+        if step != "models"
+    ]
+    print_table("Steps", ("setting", "step", "processor seconds", "over bare", "middle half of the turns"), rows)
+    return {name: results for name, (results, _) in found.items()}, [goal for _, goal in found.values()]
 
 
 def loss_in_child(kind: str) -> None:
@@ -153,6 +144,11 @@ def loss_in_child(kind: str) -> None:
     else:
         folded = FoldPair(ids % 20_000, ids % 19_999 + ids // 31_999, 20_000, 0, 1, 0, False, "folded")
         same = FoldPair(ids, ids, size, 0, 0, size, True, "same")
+        if kind == "joint":
+            target_N = torch.arange(rows)
+            sides = [JointSide(states, head, target_N) for states, head in zip(hidden, heads, strict=True)]
+            sum(each.loss for each in joint_loss(sides[0], sides[1], folded, rows)).backward()
+            return
         pair = {"two_way": same, "two_way_folded": folded}[kind]
         sum(mutual_loss(hidden[0], heads[0], hidden[1], heads[1], pair)).backward()
 
@@ -182,9 +178,13 @@ def memory() -> tuple[dict[str, Any], list[Goal]]:
     def peak(function: str, kind: str) -> int:
         return peak_memory_of(function, kind=kind).extra_bytes
 
-    found = {kind: extra(kind, "inputs") for kind in ("naive_two_way", "two_way", "two_way_folded")}
-    ratio = found["two_way_folded"] / found["naive_two_way"]
-    goals = [Goal("two-way folded loss, extra peak over naive full vocabulary", ratio, 0.45, at_least=False)]
+    found = {kind: extra(kind, "inputs") for kind in ("naive_two_way", "two_way", "two_way_folded", "joint")}
+    goals = [
+        Goal(
+            f"{name}, extra peak over naive full vocabulary", found[kind] / found["naive_two_way"], 0.45, at_least=False
+        )
+        for name, kind in (("two-way folded loss", "two_way_folded"), ("the same with both cross-entropies", "joint"))
+    ]
     found["one_way"] = extra("one_way", "inputs_frozen")
     if _trl_loss() is None:
         print("trl cannot be imported (pip install 'cotune[bench]'): no comparison with its JSD")
@@ -223,9 +223,11 @@ def main() -> None:
     """Measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repeats", type=int, default=4, help="timed turns of each comparison")
-    repeats = parser.parse_args().repeats
+    parser.add_argument("--skip-large", action="store_true", help="without the models of 0.3 billion and more")
+    arguments = parser.parse_args()
     torch.set_num_threads(1)
-    parts = {"steps": steps(repeats), "memory": memory(), "equality": equality()}
+    settings = _SMALL if arguments.skip_large else (*_SMALL, _LARGE)
+    parts = {"steps": steps(settings, arguments.repeats), "memory": memory(), "equality": equality()}
     goals = [goal for _, found in parts.values() for goal in found]
     print_table("Extra peak memory", ("loss", "MiB"), [(k, v / 2**20) for k, v in parts["memory"][0].items()])
     print_goals("Mutual learning", goals)

@@ -163,7 +163,7 @@ def _mutual_step(
 
 def _learn_part(side_a: "_Side", side_b: "_Side", part: "_Part", match: Matching, counts: "_Counts") -> Step:
     with autocast(side_a.party.lm, side_a.precision):
-        read_a, read_b = side_a.read(part.batch_a), side_b.read(part.batch_b)
+        read_a, read_b = side_a.read(part.batch_a, counts.a), side_b.read(part.batch_b, counts.b)
         lesson_a, lesson_b = match(read_a, read_b, counts.matching)
         objective_a, report_a = side_a.objective(read_a, lesson_a, part.indices, counts.a)
         objective_b, report_b = side_b.objective(read_b, lesson_b, part.indices, counts.b)
@@ -221,24 +221,29 @@ class _Side:
         taught = self._taught_rows(batch, indices)
         return len(response_tokens(batch).target_N), float(taught.weights_S.sum()) if taught else 0.0
 
-    def read(self, batch: EncodedBatch) -> Reading:
+    def read(self, batch: EncodedBatch, counts: _SideCounts) -> Reading:
         hidden_BTD = hidden_states(self.party.lm, batch.input_ids_BT)
-        return Reading(batch, hidden_BTD, self.head, learns=bool(self.party.divergence_weight))
+        weight = self.party.divergence_weight
+        return Reading(
+            batch, hidden_BTD, self.head, learns=bool(weight), joint_weight=weight, num_tokens=counts.num_tokens
+        )
 
     def objective(
         self, reading: Reading, lesson: Lesson, indices: Sequence[int], counts: _SideCounts
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Cross-entropy plus what the other model, and the teacher if there is one, add."""
         party, batch, hidden_BTD = self.party, reading.batch, reading.hidden_BTD
-        tokens = response_tokens(batch)
-        loss, _ = cross_entropy(
-            hidden_BTD[tokens.sample_N, tokens.position_N],
-            self.head,
-            tokens.target_N,
-            num_tokens=counts.num_tokens,
-        )
-        report = {f"{party.name}_ce": loss.detach()}
-        objective = loss
+        report: dict[str, Tensor] = {}
+        objective = lesson.joint
+        if objective is None:
+            tokens = response_tokens(batch)
+            objective, _ = cross_entropy(
+                hidden_BTD[tokens.sample_N, tokens.position_N],
+                self.head,
+                tokens.target_N,
+                num_tokens=counts.num_tokens,
+            )
+            report[f"{party.name}_ce"] = objective.detach()
         learnt = lesson.loss()
         if learnt is not None:
             objective = objective + party.divergence_weight * learnt

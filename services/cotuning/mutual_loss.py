@@ -14,9 +14,10 @@ class of id u, `d KL(p~ || q~) / d z_u = q_u (1 - p~_c(u) / q~_c(u)) / T`: the t
 student's own proportions.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from cotuning.divergences import Comparison, Divergence, divergence_and_slope, top_classes_kl_and_slope
@@ -73,36 +74,77 @@ def mutual_loss(
     Raises:
         ValueError: sizes that do not fit, a temperature that is not positive, an unknown divergence.
     """
-    _require_same_spans(hidden_a_SD, hidden_b_SD)
-    for name, head, map_V in (("a", head_a, fold.map_a_V), ("b", head_b, fold.map_b_V)):
-        _require_map(f"head {name}", head, map_V)
-    factor = _factor(temperature, num_spans, hidden_a_SD, weights_S)
-    scales = factor * (weight_a or 0.0), factor * (weight_b or 0.0)
-    compare = partial(divergence_and_slope, divergence=divergence, jsd_beta=jsd_beta)
-    losses: list[tuple[Tensor, Tensor]] = []
-    for part, chosen in fold.parts(after_break_S, len(hidden_a_SD)):
-        maps = (None, None) if part.identical else (part.map_a_V, part.map_b_V)
-        a = FoldedHead(hidden_a_SD[chosen], head_a, maps[0], part.num_classes, temperature=temperature, scale=scales[0])
-        b = FoldedHead(hidden_b_SD[chosen], head_b, maps[1], part.num_classes, temperature=temperature, scale=scales[1])
-        if a.scale or b.scale:
-            with a.forward_only():
-                for rows, weights_N in a.chunks(chunk_rows, None if weights_S is None else weights_S[chosen]):
-                    _compare(a, b, rows, weights_N, compare)
-        losses.append((a.loss(), b.loss()))
-    return losses[0] if len(losses) == 1 else (losses[0][0] + losses[1][0], losses[0][1] + losses[1][1])
+    require_same_spans(hidden_a_SD, hidden_b_SD)
+    require_maps(fold, head_a, head_b)
+    factor = span_factor(temperature, num_spans, hidden_a_SD, weights_S)
+    a, b = (
+        FoldedHead(hidden_SD, head, None, head.num_tokens, temperature=temperature, scale=factor * (weight or 0.0))
+        for hidden_SD, head, weight in ((hidden_a_SD, head_a, weight_a), (hidden_b_SD, head_b, weight_b))
+    )
+    if a.scale or b.scale:
+        compare = partial(divergence_and_slope, divergence=divergence, jsd_beta=jsd_beta)
+        compare_spans(
+            a,
+            b,
+            fold,
+            len(hidden_a_SD),
+            compare,
+            chunk_rows=chunk_rows,
+            weights_S=weights_S,
+            after_break_S=after_break_S,
+        )
+    return a.loss(), b.loss()
+
+
+def compare_spans(
+    a: FoldedHead,
+    b: FoldedHead,
+    fold: FoldPair,
+    num_spans: int,
+    compare: Callable[..., Comparison],
+    *,
+    chunk_rows: int,
+    weights_S: Tensor | None = None,
+    after_break_S: Tensor | None = None,
+) -> None:
+    """Compare the first `num_spans` rows of two sides, pairwise, and add losses and gradients to those that learn.
+
+    Args:
+        fold, chunk_rows, weights_S, after_break_S: as for `mutual_loss`.
+        compare: `divergence_and_slope` with its options.
+    """
+    with a.forward_only():
+        for part, chosen in fold.parts(after_break_S, num_spans):
+            a.fold_onto(None if part.identical else part.map_a_V, part.num_classes)
+            b.fold_onto(None if part.identical else part.map_b_V, part.num_classes)
+            for rows in _chunks(chosen, num_spans, chunk_rows):
+                weights_N = None if weights_S is None else weights_S[rows].to(a.dtype)
+                _compare(a, b, rows, weights_N, compare)
+
+
+def _chunks(chosen: Tensor | slice, num_rows: int, chunk_rows: int) -> Iterator[Tensor | slice]:
+    if isinstance(chosen, Tensor):
+        yield from torch.split(chosen, chunk_rows) if len(chosen) else ()
+        return
+    for start in range(0, num_rows, chunk_rows):
+        yield slice(start, min(start + chunk_rows, num_rows))
 
 
 def _compare(
-    a: FoldedHead, b: FoldedHead, rows: slice, weights_N: Tensor | None, compare: Callable[..., Comparison]
+    a: FoldedHead,
+    b: FoldedHead,
+    rows: slice | Tensor,
+    weights_N: Tensor | None,
+    compare: Callable[..., Comparison],
 ) -> None:
     """Add one chunk's losses and gradients to the sides that learn."""
     logs_a_NC, logs_b_NC = a.class_log_probs(rows), b.class_log_probs(rows)
     for student, logs_NC, teacher_logs_NC in ((a, logs_a_NC, logs_b_NC), (b, logs_b_NC, logs_a_NC)):
-        if not student.scale:
-            continue
-        values_N, slope_NC = compare(teacher_logs_NC, logs_NC, slope=student.learns)
-        student.add_loss(values_N, weights_N)
-        if slope_NC is not None:
+        slope_NC: Tensor | None = None
+        if student.scale:
+            values_N, slope_NC = compare(teacher_logs_NC, logs_NC, slope=student.learns)
+            student.add_loss(values_N, weights_N)
+        if student.learns:
             student.accumulate(rows, slope_NC, logs_NC, weights_N)
 
 
@@ -139,12 +181,12 @@ def payload_loss(
         ValueError: sizes that do not fit or a temperature that is not positive.
     """
     temperature = teacher.temperature if temperature is None else temperature
-    _require_same_spans(hidden_SD, teacher.tail_S)
+    require_same_spans(hidden_SD, teacher.tail_S)
     if map_V is not None:
         _require_map("the student's head", head, map_V)
     elif head.num_tokens != teacher.num_classes:
         raise ValueError(f"expected a head of the payload's {teacher.num_classes} classes, got {head.num_tokens}")
-    factor = _factor(temperature, num_spans, hidden_SD, weights_S)
+    factor = span_factor(temperature, num_spans, hidden_SD, weights_S)
     student = FoldedHead(hidden_SD, head, map_V, teacher.num_classes, temperature=temperature, scale=factor)
     with student.forward_only():
         for rows, weights_N in student.chunks(chunk_rows, weights_S):
@@ -162,7 +204,8 @@ def payload_loss(
     return student.loss()
 
 
-def _factor(temperature: float, num_spans: float | None, hidden_SD: Tensor, weights_S: Tensor | None) -> float:
+def span_factor(temperature: float, num_spans: float | None, hidden_SD: Tensor, weights_S: Tensor | None) -> float:
+    """T^2 over the number of spans, both checked."""
     if temperature <= 0:
         raise ValueError(f"expected a temperature above 0, got {temperature}")
     if weights_S is not None and weights_S.shape != hidden_SD.shape[:1]:
@@ -174,9 +217,16 @@ def _factor(temperature: float, num_spans: float | None, hidden_SD: Tensor, weig
     return temperature**2 / num_spans
 
 
-def _require_same_spans(first: Tensor, second: Tensor) -> None:
+def require_same_spans(first: Tensor, second: Tensor) -> None:
+    """Raises ValueError where two sides have unlike numbers of rows."""
     if len(first) != len(second):
         raise ValueError(f"expected the same spans on both sides, got {len(first)} and {len(second)} rows")
+
+
+def require_maps(fold: FoldPair, head_a: Head, head_b: Head) -> None:
+    """Raises ValueError where a map is not over its head's ids."""
+    for name, head, map_V in (("a", head_a, fold.map_a_V), ("b", head_b, fold.map_b_V)):
+        _require_map(f"head {name}", head, map_V)
 
 
 def _require_map(name: str, head: Head, map_V: Tensor) -> None:

@@ -6,10 +6,11 @@ from typing import TypedDict, get_args
 
 import torch
 
-from cotuning.alignment import align
+from cotuning.alignment import Alignment, align
 from cotuning.divergences import Divergence
 from cotuning.encoding import EncodedBatch
 from cotuning.folding import FoldPair
+from cotuning.joint_loss import JointLoss, JointSide, joint_loss, joint_places
 from cotuning.matching.gold import gold, match_vocabularies
 from cotuning.matching.interface import Counts, Direction, Lesson, Matching, MatchingName, Reading, both_ways
 from cotuning.matching.likelihood import span_likelihood
@@ -100,26 +101,60 @@ def _fold(
     divergence: Divergence,
     jsd_beta: float,
 ) -> tuple[Lesson, Lesson]:
-    """Both directions of `mutual_loss` at the starts of the common spans, in one pass; reported as `kl`."""
+    """Both directions of `mutual_loss` at the starts of the common spans, in one pass; reported as `kl`.
+
+    With the cross-entropies by `joint_loss`, where both sides ask for theirs and learn from each other. A side that
+    does not is left to learn bit for bit as it would alone.
+    """
     spans = align(a.batch, b.batch)
+    compared: _Compared = {"temperature": temperature, "divergence": divergence, "jsd_beta": jsd_beta}
+    num_spans = None if counts is None else max(counts[0], 1)
+    if a.learns and b.learns and a.joint_weight is not None and b.joint_weight is not None:
+        return _fold_with_tokens(a, b, spans, fold, num_spans=num_spans, compared=compared)
     losses = mutual_loss(
         a.hidden_BTD[spans.sample_S, spans.row_a_S],
         a.head,
         b.hidden_BTD[spans.sample_S, spans.row_b_S],
         b.head,
         fold,
-        temperature=temperature,
-        divergence=divergence,
-        jsd_beta=jsd_beta,
         weight_a=1.0 if a.learns else None,
         weight_b=1.0 if b.learns else None,
-        num_spans=None if counts is None else max(counts[0], 1),
+        num_spans=num_spans,
         after_break_S=fold.after_break(spans),
+        **compared,
     )
     return (
         Lesson({"kl": losses[0]}) if a.learns else Lesson(),
         Lesson({"kl": losses[1]}) if b.learns else Lesson(),
     )
+
+
+def _fold_with_tokens(
+    a: Reading, b: Reading, spans: Alignment, fold: FoldPair, *, num_spans: float | None, compared: _Compared
+) -> tuple[Lesson, Lesson]:
+    sides = []
+    for reading, row_S in ((a, spans.row_a_S), (b, spans.row_b_S)):
+        places = joint_places(reading.batch, spans.sample_S, row_S)
+        hidden_ND = reading.hidden_BTD[places.sample_N, places.position_N]
+        weight = 0.0 if reading.joint_weight is None else reading.joint_weight
+        sides.append(JointSide(hidden_ND, reading.head, places.target_N, weight, reading.num_tokens))
+    found = joint_loss(
+        sides[0],
+        sides[1],
+        fold,
+        spans.num_spans,
+        num_spans=num_spans,
+        after_break_S=fold.after_break(spans),
+        **compared,
+    )
+    return _joint_lesson(found[0]), _joint_lesson(found[1])
+
+
+def _joint_lesson(found: JointLoss) -> Lesson:
+    metrics = {"ce": found.cross_entropy}
+    if found.divergence is not None:
+        metrics["kl"] = found.divergence
+    return Lesson(metrics=metrics, joint=found.loss)
 
 
 def _count_fold(a: EncodedBatch, b: EncodedBatch) -> Counts:

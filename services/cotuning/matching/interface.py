@@ -30,12 +30,17 @@ class Reading:
         hidden_BTD: its last hidden states; the one at a position predicts the *next* token.
         head: its LM head.
         learns: whether it is taught by the other side.
+        joint_weight: given by a caller who also wants the cross-entropy: a matching that forms both from the same
+            logits then answers with `Lesson.joint`, with this weight of its term.
+        num_tokens: what the sum of that cross-entropy is divided by, the batch's response tokens if not given.
     """
 
     batch: EncodedBatch
     hidden_BTD: Tensor
     head: Head
     learns: bool = True
+    joint_weight: float | None = None
+    num_tokens: float | None = None
 
     def detached(self) -> "Reading":
         """The same numbers as constants: a teacher."""
@@ -58,11 +63,15 @@ class Lesson:
             Empty where the side learns nothing from the other.
         weights: of the terms in the loss, 1 where not named.
         metrics: other numbers to report, 0-dim, without gradient.
+        joint: the side's cross-entropy plus `Reading.joint_weight` times the term that came of the same logits, with
+            the gradient of both; the two are then among `metrics`, the cross-entropy as `ce`. None from a matching
+            that does not form them together, or was not asked to.
     """
 
     terms: Mapping[str, Tensor] = field(default_factory=dict)
     weights: Mapping[str, float] = field(default_factory=dict)
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    joint: Tensor | None = None
 
     def loss(self) -> Tensor | None:
         """The weighted sum of the terms, None where there are none."""

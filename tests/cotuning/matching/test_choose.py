@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from cotuning.alignment import align
+from cotuning.cross_entropy import cross_entropy, response_tokens
 from cotuning.folding import FoldPair, fold_pair
 from cotuning.heads import Head
 from cotuning.matching.choose import choose_matching
@@ -157,6 +158,34 @@ def test_the_fold_is_the_mutual_loss_bit_for_bit() -> None:
         assert torch.equal(one, other)
         grads = [torch.autograd.grad(loss, side.hidden_BTD)[0] for loss in (one, other)]
         assert torch.equal(grads[0], grads[1])
+
+
+@pytest.mark.parametrize("likelihood", [0.0, 0.3])
+def test_the_fold_forms_the_cross_entropy_in_the_same_pass_where_it_is_asked_to(likelihood: float) -> None:
+    a, b = pair(grad=True)
+    match = matching("fold", temperature=1.7, span_likelihood_weight=likelihood)
+    joint = match(replace(a, joint_weight=0.4), replace(b, joint_weight=2.5))
+    for lesson, apart, side, weight in zip(joint, match(a, b), (a, b), (0.4, 2.5), strict=True):
+        tokens = response_tokens(side.batch)
+        mean, _ = cross_entropy(side.hidden_BTD[tokens.sample_N, tokens.position_N], side.head, tokens.target_N)
+        expected = mean + weight * apart.terms["kl"]
+        assert lesson.joint is not None
+        torch.testing.assert_close(lesson.joint, expected, rtol=1e-12, atol=0)
+        torch.testing.assert_close(lesson.metrics["ce"], mean.detach(), rtol=1e-12, atol=0)
+        torch.testing.assert_close(lesson.metrics["kl"], apart.terms["kl"].detach(), rtol=1e-12, atol=0)
+        assert lesson.terms.keys() == apart.terms.keys() - {"kl"}
+        tensors = (side.hidden_BTD, side.head.weight_VD)
+        torch.testing.assert_close(
+            torch.autograd.grad(lesson.joint, tensors), torch.autograd.grad(expected, tensors), rtol=0, atol=1e-12
+        )
+
+
+@pytest.mark.parametrize("learns", [(False, False), (True, False), (False, True)])
+def test_a_side_that_does_not_learn_keeps_a_cross_entropy_of_its_own(learns: tuple[bool, bool]) -> None:
+    sides = [replace(side, learns=each, joint_weight=float(each)) for side, each in zip(pair(), learns, strict=True)]
+    for lesson, each in zip(matching("fold")(*sides), learns, strict=True):
+        assert lesson.joint is None
+        assert (lesson.loss() is not None) == each
 
 
 def test_ce_only_teaches_nothing() -> None:
