@@ -26,7 +26,8 @@ from cotuning.encoding import EncodedBatch
 from cotuning.examples import Example, rows_digest
 from cotuning.language_model import LanguageModel, hidden_states, output_head
 from cotuning.mutual_learning import Teacher
-from cotuning.payload import PayloadError, PayloadRows, Values, build_payload, parse_payload
+from cotuning.packed_values import Values
+from cotuning.payload import PayloadError, PayloadRows, build_payload, parse_payload
 from cotuning.top_classes import TopClasses, top_classes
 
 TeacherChoice = Literal["least_ce", "ce_weighted", "off"]
@@ -101,7 +102,7 @@ def probe_payload(
     top_k: int,
     temperature: float,
     max_length: int,
-    values: Values = "int8",
+    values: Values = "int7",
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The top classes of the proxy, as it stands, at every token start of the probe rows' responses.
 
