@@ -73,7 +73,7 @@ def _rest(model: torch.nn.Module, layers: str, device: str) -> DeviceMap:
 
 
 def four_bit_config() -> BitsAndBytesConfig:
-    """NF4 with double quantization, computed in bfloat16 (QLoRA, arXiv 2305.14314, section 3).
+    """NF4 with double quantization, computed in bfloat16 (QLoRA, arXiv 2305.14314).
 
     Raises:
         DeviceError: bitsandbytes is not installed.

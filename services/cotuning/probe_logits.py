@@ -1,8 +1,9 @@
 """The proxy's distributions on the public probe set: what a device computes, and what the server makes of it.
 
-A probe row that a device answers well is worth learning from: FedMKT (arXiv 2406.02224) keeps, for each row, the client
-with the least cross-entropy, and only if it is below the model's own. The alternative here, a mixture weighted by
-`softmax(-CE)`, is ours. Distributions are over the proxy's own token ids, at the starts of its own tokens and at END.
+A probe row that a device answers well is worth learning from: FedMKT (arXiv 2406.02224, algorithm 2) keeps, for each
+row, the client with the least cross-entropy, `argmin_i CE_i`, and only if it is below the model's own. The alternative
+here, a mixture weighted by `softmax(-CE_i)`, is ours. Distributions are over the proxy's own token ids, at the starts
+of its own tokens and at END.
 
 A device says nothing about its own quality: the server computes its cross-entropy from the distributions that would be
 taught, at every place where they have to be. So a device cannot be chosen for a row on its word, or for the easy half
