@@ -18,7 +18,8 @@ from assets.tensors import read_tensors, tensors_to_bytes
 from benchmarks.measuring import Goal, compare, peak_memory_of, print_goals, print_table, write_results
 from cotuning.aggregation import StreamingMean, apply_server_update
 from cotuning.low_rank import product_norm, truncate_product
-from cotuning.payload import Values, build_payload
+from cotuning.packed_values import Values
+from cotuning.payload import build_payload
 from cotuning.product_mean import ProductMean, lora_pairs
 from cotuning.top_classes import keep_top
 
@@ -288,7 +289,7 @@ def show(results: dict[str, Any]) -> list[Goal]:
           for where, name in speeds.items()),
         *(Goal(f"{name}: memory of {counts[-1]} updates against {counts[0]}", each["growth"], 1.1, False)
           for name, each in memory.items()),
-        *(Goal(f"payload: {name}", size, 45.0, False, "KiB") for name, size in payload.items() if "int8" in name),
+        *(Goal(f"payload: {name}", size, 45.0, False, "KiB") for name, size in payload.items() if "int7" in name),
     ]  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """Where a model's weights go, and how much room there is."""
 
+from pathlib import Path
 from typing import Any, Literal
 
 import psutil
@@ -7,6 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from transformers.utils import is_bitsandbytes_available
 
+from assets.control_groups import PROCESS, memory_left
 from assets.errors import DeviceError
 from cotuning.language_model import decoder_layers
 
@@ -24,12 +26,18 @@ def chosen_devices(devices: Devices) -> list[str]:
     return ["cpu"]
 
 
-def available_memory(devices: Devices) -> dict[str, int]:
-    """Bytes that this process can use on each device: what is free, and what it holds itself already."""
+def available_memory(devices: Devices, process: Path = PROCESS) -> dict[str, int]:
+    """Bytes that this process can use on each device: what is free, and what it holds itself already.
+
+    Args:
+        devices: which.
+        process: the process's folder in `/proc`, through which its container's limits are found.
+    """
     available: dict[str, int] = {}
     for name in chosen_devices(devices):
         if name == "cpu":
-            available[name] = psutil.virtual_memory().available + psutil.Process().memory_info().rss
+            free, left = psutil.virtual_memory().available, memory_left(process)
+            available[name] = (free if left is None else min(free, left)) + psutil.Process().memory_info().rss
         else:
             available[name] = torch.cuda.mem_get_info(name)[0] + torch.cuda.memory_reserved(name)
     return available
@@ -65,7 +73,7 @@ def _rest(model: torch.nn.Module, layers: str, device: str) -> DeviceMap:
 
 
 def four_bit_config() -> BitsAndBytesConfig:
-    """NF4 with double quantization, computed in bfloat16 (QLoRA, arXiv 2305.14314, section 3).
+    """NF4 with double quantization, computed in bfloat16 (QLoRA, arXiv 2305.14314).
 
     Raises:
         DeviceError: bitsandbytes is not installed.

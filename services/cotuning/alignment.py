@@ -109,42 +109,77 @@ def align(a: EncodedBatch, b: EncodedBatch) -> Alignment:
     """
     _require_same_responses(a, b)
     skipped_B = ~(a.aligned_B & b.aligned_B)
-    place_a_P, place_b_P = a.closing_places(), b.closing_places()
-    common_J = (torch.minimum(place_a_P, place_b_P) >= 0).nonzero().flatten()
-    place_a_J, place_b_J = place_a_P.index_select(0, common_J), place_b_P.index_select(0, common_J)
-    sample_J = place_a_J // (a.closes_BT.shape[1] + 1)
-    byte_J = common_J - a.first_bytes().index_select(0, sample_J)
+    drops_text = a.drops_text or b.drops_text
+    byte_J, place_a_J, place_b_J = _dropping_boundaries(a, b) if drops_text else _common_boundaries(a, b)
+    width_a, width_b = a.closes_BT.shape[1] + 1, b.closes_BT.shape[1] + 1
+    rows_B = torch.arange(len(skipped_B), device=skipped_B.device)
+    stop_B = torch.searchsorted(place_a_J, (rows_B + 1) * width_a)
+    count_B = stop_B.diff(prepend=stop_B.new_zeros(1))
+
+    def spread(values_B: Tensor) -> Tensor:
+        return values_B.repeat_interleave(count_B, output_size=len(byte_J))
+
+    byte_J -= spread(a.first_bytes())
+    row_a_J, row_b_J = place_a_J - spread(rows_B * width_a + 1), place_b_J - spread(rows_B * width_b + 1)
+    found_R = count_B.nonzero().flatten()
+    last_R = stop_B[found_R] - 1
+    first_byte_R, last_byte_R = byte_J[last_R + 1 - count_B[found_R]], byte_J[last_R]
     # The next boundary of the same row; after a row's last one nothing is left but the turn's end.
-    is_last_J = torch.ones_like(sample_J, dtype=torch.bool)
-    torch.ne(sample_J[1:], sample_J[:-1], out=is_last_J[:-1])
-    length_J = (byte_J.roll(-1) - byte_J).masked_fill_(is_last_J, 0)
-    ended_B = (a.end_position_B >= 0) & (b.end_position_B >= 0)
-    is_end_J = is_last_J & (byte_J == a.num_bytes_B.where(ended_B, -1).index_select(0, sample_J))
-    usable_J = is_end_J | ~is_last_J
+    byte_end_J = byte_J.roll(-1).index_copy_(0, last_R, last_byte_R)
+    is_end_R = (last_byte_R == a.num_bytes_B[found_R]) & ((a.end_position_B >= 0) & (b.end_position_B >= 0))[found_R]
+    is_end_J = torch.zeros_like(byte_J, dtype=torch.bool).index_copy_(0, last_R, is_end_R)
+    kept_J = (row_a_J >= 0) & (row_b_J >= 0)  # with no row before it nothing predicts a token
+    if drops_text:  # text that one side drops is in a span without a token there
+        kept_J &= ((place_a_J != place_a_J.roll(-1)) & (place_b_J != place_b_J.roll(-1))) | is_end_J
     if bool(skipped_B.any()):
-        usable_J &= ~skipped_B[sample_J]
-    row_a_J = place_a_J - sample_J * (a.closes_BT.shape[1] + 1) - 1
-    row_b_J = place_b_J - sample_J * (b.closes_BT.shape[1] + 1) - 1
-    # Text that one side drops is in a span without a token there; with no row before it nothing predicts a token.
-    predicts_J = ((place_a_J != place_a_J.roll(-1)) & (place_b_J != place_b_J.roll(-1))) | is_end_J
-    kept_S = (usable_J & predicts_J & (row_a_J >= 0) & (row_b_J >= 0)).nonzero().flatten()
-    sample_S, row_a_S, row_b_S, byte_start_S, length_S, is_end_S = (
-        values_J.index_select(0, kept_S) for values_J in (sample_J, row_a_J, row_b_J, byte_J, length_J, is_end_J)
-    )
+        kept_J &= ~spread(skipped_B)
+    kept_J.index_copy_(0, last_R, kept_J[last_R] & is_end_R)
+    columns = [spread(rows_B), row_a_J, row_b_J, byte_J, byte_end_J, is_end_J]
+    if not bool(kept_J.all()):
+        kept_S = kept_J.nonzero().flatten()
+        columns = [column_J.index_select(0, kept_S) for column_J in columns]
+    sample_S, row_a_S, row_b_S, byte_start_S, byte_end_S, is_end_S = columns
     seen_B = torch.minimum(_bytes_seen(a), _bytes_seen(b))
     return Alignment(
         sample_S=sample_S,
         row_a_S=row_a_S,
         row_b_S=row_b_S,
         byte_start_S=byte_start_S,
-        byte_end_S=byte_start_S + length_S,
+        byte_end_S=byte_end_S,
         is_end_S=is_end_S,
-        covered_bytes=(length_J * usable_J).sum(),
+        covered_bytes=((last_byte_R - first_byte_R) * ~skipped_B[found_R]).sum(),
         total_bytes=torch.where(skipped_B, a.num_bytes_B, seen_B).sum(),
         skipped_B=skipped_B,
         input_ids_a_BT=a.input_ids_BT,
         input_ids_b_BT=b.input_ids_BT,
     )
+
+
+def _common_boundaries(a: EncodedBatch, b: EncodedBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """Where both sides end a token, J of them in order: places among all bytes, and each side's `closing_places` there.
+
+    A bit for every byte says whether a side ends a token at it, and each side looks its tokens up in the other's bits:
+    a byte a place, where `closing_places` takes eight. Neither side drops text, so no token ends at two bytes.
+    """
+    ends_a_U, ends_b_U = a.closing_bytes().flatten(), b.closing_bytes().flatten()
+    place_a_J = _end_marks(b, ends_b_U).index_select(0, ends_a_U).nonzero().flatten()
+    place_b_J = _end_marks(a, ends_a_U).index_select(0, ends_b_U).nonzero().flatten()
+    return ends_a_U.index_select(0, place_a_J), place_a_J, place_b_J
+
+
+def _end_marks(batch: EncodedBatch, ends_U: Tensor) -> Tensor:
+    """Whether a token ends at each byte of `closing_places`, and one entry more for those that end nowhere."""
+    marks_P = torch.zeros(batch.num_places + 1, dtype=torch.bool, device=ends_U.device)
+    marks_P.scatter_(0, ends_U, torch.ones_like(ends_U, dtype=torch.bool))
+    marks_P[-1] = False
+    return marks_P
+
+
+def _dropping_boundaries(a: EncodedBatch, b: EncodedBatch) -> tuple[Tensor, Tensor, Tensor]:
+    """The same where a side drops text, all bytes of which are boundaries of one token."""
+    place_a_P, place_b_P = a.closing_places(), b.closing_places()
+    byte_J = (torch.minimum(place_a_P, place_b_P) >= 0).nonzero().flatten()
+    return byte_J, place_a_P.index_select(0, byte_J), place_b_P.index_select(0, byte_J)
 
 
 def _bytes_seen(batch: EncodedBatch) -> Tensor:

@@ -5,7 +5,7 @@ Names: N rows, C classes. p is the teacher, q the student; the teacher is a cons
 * forward KL: sum p log(p / q), mass covering (Hinton et al., arXiv 1503.02531);
 * reverse KL: sum q log(q / p), mode seeking (MiniLLM, arXiv 2306.08543, per position and without sampling);
 * generalised JSD(beta): beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q (GKD, arXiv 2306.13649,
-  section 3). Bounded by log 2 at beta 0.5. As beta -> 0 it is beta KL(p || q), as beta -> 1 (1 - beta) KL(q || p): not
+  equation 1). Bounded by log 2 at beta 0.5. As beta -> 0 it is beta KL(p || q), as beta -> 1 (1 - beta) KL(q || p): not
   rescaled here.
 """
 

@@ -97,23 +97,44 @@ class EncodedBatch:
 
     def closing_places(self) -> Tensor:
         """The same with the row: `row * (T + 1) + position + 1`; -1 where no boundary is."""
-        num_rows, width = self.closes_BT.shape
-        first_B = self.first_bytes()
-        total = int(self.num_bytes_B.sum()) + num_rows
-        # Every token writes, those without a boundary past the end: cheaper than to pick out the others first.
-        target_BT = (first_B[:, None] + self.byte_ends_BT).masked_fill_(~self.closes_BT, total)
-        device = self.closes_BT.device
-        token_BU = torch.arange(num_rows * (width + 1), device=device).view(num_rows, width + 1)
-        places_P = torch.full((total + 1,), -1, dtype=torch.int64, device=device)
-        places_P.scatter_(0, target_BT.flatten(), token_BU[:, 1:].flatten())
-        start_B = torch.where(self.clean_start_B, token_BU[:, 0] + self.start_row_B + 1, -1)
-        places_P.scatter_(0, first_B, start_B)
-        if not torch.equal(self.byte_reaches_BT, self.byte_ends_BT) or bool(self.start_reaches_B.any()):
+        ends_BU = self.closing_bytes()
+        token_BU = torch.arange(ends_BU.numel(), device=ends_BU.device).view_as(ends_BU)
+        places_P = torch.full((self.num_places + 1,), -1, dtype=torch.int64, device=ends_BU.device)
+        places_P.scatter_(0, ends_BU.flatten(), token_BU.flatten())
+        if self.drops_text:
             # Dropped text is read as soon as what precedes it is: every byte of it is a boundary.
             dropped_BT = (self.byte_reaches_BT - self.byte_ends_BT) * self.closes_BT
-            _fill(places_P, target_BT.flatten(), dropped_BT.flatten(), token_BU[:, 1:].flatten())
-            _fill(places_P, first_B, self.start_reaches_B, start_B)
+            _fill(places_P, ends_BU[:, 1:].flatten(), dropped_BT.flatten(), token_BU[:, 1:].flatten())
+            start_B = torch.where(self.clean_start_B, token_BU[:, 0] + self.start_row_B + 1, -1)
+            _fill(places_P, self.first_bytes(), self.start_reaches_B, start_B)
         return places_P[:-1]
+
+    def closing_bytes(self) -> Tensor:
+        """The index in `closing_places` of the byte at which each token closes a boundary, `num_places` if at none.
+
+        Returns:
+            int64 [B, T + 1]: position `t` in column `t + 1`. The token before the response closes at its byte 0; where
+            there is none, column 0 does.
+        """
+        num_rows, width = self.closes_BT.shape
+        first_B1, nowhere = self.first_bytes()[:, None], self.num_bytes_B.new_full((), self.num_places)
+        ends_BU = nowhere.repeat(num_rows, width + 1)
+        # Every token writes, those without a boundary past the end: cheaper than to pick out the others first.
+        torch.where(self.closes_BT, self.byte_ends_BT + first_B1, nowhere, out=ends_BU[:, 1:])
+        return ends_BU.scatter_(
+            1, self.start_row_B[:, None] + 1, torch.where(self.clean_start_B[:, None], first_B1, nowhere)
+        )
+
+    @property
+    def num_places(self) -> int:
+        """Entries of `closing_places`: `num_bytes + 1` a row."""
+        return int(self.num_bytes_B.sum()) + len(self.num_bytes_B)
+
+    @property
+    def drops_text(self) -> bool:
+        """Whether text lies between two tokens of a row, or before the first."""
+        # `equal` need not look at one tensor twice, which they are where no row took the offset path.
+        return not torch.equal(self.byte_reaches_BT, self.byte_ends_BT) or bool(self.start_reaches_B.any())
 
     def to(self, device: torch.device | str) -> "EncodedBatch":
         """The same batch on `device`."""
@@ -243,9 +264,11 @@ def byte_ends(sizes_N: Tensor, lengths_B: Tensor, num_bytes_B: Tensor) -> Tensor
         lengths_B: tokens of each row.
         num_bytes_B: bytes of each response, which ends its row.
     """
-    total_N = sizes_N.cumsum(0)
-    before_B = torch.cat([total_N.new_zeros(1), total_N]).index_select(0, lengths_B.cumsum(0)) - num_bytes_B
-    return total_N - before_B.repeat_interleave(lengths_B, output_size=len(sizes_N))
+    total_M = sizes_N.new_empty(len(sizes_N) + 1)  # one more, for what precedes the first row
+    total_M[0] = 0
+    torch.cumsum(sizes_N, 0, out=total_M[1:])
+    before_B = total_M.index_select(0, lengths_B.cumsum(0)) - num_bytes_B
+    return total_M[1:].sub_(before_B.repeat_interleave(lengths_B, output_size=len(sizes_N)))
 
 
 def _joined(rows: Sequence[Sequence[int]]) -> Tensor:
@@ -334,15 +357,17 @@ def _lay_out(
     content_mask_BT = spread(flat.content_N, 0)
     end_position_B = torch.where(has_end_B, total_B - 1, -1)
     attention_BT = torch.arange(width) < total_B[:, None]
+    byte_ends_BT = spread(flat.byte_ends_N, 0) * content_mask_BT
+    same = torch.equal(flat.byte_reaches_N, flat.byte_ends_N)
     labelled_BT = content_mask_BT | (torch.arange(width) == end_position_B[:, None])
     return EncodedBatch(
         input_ids_BT=input_ids_BT,
         attention_mask_BT=attention_BT.long(),
         labels_BT=input_ids_BT.where(labelled_BT, IGNORED_LABEL),
         content_mask_BT=content_mask_BT,
-        byte_ends_BT=spread(flat.byte_ends_N, 0) * content_mask_BT,
+        byte_ends_BT=byte_ends_BT,
         closes_BT=spread(flat.closes_N, 0),
-        byte_reaches_BT=spread(flat.byte_reaches_N, 0) * content_mask_BT,
+        byte_reaches_BT=byte_ends_BT if same else spread(flat.byte_reaches_N, 0) * content_mask_BT,
         start_reaches_B=flat.start_reaches_B,
         start_row_B=prefix_B + prompt_kept_B - 1,
         clean_start_B=flat.clean_start_B,

@@ -2,10 +2,11 @@
 
 Names: V token ids of one tokenizer, M classes.
 
-The classes are the byte strings that both vocabularies hold, END, and OTHER. Each id of either side belongs to exactly
-one class, so pushing a softmax forward is a sum by class: a proper distribution, with no renormalisation, no tail and
-no suppressed ids, and KL between two of them is a true divergence (data-processing inequality: never more than on a
-finer common view). Replaces the string equality and sorted tails of ULD and GOLD.
+The classes are the byte strings that both vocabularies hold, END, and OTHER. Each id u of either side belongs to
+exactly one class c(u), so pushing a softmax forward is a sum by class, `p~(c) = sum_{u: c(u) = c} p(u)`: a proper
+distribution, with no renormalisation, no tail and no suppressed ids, and KL between two of them is a true divergence
+(data-processing inequality: never more than on a finer common view). Replaces the string equality and sorted tails of
+ULD and GOLD.
 
 A token that the other side lacks goes where the *other* tokenizer would go: to the class of the first piece that it
 gives the token's text, followed until a shared string is reached. So when one side reads " international" and the

@@ -3,16 +3,15 @@
 Names: S span starts, D student's hidden size, E teacher's, B rows, R span starts of the longest row.
 
 Both read the hidden states at span starts, where teacher and student have read the same bytes whatever their
-tokenizers (`alignment`). The teacher is a constant. Layers are mapped evenly, the last to the last (as the "uniform"
-mapping of TinyBERT, arXiv 1909.10351, section 3.1, does).
+tokenizers (`alignment`). The teacher is a constant. Layers are mapped evenly, the last to the last:
+`m(l) = round(l L_teacher / L_student)`, as TinyBERT (arXiv 1909.10351) maps every third one of twelve to one of four.
 
-* feature: a learned linear map takes the student's states to the teacher's space (FitNets, arXiv 1412.6550;
-  TinyBERT, section 3.1). Ours: the squared error is divided by the teacher's own size, so that one weight suits every
-  layer and model. The maps are used in training only.
-* relation: cosine similarities between all pairs of span starts of a row, Huber loss between the two models'
-  (relational knowledge distillation, arXiv 1904.05068, section 3.2; ours: a cosine for its potential). It needs no
-  map, since similarities have no dimension.
-"""
+* feature: `mean_l |H_l W_l - G_m(l)|^2 / |G_m(l)|^2`: a learned linear map W_l takes the student's states H_l to the
+  teacher's space (FitNets, arXiv 1412.6550; TinyBERT, equation 8, `MSE(H W, G)`). Ours: the squared error is divided
+  by the teacher's own size, so that one weight suits every layer and model. The maps are used in training only.
+* relation: `mean_{s != t} huber(cos(h_s, h_t) - cos(g_s, g_t))` over pairs of span starts of a row (relational
+  knowledge distillation, arXiv 1904.05068, section 3.2; ours: a cosine of two states for its potentials, distances of
+  two and angles of three). It needs no map, since similarities have no dimension."""
 
 from collections.abc import Sequence
 

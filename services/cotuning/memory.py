@@ -34,7 +34,7 @@ from cotuning.training import Precision
 Learns = Literal["everything", "adapter", "nothing"]
 
 FOUR_BIT_BYTES = 0.5 + 1 / 64
-"""A weight in 4 bits, with one 8-bit scale for each block of 64 (QLoRA, arXiv 2305.14314, section 3)."""
+"""A weight in 4 bits, with one 8-bit scale for each block of 64 (QLoRA, arXiv 2305.14314)."""
 
 _CHUNK_COPIES = 3
 """Of a chunk of rows in `cross_entropy`: log-probabilities, slopes, and what either is made from; float32."""

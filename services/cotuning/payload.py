@@ -2,41 +2,29 @@
 
 Names: N samples, S rows (span starts of all samples, in order), K classes kept, C classes.
 
-Per row: the set of class ids (`packed_ids`), their log-probabilities in the order of the ids, and the tail's mass
-(float16). Per byte of the responses one bit, whether a span starts there. Per sample a digest of the response's bytes.
-The header names the class space (fingerprint of the fold or of the token table), the probe set, the temperature, K and
-how values are written. A row of 32 classes out of 32,000 takes 84 bytes: 43 KiB for a response of 512 tokens.
-
-Values are written as what a log-probability lies below the row's greatest, at most 20 nats (less than 2.1e-9 of its
-probability; what lies deeper is raised to that). After parsing the K probabilities are rescaled to one minus the tail,
-so the greatest itself need not travel. With a row's range r <= 20 nats, the difference of its greatest and its least:
-
-- `int8`: 256 even steps, the step in float16. A value errs by at most half a step; after rescaling, a log-probability
-  given that the class is one of the K errs by at most a step, r / 254 + 2e-5, so by at most 0.079 nats.
-- `float16`: a value d nats down errs by at most d / 2048; after rescaling by at most r / 1024 + 2e-5, so 0.02 nats. The
-  greatest ones, which carry the mass, are next to exact. K - 2 bytes a row more.
-
-The tail errs by at most 2^-12 (float16 below one).
+Per row: the set of class ids (`packed_ids`), their log-probabilities in the order of the ids (`packed_values`, which
+states how far each form errs), and the tail's mass (float16, which errs by at most 2^-12). Per byte of the responses
+one bit, whether a span starts there. Per sample a digest of the response's bytes. The header names the class space
+(fingerprint of the fold or of the token table), the probe set, the temperature, K and how values are written. At K = 32
+a row takes 79 bytes over 32,000 classes and 88 over 151,936: 45 KiB for a response of 512 tokens.
 
 A payload on private text would leak it: build one on public text only.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, cast, get_args
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor
 
 from cotuning.encoding import EncodedBatch, response_digest
-from cotuning.packed_ids import pack_bits, pack_ids, packed_widths, unpack_bits, unpack_ids
+from cotuning.packed_ids import pack_bits, pack_ids, packed_width, unpack_bits, unpack_ids
+from cotuning.packed_values import Values, pack_values, unpack_values, values_layout
 from cotuning.top_classes import TopClasses
 
-PAYLOAD_FORMAT = "cotune-logits/2"
+PAYLOAD_FORMAT = "cotune-logits/3"
 MAX_TOP_K = 1024
-Values = Literal["int8", "float16"]
-_DEPTH_NATS = 20.0
-_STEPS = 255
 
 
 class PayloadError(ValueError):
@@ -102,7 +90,7 @@ def build_payload(
     fingerprint: str,
     probe_set: str,
     temperature: float,
-    values: Values = "int8",
+    values: Values = "int7",
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Pack rows into tensors and a header of strings, as a safetensors file takes them.
 
@@ -115,17 +103,15 @@ def build_payload(
         fingerprint: `FoldPair.fingerprint`, or `TokenTable.fingerprint` where the classes are token ids.
         probe_set: SHA-256 of the probe set's bytes, hex.
         temperature: at which `top` was taken.
-        values: how log-probabilities are written; the module's docstring has the errors.
+        values: how log-probabilities are written; `packed_values` has the errors.
 
     Raises:
         ValueError: two rows at one byte, or a row at none.
     """
     ids_SK, order_SK = top.ids_SK.cpu().sort(1)
-    low_SW, high_SW = pack_ids(ids_SK, num_classes)
     tensors = {
-        "ids_low": low_SW,
-        "ids_high": high_SW,
-        **_rounded(top.log_probs_SK.float().cpu().gather(1, order_SK), values),
+        "ids": pack_ids(ids_SK, num_classes),
+        "values": pack_values(top.log_probs_SK.float().cpu().gather(1, order_SK), values),
         "tail": top.tail_S.cpu().half(),
         "starts": _pack_places(sample_S.cpu(), byte_start_S.cpu(), responses),
         "digest": torch.tensor([response_digest(response) for response in responses], dtype=torch.int64),
@@ -159,17 +145,6 @@ def _pack_places(sample_S: Tensor, byte_start_S: Tensor, responses: Sequence[str
     return pack_bits(starts_T[None], -(-total // 8))[0]
 
 
-def _rounded(log_probs_SK: Tensor, values: Values) -> dict[str, Tensor]:
-    """How far each value lies below its row's greatest: on the row's own scale of 256 steps, or as float16."""
-    greatest_S1 = log_probs_SK.amax(1, keepdim=True)
-    down_SK = (greatest_S1 - log_probs_SK).clamp(0, _DEPTH_NATS)
-    if values == "float16":
-        return {"down": down_SK.half()}
-    step_S = (down_SK.amax(1) / _STEPS).half()
-    steps_SK = (down_SK / step_S.float().clamp(min=1e-12)[:, None]).round_().clamp_(0, _STEPS)
-    return {"steps_down": steps_SK.to(torch.uint8), "step": step_S}
-
-
 def parse_payload(
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
@@ -197,8 +172,10 @@ def parse_payload(
     firsts_N = _places_of_samples(responses)
     checked = _check_layout(tensors, header, num_classes, firsts_N)
     sample_S, byte_start_S = _check_places(checked, responses, firsts_N)
-    ids_SK = _check_ids(checked, header.top_k, num_classes)
-    log_probs_SK, tail_S = _check_values(checked, header.values, whole=header.top_k == num_classes)
+    ids_SK = _unpacked("class ids", unpack_ids, checked["ids"], header.top_k, num_classes)
+    down_SK = _unpacked("values", unpack_values, checked["values"], header.top_k, header.values)
+    tail_S = _check_tail(checked["tail"], whole=header.top_k == num_classes)
+    log_probs_SK = (-down_SK).log_softmax(1) + torch.log1p(-tail_S.clamp(max=1 - 1e-6))[:, None]
     log_probs_SK, order_SK = log_probs_SK.sort(dim=1, descending=True, stable=True)
     return PayloadRows(
         sample_S=sample_S,
@@ -253,16 +230,10 @@ def _check_layout(
     tensors: Mapping[str, Tensor], header: _Header, num_classes: int, firsts_N: Tensor
 ) -> dict[str, Tensor]:
     num_rows = len(tensors["tail"]) if "tail" in tensors and tensors["tail"].dim() else 0
-    low_width, high_width = packed_widths(header.top_k, num_classes)
-    written: dict[str, tuple[torch.dtype, tuple[int, ...]]] = (
-        {"down": (torch.float16, (num_rows, header.top_k))}
-        if header.values == "float16"
-        else {"steps_down": (torch.uint8, (num_rows, header.top_k)), "step": (torch.float16, (num_rows,))}
-    )
+    values_dtype, values_width = values_layout(header.top_k, header.values)
     layout: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {
-        "ids_low": (torch.uint8, (num_rows, low_width)),
-        "ids_high": (torch.uint8, (num_rows, high_width)),
-        **written,
+        "ids": (torch.uint8, (num_rows, packed_width(header.top_k, num_classes))),
+        "values": (values_dtype, (num_rows, values_width)),
         "tail": (torch.float16, (num_rows,)),
         "starts": (torch.uint8, (-(-int(firsts_N[-1]) // 8),)),
         "digest": (torch.int64, (len(firsts_N) - 1,)),
@@ -292,32 +263,27 @@ def _check_places(tensors: Mapping[str, Tensor], responses: Sequence[str], first
     return sample_S, place_S - firsts_N[sample_S]
 
 
-def _check_ids(tensors: Mapping[str, Tensor], top_k: int, num_classes: int) -> Tensor:
+def _unpacked(what: str, unpack: Callable[..., Tensor], *arguments: Any) -> Tensor:
+    """`unpack(*arguments)`, whose ValueError of what was expected, what it got and the row becomes a refusal."""
     try:
-        return unpack_ids(tensors["ids_low"], tensors["ids_high"], top_k, num_classes)
+        return unpack(*arguments)
     except ValueError as error:
         detail, row = error.args
         expected, _, received = detail.partition(", got ")
-        raise PayloadError(f"class ids of row {row}", expected, received) from None
+        raise PayloadError(f"{what} of row {row}", expected, received) from None
 
 
-def _check_values(tensors: Mapping[str, Tensor], values: Values, *, whole: bool) -> tuple[Tensor, Tensor]:
-    """Log-probabilities, in the order of the ids, and tails that sum to one in every row.
+def _check_tail(tail_S: Tensor, *, whole: bool) -> Tensor:
+    """The tails as float32.
 
     Args:
+        tail_S: what came.
         whole: every class is among the K, so that nothing is left for a tail.
     """
-    limits = {"tail": 1.0} | ({"down": _DEPTH_NATS} if values == "float16" else {"step": 1.0})
-    for name, high in limits.items():
-        came = tensors[name].float()
-        for place in (~((came >= 0) & (came <= high))).nonzero().tolist()[:1]:
-            raise PayloadError(f"{name!r} of row {place[0]}", f"a value in [0, {high:g}]", float(came[tuple(place)]))
-    tail_S = torch.zeros_like(tensors["tail"], dtype=torch.float32) if whole else tensors["tail"].float()
-    if values == "float16":
-        down_SK = tensors["down"].float()
-    else:
-        down_SK = tensors["steps_down"].float() * tensors["step"].float()[:, None]
-    return (-down_SK).log_softmax(1) + torch.log1p(-tail_S.clamp(max=1 - 1e-6))[:, None], tail_S
+    came_S = tail_S.float()
+    for row in (~((came_S >= 0) & (came_S <= 1))).nonzero().flatten().tolist()[:1]:
+        raise PayloadError(f"'tail' of row {row}", "a value in [0, 1]", float(came_S[row]))
+    return torch.zeros_like(came_S) if whole else came_S
 
 
 @dataclass(frozen=True)

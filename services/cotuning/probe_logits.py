@@ -1,8 +1,9 @@
 """The proxy's distributions on the public probe set: what a device computes, and what the server makes of it.
 
-A probe row that a device answers well is worth learning from: FedMKT (arXiv 2406.02224) keeps, for each row, the client
-with the least cross-entropy, and only if it is below the model's own. The alternative here, a mixture weighted by
-`softmax(-CE)`, is ours. Distributions are over the proxy's own token ids, at the starts of its own tokens and at END.
+A probe row that a device answers well is worth learning from: FedMKT (arXiv 2406.02224, algorithm 2) keeps, for each
+row, the client with the least cross-entropy, `argmin_i CE_i`, and only if it is below the model's own. The alternative
+here, a mixture weighted by `softmax(-CE_i)`, is ours. Distributions are over the proxy's own token ids, at the starts
+of its own tokens and at END.
 
 A device says nothing about its own quality: the server computes its cross-entropy from the distributions that would be
 taught, at every place where they have to be. So a device cannot be chosen for a row on its word, or for the easy half
@@ -26,7 +27,8 @@ from cotuning.encoding import EncodedBatch
 from cotuning.examples import Example, rows_digest
 from cotuning.language_model import LanguageModel, hidden_states, output_head
 from cotuning.mutual_learning import Teacher
-from cotuning.payload import PayloadError, PayloadRows, Values, build_payload, parse_payload
+from cotuning.packed_values import Values
+from cotuning.payload import PayloadError, PayloadRows, build_payload, parse_payload
 from cotuning.top_classes import TopClasses, top_classes
 
 TeacherChoice = Literal["least_ce", "ce_weighted", "off"]
@@ -101,7 +103,7 @@ def probe_payload(
     top_k: int,
     temperature: float,
     max_length: int,
-    values: Values = "int8",
+    values: Values = "int7",
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
     """The top classes of the proxy, as it stands, at every token start of the probe rows' responses.
 

@@ -91,7 +91,7 @@ def distil_proxy(
         feature_weight: of `hidden_distillation.feature_loss`, all layers; its maps are dropped at the end.
         relation_weight: of `hidden_distillation.relation_loss`, all layers.
         on_policy_fraction: share of the steps, in [0, 1], on responses that the proxy itself samples to the rows'
-            prompts (GKD, arXiv 2306.13649, algorithm 1). Such a step has no cross-entropy: a sample is no truth.
+            prompts (GKD, arXiv 2306.13649). Such a step has no cross-entropy: a sample is no truth.
         on_policy_tokens: longest sample.
         gradient_checkpointing: see there; of the proxy.
         on_progress: of the training's steps, and of the rows measured before and after it.

@@ -1,9 +1,8 @@
 """Making a small model of the LLM's own kind: fewer layers, narrower ones, or a fresh start.
 
-Depth: every k-th layer is kept, evenly spread, first and last always among them (ours; the ends of a decoder are the
-ones it cannot spare, arXiv 2403.03853). Width: whole attention heads and feed-forward neurons, by their importance on
-public rows; see `width_pruning`. The result is then distilled; see `proxy`.
-"""
+Depth: of L layers k are kept, evenly spread, at `round(j (L - 1) / (k - 1))`, first and last always among them (ours;
+the ends of a decoder are the ones it cannot spare, arXiv 2403.03853). Width: whole attention heads and feed-forward
+neurons, by their importance on public rows; see `width_pruning`. The result is then distilled; see `proxy`."""
 
 import copy
 import math

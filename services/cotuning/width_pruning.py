@@ -1,9 +1,10 @@
 """Which attention heads and feed-forward neurons of a decoder matter, measured on rows, and cutting the others out.
 
-Importance as in Minitron (arXiv 2407.14679, section 2.2), forward passes only: of a head, the L2 norm of its output
-before the output projection; of a neuron, the mean of its activations. Theirs averages activations with their sign
-under the L2 norm over the batch; here it is the mean absolute value over the response tokens of all rows, so that
-padding and prompts do not count. Heads that share a key and value (grouped-query attention) stay or go together.
+Importance as in Minitron (arXiv 2407.14679, section 2.2), forward passes only: of a head h, the L2 norm of its output
+before the output projection, `mean_t |o_h(t)|_2`; of a neuron n, its activation, `mean_t |a_n(t)|`. Theirs tries
+several ways to aggregate over sequence and batch; here it is the mean of absolute values over the response tokens of
+all rows, so that padding and prompts do not count. Heads that share a key and value (grouped-query attention) stay or
+go together.
 
 What belongs to what is read from shapes, not from a list of families: in each layer the last linear layer of the
 attention part that reads all heads, and the last one of the rest that reads all neurons.

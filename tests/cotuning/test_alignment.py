@@ -1,6 +1,7 @@
 """Alignment: byte ends, common boundaries, rows of logits, and everything that must not be aligned by guess."""
 
 import unicodedata
+from dataclasses import fields, replace
 from itertools import pairwise
 
 import pytest
@@ -11,6 +12,7 @@ from tokenizers import AddedToken, Tokenizer
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from cotuning.alignment import Alignment, EncodedBatch, align, encode_batch, token_spans, token_table
+from cotuning.encoding import byte_ends
 from tests.cotuning.trained_tokenizers import KINDS, SENTENCES, table_of, trained
 
 TRICKY = (
@@ -105,6 +107,28 @@ def test_batches_align_as_the_definition_says_row_by_row(rows, seed_a, seed_b):
         result = align(a, b)
         for row in range(len(rows)):
             assert spans_of(result, row) == slow_alignment(a, b, row)
+
+
+@quick
+@given(st.lists(st.tuples(texts, texts), min_size=1, max_size=4), st.integers(0, 2), st.integers(4, 30))
+def test_where_no_text_is_dropped_the_way_that_allows_for_it_says_the_same(rows, seed, max_length):
+    prompts, responses = [prompt for prompt, _ in rows], [response for _, response in rows]
+    a, b = (encode(kind, prompts, responses, seed=seed, max_length=max_length) for kind in ("byte_level", "unigram"))
+    # Where no boundary is, text may as well be said to be dropped.
+    careful = replace(a, byte_reaches_BT=torch.where(a.closes_BT, a.byte_reaches_BT, a.byte_ends_BT - 1))
+    assert careful.drops_text
+    expected, result = align(a, b), align(careful, b)
+    for field in fields(Alignment):
+        assert torch.equal(getattr(result, field.name), getattr(expected, field.name)), field.name
+
+
+@quick
+@given(st.lists(st.tuples(st.lists(st.integers(0, 5), max_size=5), st.integers(0, 30)), max_size=5))
+def test_byte_ends_count_back_from_the_end_of_every_row(rows):
+    sizes = torch.tensor([size for row, _ in rows for size in row], dtype=torch.int64)
+    lengths, num_bytes = torch.tensor([[len(row), size] for row, size in rows], dtype=torch.int64).reshape(-1, 2).T
+    expected = [size - sum(row[place + 1 :]) for row, size in rows for place in range(len(row))]
+    assert byte_ends(sizes, lengths, num_bytes).tolist() == expected
 
 
 def normal_form(kind: str, raw: bytes) -> str | bytes:

@@ -199,7 +199,7 @@ def test_the_logits_are_those_of_the_proxy_with_both_adapters() -> None:
     with adapted(world.proxy, config, {"shared": trained}) as lent:
         without, _ = probe_payload(lent, PROBE, top_k=8, temperature=1.0, max_length=64)
     # The delta is rounded, so a class at the edge of the top eight may change.
-    agree, differ = ((result.logits["ids_low"] == other["ids_low"]).all(1) for other in (both, without))
+    agree, differ = ((result.logits["ids"] == other["ids"]).all(1) for other in (both, without))
     assert agree.float().mean() > 0.9
     assert differ.float().mean() < 0.1
 
@@ -479,5 +479,5 @@ def test_how_values_travel_is_the_settings_choice() -> None:
     world = World()
     result = world.device(settings=settings(logits_values="float16"))
     assert result.logits_metadata["values"] == "float16"
-    assert result.logits["down"].dtype == torch.float16
-    assert world.device().logits_metadata["values"] == "int8"
+    assert result.logits["values"].dtype == torch.float16
+    assert world.device().logits_metadata["values"] == "int7"

@@ -8,10 +8,10 @@ the target is the token that was read:
 
     loss = mean over the student's response tokens of  - sum_v target(v) log p_s(v)
 
-A cross-entropy, not a KL: it is not zero for equal models. Of several ids with the same nearest piece the most likely
-one counts. Chosen here: both distributions are read at the position *before* their token, so that the one-hot target is
-the token which that position predicts; strings are pieces' bytes; END is one more token; K is 10. Temperature softens
-both sides; T^2 does not enter.
+A cross-entropy, as in FedMKT's equations 7 and 8, not a KL: it is not zero for equal models. Of several ids with the
+same nearest piece the most likely one counts. Chosen here: both distributions are read at the position *before* their
+token, so that the one-hot target is the token which that position predicts; strings are pieces' bytes; END is one more
+token; K is 10. Temperature softens both sides; T^2 does not enter.
 
 Names: N response tokens of the student, K ids of the teacher, V token ids.
 """

@@ -1,5 +1,7 @@
 """Universal Logit Distillation (ULD, arXiv 2402.12030): sorted probabilities, position by position.
 
+    loss = mean over pairs of positions of  sum_r |p_s^(r) - p_t^(r)|,   p^(r) the r-th greatest probability
+
 The k-th response token of one side is compared with the k-th of the other, up to the shorter response, whatever they
 stand for; at each position the two distributions are sorted and compared by L1, which is the Wasserstein distance when
 every move between two different ids costs the same. Without an alignment of tokens or of vocabularies: the plainest
