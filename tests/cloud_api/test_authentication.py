@@ -113,6 +113,18 @@ def test_a_key_that_is_revoked_or_over_is_refused_at_once(fresh_api: RunningApi)
     assert created["key"] not in refused.text
 
 
+def test_a_stream_ends_when_its_key_is_revoked(fresh_api: RunningApi) -> None:
+    key = fresh_api.operator_key(OperatorRole.VIEWER)
+    key_id = fresh_api.operator.get("/v1/operators/keys").json()["items"][0]["key_id"]
+    run = fresh_api.create_run()
+    with fresh_api.client(key).stream("GET", f"/v1/runs/{run.run_id}/events/stream") as stream:
+        lines = stream.iter_lines()
+        assert any("run.created" in line for line in lines)
+        fresh_api.operator.delete(f"/v1/operators/keys/{key_id}")
+        fresh_api.operator.post(f"/v1/runs/{run.run_id}/stop", json={"reason": "not for your eyes"})
+        assert "not for your eyes" not in "".join(lines)
+
+
 def test_a_revoked_device_is_refused_at_once_also_in_the_middle_of_a_round(api: RunningApi) -> None:
     device = api.enrol("stolen")
     api.running_run(device)

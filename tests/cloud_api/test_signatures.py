@@ -2,6 +2,8 @@
 
 import base64
 import json
+import os
+import secrets
 import threading
 import time
 from collections.abc import Mapping
@@ -12,6 +14,7 @@ from typing import Any
 
 import httpx
 import pytest
+import redis
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from persistence import schema
@@ -21,6 +24,7 @@ from protocol.headers import content_digest
 from protocol.signatures import format_signature, request_values, signature_base, signature_parameters
 from tests.cloud_api.running_api import PROFILE, RunningApi, delta_for, running_api, settings_in
 
+REDIS = os.environ.get("COTUNE_TEST_REDIS", "redis://127.0.0.1:6379/0")
 HEARTBEAT = "/v1/devices/me/heartbeat"
 
 
@@ -32,7 +36,8 @@ class SigningDevice:
         public = base64.b64encode(self.key.public_key().public_bytes_raw()).decode()
         body = {"token": api.token(), "name": "signs", "profile": PROFILE, "public_key": public}
         receipt = api.client(None).post("/v1/devices", json=body).json()
-        self.device_id, self.http = receipt["device_id"], api.client(receipt["credential"])
+        self.device_id, self.credential = receipt["device_id"], receipt["credential"]
+        self.http = api.client(self.credential)
         self._count = 0
 
     def signed(self, method: str, path: str, body: bytes | None, **changed: Any) -> dict[str, str]:
@@ -175,3 +180,28 @@ def test_a_server_may_take_signed_requests_only(tmp_path: Path) -> None:
         assert json.loads(api.operator.get("/v1/enrolment-tokens").content)["items"][0]["used"] == 0
         device = SigningDevice(api)
         assert device.send("GET", "/v1/devices/me", None, device.signed("GET", "/v1/devices/me", None)).is_success
+
+
+@pytest.mark.services
+def test_a_request_that_one_process_answered_is_a_replay_for_another(tmp_path: Path) -> None:
+    """Several API processes share their nonces through Redis; without it each knows its own only."""
+    broker, prefix = redis.Redis.from_url(REDIS, socket_connect_timeout=1), f"cotune-test-{secrets.token_hex(6)}-"
+    try:
+        broker.ping()
+    except redis.RedisError:
+        pytest.skip(f"no Redis answers at {REDIS}")
+    schema.upgrade(f"sqlite:///{tmp_path / 'cotune.sqlite3'}")
+    alone = settings_in(tmp_path)
+    shared = replace(alone, broker_url=REDIS, queue_prefix=prefix)
+    try:
+        for settings, expected in ((shared, 401), (alone, 200)):
+            with running_api(settings) as one, running_api(settings) as other:
+                device = SigningDevice(one)
+                headers = device.signed("POST", HEARTBEAT, b"{}")
+                assert device.send("POST", HEARTBEAT, b"{}", headers).status_code == 200
+                again = other.client(device.credential).post(HEARTBEAT, content=b"{}", headers=headers)
+                assert again.status_code == expected
+    finally:
+        for key in broker.scan_iter(f"{prefix}*"):
+            broker.delete(key)
+        broker.close()
