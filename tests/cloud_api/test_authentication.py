@@ -5,8 +5,9 @@ import re
 import httpx
 import pytest
 from fastapi.routing import APIRoute
+from starlette.requests import Request
 
-from cloud_api.access import ACCESS
+from cloud_api.access import ACCESS, access_of
 from cloud_api.app import SUBJECTS
 from protocol.errors import ErrorCode
 from protocol.operators import OperatorRole
@@ -41,6 +42,14 @@ def test_every_operation_says_who_may_call_it() -> None:
         assert (access.action is not None) == (changes and access.role is not None), name
     actions = [access.action for access in ACCESS.values() if access.action]
     assert len(set(actions)) == len(actions)
+
+
+def test_what_is_not_listed_is_for_admins() -> None:
+    scope = {"type": "http", "method": "POST", "path": "/v1/new", "headers": []}
+    for found in (scope, scope | {"route": APIRoute("/v1/new", lambda: None)}):
+        access = access_of(Request(found))
+        assert (access.role, access.devices) == (OperatorRole.ADMIN, False)
+        assert access.action
 
 
 @pytest.fixture(scope="module")
