@@ -1,6 +1,6 @@
 """Answers of POST requests with an `Idempotency-Key`; webhooks and how far each was told.
 
-Revision: 0007; after: 0003.
+Revision: 0007; after: 0006.
 """
 
 import sqlalchemy as sa
@@ -9,7 +9,7 @@ from alembic import op
 from persistence.column_types import UtcDateTime
 
 revision = "0007"
-down_revision = "0003"
+down_revision = "0006"
 branch_labels = None
 depends_on = None
 

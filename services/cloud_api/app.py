@@ -5,14 +5,18 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
 
 from cloud_api import documentation, health, metrics, problem_pages, problems, reference
 from cloud_api.artifacts import endpoints as artifacts
 from cloud_api.assignments import endpoints as assignments
+from cloud_api.audit import endpoints as audit
 from cloud_api.cloud import Cloud
 from cloud_api.devices import endpoints as devices
 from cloud_api.devices import enrolment_endpoints as enrolment
 from cloud_api.events import endpoints as events
+from cloud_api.operators import endpoints as operators
+from cloud_api.rate_limits import AddressLimit
 from cloud_api.release import VERSION
 from cloud_api.request_boundary import RequestBoundary
 from cloud_api.rounds import endpoints as rounds
@@ -33,6 +37,8 @@ SUBJECTS = (
     versions,
     events,
     webhooks,
+    operators,
+    audit,
     health,
     metrics,
 )
@@ -69,7 +75,11 @@ def create_app(cloud: Cloud) -> FastAPI:
         telemetry={"tracing": False, "metrics": False, "logs": False},
     )
     app.state.cloud = cloud
+    # What is added last is outermost.
+    app.add_middleware(AddressLimit, limits=cloud.limits)
     app.add_middleware(RequestBoundary, stopping=lambda: cloud.feed.stopping, metrics=cloud.request_metrics)
+    if cloud.settings.trusted_proxies:
+        app.add_middleware(ProxyHeadersMiddleware, trusted_hosts=list(cloud.settings.trusted_proxies))
     problems.add_handlers(app)
     documentation.install(app)
     for subject in SUBJECTS:

@@ -12,14 +12,17 @@ from sqlalchemy.orm import Session
 from sqlalchemy.pool import QueuePool
 from starlette.concurrency import run_in_threadpool
 
+from cloud_api.brief_memory import BriefMemory, InProcessMemory, RedisMemory
 from cloud_api.dispatch import Dispatcher
 from cloud_api.feed import Feed
+from cloud_api.rate_limits import RateLimits
 from cloud_api.request_metrics import RequestMetrics
 from cloud_api.settings import Settings
 from persistence import events
 from persistence.blobs import FolderBlobStore
 from persistence.database import Database
 from protocol.events import Event
+from protocol.queue import queue_folder
 
 Result = TypeVar("Result")
 
@@ -88,6 +91,8 @@ class Cloud:
     dispatcher: Dispatcher
     feed: Feed
     now: Callable[[], datetime]
+    memory: BriefMemory
+    limits: RateLimits
     request_metrics: RequestMetrics = field(default_factory=RequestMetrics)
 
     async def write(self, work: Callable[[Session], Result]) -> Result:
@@ -103,6 +108,7 @@ class Cloud:
     def close(self) -> None:
         """Let go of everything; the process ends."""
         self.dispatcher.close()
+        self.memory.close()
         self.database.dispose()
 
 
@@ -126,4 +132,12 @@ def open_cloud(settings: Settings, *, now: Callable[[], datetime] = utc_now) -> 
         )
 
     feed = Feed(newest, after, interval_seconds=settings.feed_seconds)
-    return Cloud(settings, database, transactions, blobs, dispatcher, feed, now)
+    memory = _brief_memory(settings)
+    limits = RateLimits(memory, settings.rates)
+    return Cloud(settings, database, transactions, blobs, dispatcher, feed, now, memory, limits)
+
+
+def _brief_memory(settings: Settings) -> BriefMemory:
+    if queue_folder(settings.broker_url) is None:
+        return RedisMemory(settings.broker_url, settings.queue_prefix)
+    return InProcessMemory()

@@ -2,31 +2,37 @@
 
 A session's transaction is committed when the endpoint has returned and before the answer is sent (`scope="function"`):
 a commit that fails is an error answer. Measured with FastAPI 0.165: without that scope the client would get 200.
+
+What an operator changes is entered in the audit trail by the same transaction; no endpoint has to think of it.
 """
 
-import hmac
 from collections.abc import AsyncIterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import Depends, Query, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 from sqlalchemy.orm import Session
 
+from cloud_api.access import access_of
+from cloud_api.authentication import Operator, Presented, authenticate_device, authenticate_operator
 from cloud_api.cloud import Cloud
-from cloud_api.problems import request_facts
-from persistence import enrolment
+from cloud_api.signatures import parts_of
+from persistence import audit
+from persistence.idempotency import was_replayed
 from protocol.errors import DomainError, ErrorCode
 
 _operator_scheme = HTTPBearer(
     scheme_name="operator key",
-    description="The operator key: `COTUNE_OPERATOR_KEY`, or the content of `operator.key` in the service's home.",
+    description="An operator's API key; the first one is `COTUNE_OPERATOR_KEY`, or the content of `operator.key` in the"
+    " service's home.",
     auto_error=False,
 )
 _device_scheme = HTTPBearer(
     scheme_name="device credential",
-    description="A device's credential from its enrolment, `<device_id>.<secret>`.",
+    description="A device's credential from its enrolment, `<device_id>.<secret>`. A device with a public key also"
+    " signs each request (RFC 9421).",
     auto_error=False,
 )
 
@@ -52,9 +58,76 @@ async def _now(cloud: CloudHere) -> datetime:
 Now = Annotated[datetime, Depends(_now)]
 
 
-async def _writing(cloud: CloudHere) -> AsyncIterator[Session]:
-    async with cloud.transactions.writing() as session:
-        yield session
+def address_of(request: Request) -> str:
+    """Return where a request comes from; behind a trusted proxy, what that says."""
+    return request.client.host if request.client else "unknown"
+
+
+def _presented(request: Request, bearer: HTTPAuthorizationCredentials | None) -> Presented:
+    return Presented(bearer.credentials if bearer else None, address_of(request), parts_of(request))
+
+
+OperatorBearer = Annotated[HTTPAuthorizationCredentials | None, Security(_operator_scheme)]
+DeviceBearer = Annotated[HTTPAuthorizationCredentials | None, Security(_device_scheme)]
+
+
+async def _operator_presented(request: Request, bearer: OperatorBearer) -> Presented:
+    return _presented(request, bearer)
+
+
+async def _device_presented(request: Request, bearer: DeviceBearer) -> Presented:
+    return _presented(request, bearer)
+
+
+async def _either_presented(request: Request, operator: OperatorBearer, device: DeviceBearer) -> Presented:
+    return _presented(request, operator or device)
+
+
+OperatorKey = Annotated[Presented, Depends(_operator_presented)]
+DeviceKey = Annotated[Presented, Depends(_device_presented)]
+EitherKey = Annotated[Presented, Depends(_either_presented)]
+
+
+@dataclass
+class AuditNote:
+    """What the audit trail is told about the current request. An endpoint that makes something names it here."""
+
+    subject: str | None
+    data: dict[str, Any] = field(default_factory=dict)
+    operator: Operator | None = None
+
+
+async def _note(request: Request) -> AuditNote:
+    return AuditNote("/".join(map(str, request.path_params.values()))[: audit.LONGEST_SUBJECT] or None)
+
+
+Note = Annotated[AuditNote, Depends(_note)]
+
+
+def _deed(request: Request, note: AuditNote) -> audit.Deed | None:
+    """Return what to record; None for what devices do, and for what changes nothing."""
+    action, operator = access_of(request).action, note.operator
+    if action is None or operator is None:
+        return None
+    request_id = request.scope.get("cotune_request_id", "")
+    return audit.Deed(operator.key_id, operator.name, action, note.subject, request_id, note.data)
+
+
+async def _record_refusal(request: Request, cloud: Cloud, note: AuditNote, code: ErrorCode) -> None:
+    deed = _deed(request, note)
+    if deed is not None and code is not ErrorCode.UNAVAILABLE:  # then the database would not take this either
+        await cloud.transactions.write(lambda session: audit.record(session, deed, code.value, cloud.now()))
+
+
+async def _writing(request: Request, cloud: CloudHere, note: Note) -> AsyncIterator[Session]:
+    try:
+        async with cloud.transactions.writing() as session:
+            yield session
+            if (deed := _deed(request, note)) is not None and not was_replayed(session):
+                audit.record(session, deed, audit.DONE, cloud.now())
+    except DomainError as error:
+        await _record_refusal(request, cloud, note, error.code)
+        raise
     cloud.feed.nudge()
 
 
@@ -66,81 +139,39 @@ async def _reading(cloud: CloudHere) -> AsyncIterator[Session]:
 WriteSession = Annotated[Session, Depends(_writing, scope="function")]
 ReadSession = Annotated[Session, Depends(_reading, scope="function")]
 
-OperatorKey = Annotated[HTTPAuthorizationCredentials | None, Security(_operator_scheme)]
-DeviceKey = Annotated[HTTPAuthorizationCredentials | None, Security(_device_scheme)]
 
-
-def is_operator_key(cloud: Cloud, key: str) -> bool:
-    """Return whether `key` is the operator key. The time taken tells nothing about how much of it is right."""
-    return hmac.compare_digest(key.encode("utf-8", "replace"), cloud.settings.operator_key.encode())
-
-
-def unauthenticated(detail: str) -> DomainError:
-    """Return the error for a request without a valid credential."""
-    return DomainError(ErrorCode.UNAUTHENTICATED, detail)
-
-
-async def _operator(cloud: CloudHere, bearer: OperatorKey) -> None:
-    if bearer is None:
-        raise unauthenticated("expected `Authorization: Bearer <operator key>`")
-    if is_operator_key(cloud, bearer.credentials):
-        return
-    # A device's credential is a valid one of the wrong kind: 403. Anything else is 401.
-    await cloud.read(lambda session: _authenticated_device(session, bearer.credentials, "the operator key"))
-    raise DomainError(ErrorCode.FORBIDDEN, "expected the operator key, got a device's credential")
+async def _operator(request: Request, cloud: CloudHere, presented: OperatorKey, note: Note) -> Operator:
+    operator = await cloud.read(lambda session: authenticate_operator(session, cloud, presented))
+    note.operator = operator
+    needed = access_of(request).role
+    if needed is None or not operator.role.includes(needed):
+        await _record_refusal(request, cloud, note, ErrorCode.FORBIDDEN)
+        detail = f"expected an operator key with the role {needed}, got one with the role {operator.role}"
+        raise DomainError(ErrorCode.FORBIDDEN, detail, expected=needed, received=operator.role)
+    return operator
 
 
 OperatorOnly = Depends(_operator)
-"""Put it into an endpoint's `dependencies`."""
+"""Put it into an endpoint's `dependencies`. Which role the operation needs is said in `cloud_api.access`."""
+
+OperatorHere = Annotated[Operator, Depends(_operator)]
+"""The operator who calls, where an endpoint has to know."""
 
 
-def authenticate_device(session: Session, cloud: Cloud, bearer: HTTPAuthorizationCredentials | None) -> str:
-    """Return the id of the calling device. For work that runs in a thread.
-
-    Raises:
-        DomainError: UNAUTHENTICATED, DEVICE_REVOKED, or FORBIDDEN for the operator key.
-    """
-    if bearer is None:
-        raise unauthenticated("expected `Authorization: Bearer <device credential>`")
-    if is_operator_key(cloud, bearer.credentials):
-        raise DomainError(ErrorCode.FORBIDDEN, "expected a device's credential, got the operator key")
-    return _authenticated_device(session, bearer.credentials, "the credential of an enrolled device")
-
-
-def _authenticated_device(session: Session, credential: str, expected: str) -> str:
-    try:
-        device_id = enrolment.authenticate(session, credential)
-    except DomainError as error:
-        if error.code is ErrorCode.UNAUTHENTICATED:
-            raise unauthenticated(f"expected {expected}") from None
-        raise
-    request_facts.get()["device_id"] = device_id
-    return device_id
-
-
-def _device(session: WriteSession, cloud: CloudHere, bearer: DeviceKey) -> str:
-    return authenticate_device(session, cloud, bearer)
+def _device(session: WriteSession, cloud: CloudHere, presented: DeviceKey) -> str:
+    return authenticate_device(session, cloud, presented)
 
 
 DeviceId = Annotated[str, Depends(_device)]
 """The calling device, authenticated in the endpoint's own transaction: a revocation counts at once."""
 
 
-@dataclass(frozen=True)
-class Caller:
-    """Who calls an operation that operators and devices may both use."""
-
-    device_id: str | None
-    """None: an operator."""
+def _limited_enrolment(request: Request, cloud: CloudHere) -> None:
+    cloud.limits.enrolment(address_of(request))
 
 
-def authenticate_caller(session: Session, cloud: Cloud, bearer: HTTPAuthorizationCredentials | None) -> Caller:
-    """Return who calls. For work that runs in a thread. Raises as `authenticate_device`, but takes both kinds."""
-    if bearer is None:
-        raise unauthenticated("expected `Authorization: Bearer <device credential or operator key>`")
-    if is_operator_key(cloud, bearer.credentials):
-        return Caller(None)
-    return Caller(_authenticated_device(session, bearer.credentials, "the operator key or a device's credential"))
+LimitedEnrolment = Depends(_limited_enrolment)
+"""Counts the request as an enrolment of its address."""
 
 
 async def _body_bytes(request: Request) -> int:

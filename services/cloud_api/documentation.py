@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
+from cloud_api.access import ACCESS
 from cloud_api.problems import problem_type, title
 from protocol.errors import HTTP_STATUS, PROBLEM_MEDIA_TYPE, ErrorCode, Problem
 
@@ -26,32 +27,46 @@ TAGS = {
     "versions": "The model versions that rounds leave, and their adapters.",
     "events": "The append-only feed of everything that happened, as a list and as a stream.",
     "webhooks": "Servers of yours that are told of events as they happen.",
+    "operators": "Operators' API keys and what was done with them.",
     "service": "Health and readiness. No credential needed.",
 }
 
 DESCRIPTION = f"""\
 Cotune co-tunes a large language model in the cloud with the small language models on many devices.
 
-**Who calls.** Operators send `Authorization: Bearer <operator key>`, devices `Authorization: Bearer <credential>`.
+**Who calls.** Operators send `Authorization: Bearer <operator key>`; a key has a role, viewer, operator or admin.
+Devices send `Authorization: Bearer <credential>`, and sign each request (RFC 9421, RFC 9530) if they have a key.
 
 **Errors** are `{PROBLEM_MEDIA_TYPE}` (RFC 9457). Switch on `code`: it is stable, `detail` is for people.
 Every answer has `X-Request-ID`, which is also in the server's log; send your own to find a request again.
 
 **Repeating.** Uploads and submissions are idempotent: the same content gets the same receipt, other content gets 409.
-Every other `POST` is, with an `Idempotency-Key`. After `503`, wait for `Retry-After` and repeat.
+Every other `POST` is, with an `Idempotency-Key`. After `429` and `503`, wait for `Retry-After` and repeat.
 
 **Versions.** Clients may send `Cotune-Protocol: 1`. Fields are only ever added: ignore those that you do not know.
 """
 
-_WITH_BODY = (ErrorCode.MALFORMED_REQUEST, ErrorCode.BODY_TOO_LARGE)
-_ALWAYS = (ErrorCode.INVALID_FIELD, ErrorCode.UNSUPPORTED_PROTOCOL, ErrorCode.INTERNAL_ERROR, ErrorCode.UNAVAILABLE)
+_WITH_BODY = (ErrorCode.MALFORMED_REQUEST, ErrorCode.DIGEST_MISMATCH, ErrorCode.BODY_TOO_LARGE)
+_ALWAYS = (
+    ErrorCode.INVALID_FIELD,
+    ErrorCode.UNSUPPORTED_PROTOCOL,
+    ErrorCode.RATE_LIMITED,
+    ErrorCode.INTERNAL_ERROR,
+    ErrorCode.UNAVAILABLE,
+)
+_SIGNED = (
+    ErrorCode.SIGNATURE_REQUIRED,
+    ErrorCode.SIGNATURE_INVALID,
+    ErrorCode.SIGNATURE_EXPIRED,
+    ErrorCode.REQUEST_REPLAYED,
+)
 OPERATOR = (ErrorCode.UNAUTHENTICATED, ErrorCode.FORBIDDEN, ErrorCode.DEVICE_REVOKED)
 """The codes of an operation for operators; a revoked device that tries it is told that it is revoked."""
 
-DEVICE = (ErrorCode.UNAUTHENTICATED, ErrorCode.FORBIDDEN, ErrorCode.DEVICE_REVOKED)
+DEVICE = (ErrorCode.UNAUTHENTICATED, *_SIGNED, ErrorCode.FORBIDDEN, ErrorCode.DEVICE_REVOKED)
 """The codes of an operation for devices."""
 
-CALLER = (ErrorCode.UNAUTHENTICATED, ErrorCode.DEVICE_REVOKED)
+CALLER = (ErrorCode.UNAUTHENTICATED, *_SIGNED, ErrorCode.DEVICE_REVOKED)
 """The codes of an operation for both."""
 
 Responses = dict[int | str, dict[str, Any]]
@@ -152,6 +167,11 @@ def _document(app: FastAPI) -> dict[str, Any]:
         license_info=app.license_info,
         servers=app.servers,
     )
+    for path, methods in document["paths"].items():
+        for method, operation in methods.items():
+            access = ACCESS.get(f"{method.upper()} {path}")
+            if access is not None and access.role is not None:
+                operation["description"] += f"\n\nFor operators with the role {access.role} or more."
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
     problem = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
     schemas.update(problem.pop("$defs", {}))

@@ -24,7 +24,10 @@ request_facts: ContextVar[dict[str, str]] = ContextVar("request_facts")
 LONGEST_VALUE = 200
 """Characters of a received value that are given back."""
 
-_SECRET_FIELDS = frozenset({"token", "credential"})
+_SECRET_FIELDS = frozenset({"token", "credential", "key"})
+
+_RETRY_AFTER = {ErrorCode.UNAVAILABLE: "1", ErrorCode.DEVICE_NOT_APPROVED: "15"}
+"""Seconds, where an error does not bring its own."""
 
 _CODE_BY_STATUS = {
     400: ErrorCode.MALFORMED_REQUEST,
@@ -38,6 +41,15 @@ _CODE_BY_STATUS = {
 """What the framework itself answers with."""
 
 _NOT_AN_OBJECT = frozenset({"model_attributes_type", "model_type", "dict_type"})
+
+
+class OtherBytes(HTTPException):
+    """A body without the digest that came with it. FastAPI lets no other kind of error out of reading a body."""
+
+    def __init__(self, expected: str, received: str) -> None:
+        super().__init__(HTTP_STATUS[ErrorCode.DIGEST_MISMATCH])
+        self.expected = expected
+        self.received = received
 
 
 def problem_type(code: ErrorCode) -> str:
@@ -77,8 +89,8 @@ def problem_response(
     added = dict(headers or {})
     if status == 401:
         added.setdefault("WWW-Authenticate", 'Bearer realm="cotune"')
-    if status == 503:
-        added.setdefault("Retry-After", "1")
+    if code in _RETRY_AFTER:
+        added.setdefault("Retry-After", _RETRY_AFTER[code])
     return Response(problem.model_dump_json(), status, added, PROBLEM_MEDIA_TYPE)
 
 
@@ -87,6 +99,7 @@ def add_handlers(app: FastAPI) -> None:
     app.add_exception_handler(DomainError, _domain_error)
     app.add_exception_handler(RequestValidationError, _validation_error)
     app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(OtherBytes, _other_bytes)
 
 
 def _request_id(request: Request) -> str | None:
@@ -132,6 +145,18 @@ def _methods(request: Request) -> list[str]:
         if context.original_route.matches(request.scope)[0] is not Match.NONE:
             allowed |= context.methods or set()
     return sorted(allowed)
+
+
+async def _other_bytes(request: Request, error: Exception) -> Response:
+    assert isinstance(error, OtherBytes)
+    detail = f"`Content-Digest` announced SHA-256 {error.expected}, the body has {error.received}"
+    return problem_response(
+        ErrorCode.DIGEST_MISMATCH,
+        detail,
+        request_id=_request_id(request),
+        expected=error.expected,
+        received=error.received,
+    )
 
 
 async def _validation_error(request: Request, error: Exception) -> Response:

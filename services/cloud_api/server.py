@@ -4,6 +4,7 @@ import contextlib
 import errno
 import signal
 import socket
+import ssl
 import sys
 from types import FrameType
 
@@ -49,10 +50,10 @@ def bind(host: str, port: int) -> socket.socket:
     return listener
 
 
-def address_of(listener: socket.socket) -> str:
+def address_of(listener: socket.socket, scheme: str = "http") -> str:
     """Return the address under which a browser finds a bound socket."""
     host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 class Server(uvicorn.Server):
@@ -65,8 +66,9 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start, then print the address to standard output."""
         await super().startup(sockets)
-        for listener in sockets or []:
-            sys.stdout.write(f"Cotune API on {address_of(listener)}, documentation on {address_of(listener)}/docs\n")
+        scheme = "https" if self.config.is_ssl else "http"
+        for address in [address_of(listener, scheme) for listener in sockets or []]:
+            sys.stdout.write(f"Cotune API on {address}, documentation on {address}/docs\n")
         sys.stdout.flush()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
@@ -79,6 +81,7 @@ class Server(uvicorn.Server):
 
 def serve(app: FastAPI, cloud: Cloud, listener: socket.socket) -> None:
     """Serve until SIGTERM or SIGINT."""
+    tls = cloud.settings.tls
     config = uvicorn.Config(
         app,
         loop="uvloop",
@@ -88,6 +91,11 @@ def serve(app: FastAPI, cloud: Cloud, listener: socket.socket) -> None:
         log_config=None,
         access_log=False,
         server_header=False,
+        proxy_headers=False,  # `create_app` reads them, from the proxies that the settings name and from nobody else
+        ssl_certfile=tls.certificate if tls else None,
+        ssl_keyfile=tls.key if tls else None,
+        ssl_ca_certs=str(tls.client_ca) if tls and tls.client_ca else None,
+        ssl_cert_reqs=ssl.CERT_REQUIRED if tls and tls.client_ca else ssl.CERT_NONE,
         timeout_keep_alive=75,  # longer than clients keep a connection, so that they close it, not we in their face
         timeout_graceful_shutdown=GRACE_SECONDS,
         backlog=2048,

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from cloud_api import security
+from cloud_api.security import Rates, Tls
 from protocol.queue import embedded_broker_url, queue_folder, queue_name
 from protocol.statuses import TRAINING_QUEUE, PartKind
 
@@ -15,9 +17,6 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 Choice = TypeVar("Choice", bound=str)
 
 KEY_FILE = "operator.key"
-SHORTEST_KEY = 16
-"""Characters. A shorter operator key could be guessed over the network."""
-
 DEFAULT_UPLOAD_BYTES = 512 * 2**20
 
 
@@ -44,10 +43,21 @@ class Settings:
     """Silence on an event stream after which a comment is sent, so that proxies keep it open."""
     upload_idle_seconds: float = 60.0
     """An upload of which nothing comes for so long is given up."""
+    require_signatures: bool = False
+    """Whether devices that were enrolled without a public key are refused."""
+    signature_window_seconds: int = 300
+    """How far a signed request's time may be from this machine's clock, and how long its nonce is remembered."""
+    rates: Rates = field(default_factory=Rates)
+    trusted_proxies: tuple[str, ...] = ()
+    """Whose `X-Forwarded-For` is believed."""
+    tls: Tls | None = None
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> "Settings":
         """Read `COTUNE_*`; where no operator key is set, read or make that of the home folder.
+
+        The mode is embedded if database and broker are those of the home folder's kind, a SQLite file and a folder.
+        Otherwise others than this machine's users may reach them: then secrets must be good, and requests signed.
 
         Raises:
             ValueError: a value that cannot be used; the message names the variable, what was expected and what came.
@@ -57,19 +67,29 @@ class Settings:
         broker_url = environment.get("COTUNE_BROKER_URL") or embedded_broker_url(home)
         queue_prefix = environment.get("COTUNE_QUEUE_PREFIX", "")
         queue_name(TRAINING_QUEUE, queue_prefix)
+        database_url = environment.get("COTUNE_DATABASE_URL") or f"sqlite:///{home / 'cotune.sqlite3'}"
+        folder = queue_folder(broker_url)
+        embedded = folder is not None and database_url.startswith("sqlite")
+        if not embedded:
+            security.check_password(database_url, "COTUNE_DATABASE_URL")
+            security.check_password(broker_url, "COTUNE_BROKER_URL")
         prepare_folder(home)
-        if (folder := queue_folder(broker_url)) is not None:
+        if folder is not None:
             prepare_folder(folder)
         return cls(
             home=home,
-            database_url=environment.get("COTUNE_DATABASE_URL") or f"sqlite:///{home / 'cotune.sqlite3'}",
+            database_url=database_url,
             broker_url=broker_url,
             queue_prefix=queue_prefix,
             blobs=Path(environment.get("COTUNE_BLOBS") or home / "blobs").expanduser().absolute(),
-            operator_key=_operator_key(environment, home),
+            operator_key=_operator_key(environment, home, embedded=embedded),
             log_format=_choice(environment, "COTUNE_LOG_FORMAT", ("console", "json"), "console"),
             log_level=_choice(environment, "COTUNE_LOG_LEVEL", ("info", "debug", "warning", "error"), "info"),
             upload_limits={kind: _upload_limit(environment, kind) for kind in PartKind},
+            require_signatures=security.switch(environment, "COTUNE_REQUIRE_SIGNATURES", not embedded),
+            rates=security.rates(environment),
+            trusted_proxies=security.trusted_proxies(environment),
+            tls=security.tls(environment),
         )
 
 
@@ -94,15 +114,16 @@ def _home(environment: Mapping[str, str]) -> Path:
     return (Path(data) if data else Path.home() / ".local" / "share") / "cotune"
 
 
-def _operator_key(environment: Mapping[str, str], home: Path) -> str:
+def _operator_key(environment: Mapping[str, str], home: Path, *, embedded: bool) -> str:
     if key := environment.get("COTUNE_OPERATOR_KEY"):
-        return _checked_key(key, "COTUNE_OPERATOR_KEY")
+        return security.check_key(key, "COTUNE_OPERATOR_KEY", embedded=embedded)
     if named := environment.get("COTUNE_OPERATOR_KEY_FILE"):
-        return _read_key(Path(named).expanduser())
+        path = Path(named).expanduser()
+        return security.check_key(_read_key(path), str(path), embedded=embedded)
     path = home / KEY_FILE
     if not path.exists():
         _make_key(path)
-    return _read_key(path)
+    return security.check_key(_read_key(path), str(path), embedded=embedded)
 
 
 def _make_key(path: Path) -> None:
@@ -121,22 +142,11 @@ def _make_key(path: Path) -> None:
 
 def _read_key(path: Path) -> str:
     try:
-        key = path.read_text(encoding="ascii").strip()
+        return path.read_text(encoding="ascii").strip()
     except OSError as error:
         raise OSError(f"expected an operator key in {path}, got: {error.strerror}") from None
     except UnicodeDecodeError:
         raise ValueError(f"expected an operator key of ASCII characters in {path}") from None
-    return _checked_key(key, str(path))
-
-
-def _checked_key(key: str, where: str) -> str:
-    # The key itself is never part of a message.
-    if len(key) < SHORTEST_KEY or not key.isascii() or not key.isprintable() or " " in key:
-        raise ValueError(
-            f"{where}: expected an operator key of at least {SHORTEST_KEY} printable ASCII characters without spaces, "
-            f"got {len(key)} characters"
-        )
-    return key
 
 
 def _choice(environment: Mapping[str, str], name: str, choices: tuple[Choice, ...], default: Choice) -> Choice:

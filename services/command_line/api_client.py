@@ -1,5 +1,6 @@
 """The operator's side of the HTTP API, typed, with every failure as one of our errors."""
 
+import ssl
 from types import TracebackType
 from typing import Any, Self, TypeVar
 from urllib.parse import quote, urlsplit
@@ -9,11 +10,12 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from command_line.errors import BadInput, CommandError, NotAuthorised, Refused, Unreachable
 from protocol import PROTOCOL_VERSION
-from protocol.devices import Device, EnrolmentToken, EnrolmentTokenCreate
+from protocol.devices import Device, EnrolmentToken, EnrolmentTokenCreate, EnrolmentTokenState
 from protocol.errors import Problem
 from protocol.events import Event
 from protocol.headers import PROTOCOL_HEADER
 from protocol.health import Readiness
+from protocol.operators import AuditEntry, OperatorKey, OperatorKeyCreate, OperatorKeyCreated
 from protocol.pages import Page
 from protocol.runs import ModelVersion, Round, Run, Traffic
 
@@ -27,7 +29,9 @@ class ApiClient:
     key, and Refused when it says no.
     """
 
-    def __init__(self, server: str, key: str, *, timeout_seconds: float = 15.0) -> None:
+    def __init__(
+        self, server: str, key: str, *, timeout_seconds: float = 15.0, tls: ssl.SSLContext | None = None
+    ) -> None:
         parts = urlsplit(server)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise BadInput(f"expected a server address such as http://127.0.0.1:8000, got {server!r}")
@@ -39,6 +43,7 @@ class ApiClient:
             headers={"Authorization": f"Bearer {key}", PROTOCOL_HEADER: PROTOCOL_VERSION},
             timeout=timeout_seconds,
             trust_env=not local,
+            verify=True if tls is None else tls,
         )
 
     def __enter__(self) -> Self:
@@ -57,6 +62,39 @@ class ApiClient:
     def create_token(self, request: EnrolmentTokenCreate) -> EnrolmentToken:
         """Make an enrolment token; its secret is in the answer and nowhere else."""
         return self._call("POST", "/v1/enrolment-tokens", EnrolmentToken, json=request.model_dump(mode="json"))
+
+    def list_tokens(self) -> list[EnrolmentTokenState]:
+        """Every enrolment token without its secret, page by page."""
+        return self._all("/v1/enrolment-tokens", EnrolmentTokenState)
+
+    def revoke_token(self, token_id: str) -> EnrolmentTokenState:
+        """Let nobody enrol with a token any more."""
+        return self._call("DELETE", f"/v1/enrolment-tokens/{_segment(token_id)}", EnrolmentTokenState)
+
+    def approve_device(self, device_id: str) -> Device:
+        """Let a device that waits for it take part."""
+        return self._call("POST", f"/v1/devices/{_segment(device_id)}/approve", Device)
+
+    def revoke_device(self, device_id: str) -> Device:
+        """Void a device's credential for ever."""
+        return self._call("POST", f"/v1/devices/{_segment(device_id)}/revoke", Device)
+
+    def create_operator_key(self, request: OperatorKeyCreate) -> OperatorKeyCreated:
+        """Make an operator's key; its secret is in the answer and nowhere else."""
+        return self._call("POST", "/v1/operators/keys", OperatorKeyCreated, json=request.model_dump(mode="json"))
+
+    def list_operator_keys(self) -> list[OperatorKey]:
+        """Every operator's key without its secret, page by page."""
+        return self._all("/v1/operators/keys", OperatorKey)
+
+    def revoke_operator_key(self, key_id: str) -> OperatorKey:
+        """Void an operator's key."""
+        return self._call("DELETE", f"/v1/operators/keys/{_segment(key_id)}", OperatorKey)
+
+    def audit(self, *, limit: int, subject: str | None = None) -> list[AuditEntry]:
+        """The newest entries of the audit trail, optionally of one subject."""
+        params: dict[str, str | int] = {"limit": limit} | ({"subject": subject} if subject else {})
+        return self._call("GET", "/v1/audit", Page[AuditEntry], params=params).items
 
     def list_devices(self) -> list[Device]:
         """Every device, page by page."""

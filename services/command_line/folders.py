@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import ssl
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -95,3 +96,18 @@ def server_address(environment: Mapping[str, str] = os.environ) -> str:
         return (home_folder(environment) / ADDRESS_FILE).read_text(encoding="ascii").strip()
     except (OSError, UnicodeDecodeError):
         return f"http://127.0.0.1:{DEFAULT_PORT}"
+
+
+def certificate_authority(environment: Mapping[str, str] = os.environ) -> ssl.SSLContext | None:
+    """Return what the API's certificate is checked with, if `COTUNE_CA_FILE` names an authority of one's own.
+
+    Raises:
+        BadInput: it cannot be read.
+    """
+    named = environment.get("COTUNE_CA_FILE")
+    if not named:
+        return None
+    try:
+        return ssl.create_default_context(cafile=named)
+    except OSError as error:  # also ssl.SSLError
+        raise BadInput(f"expected a PEM certificate in COTUNE_CA_FILE={named}, got: {error.strerror}") from None

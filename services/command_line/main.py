@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from command_line import demo_command, device_commands, run_commands, up_command
+from command_line import demo_command, device_commands, operator_commands, run_commands, up_command
 from command_line.errors import CommandError
 from command_line.exit_codes import ExitCode
 from command_line.output import print_error
@@ -29,6 +29,7 @@ app.command("demo")(demo_command.demo)
 app.command("up")(up_command.up)
 app.add_typer(run_commands.app, name="run")
 app.add_typer(device_commands.app, name="device")
+app.add_typer(operator_commands.app, name="operator")
 
 
 def _print_version(wanted: bool) -> None:

@@ -30,6 +30,7 @@ from edge_agent.exit_codes import ExitCode
 from edge_agent.ledger import Ledger
 from edge_agent.local_state import LocalStates
 from edge_agent.outbox import Outbox
+from edge_agent.rotation import CredentialRotation
 from edge_agent.settings import Settings
 from protocol.devices import DeviceProfile
 
@@ -82,13 +83,20 @@ def enroll(
     data: Annotated[str, typer.Option(help="Private training rows: .jsonl, .csv, .parquet or a `datasets` folder.")],
     test: Annotated[str | None, typer.Option(help="Rows to measure on, in the same formats.")] = None,
     domain: Annotated[str | None, typer.Option(help="A label for the data, shown to operators.")] = None,
+    ca_file: Annotated[str | None, typer.Option(help="PEM: the authority of the server's certificate.")] = None,
+    client_certificate: Annotated[str | None, typer.Option(help="PEM, if the server asks for one.")] = None,
+    client_key: Annotated[str | None, typer.Option(help="PEM: the key of that certificate.")] = None,
 ) -> None:
     """Give this device an identity. Once; the id never changes."""
     _make_home(home)
     with lock.hold(home):
-        config = identity.enrol(
-            home, server=server, token=token, name=name, model=model, data=data, test=test, domain=domain, now=_now
-        )
+        enrolled = identity.enrol(
+            home, server=server, token=token, name=name, model=model, data=data, test=test, domain=domain, now=_now,
+            ca_file=ca_file, client_certificate=client_certificate, client_key=client_key,
+        )  # fmt: skip
+    config = enrolled.config
+    if enrolled.waits_for_approval:
+        print(f"it waits until an operator approves it: cotune device approve {config.device.id}")  # noqa: T201
     print(f"enrolled as {config.device.name} ({config.device.id}); start with: cotune-agent start --home {home}")  # noqa: T201
 
 
@@ -115,6 +123,16 @@ def run_once(
     log.info("run_once_done", outcome=outcome.value)
     codes = {Outcome.SUBMITTED: ExitCode.OK, Outcome.IDLE: ExitCode.TIMED_OUT}
     return codes.get(outcome, ExitCode.FAILURE)
+
+
+@app.command("rotate-credential")
+def rotate_credential(home: HomeOption) -> None:
+    """Replace this device's credential now. A running agent does it by itself, every `rotate_credential_days`."""
+    current = settings.load(home, os.environ)
+    logging.configure(current.config.log.format, current.config.log.level)
+    with lock.hold(home), connect(current, threading.Event()) as client:
+        _rotation(current, client).rotate()
+    print("the credential is replaced; the one before is void")  # noqa: T201
 
 
 @app.command()
@@ -166,10 +184,20 @@ def _running(home: Path, log_file: Path | None) -> Iterator[tuple[Agent, DeviceP
     with lock.hold(home), structlog.contextvars.bound_contextvars(device_id=current.device_id):
         stop = threading.Event()
         _stop_on_signals(stop)
-        ledger = Ledger(home / "ledger.jsonl", _now)
         log.info("started", server=current.config.server.url, num_examples=profile.num_examples)
-        with CloudClient(current.config.server.url, current.credential, ledger, stop, now=_now) as client:
+        with connect(current, stop) as client:
             yield build_agent(current, client, stop), profile
+
+
+def connect(current: Settings, stop: threading.Event) -> CloudClient:
+    """Return this device's client of the cloud."""
+    ledger = Ledger(current.home / "ledger.jsonl", _now)
+    url, credential, key = current.config.server.url, current.credential, current.signing_key
+    return CloudClient(url, credential, ledger, stop, now=_now, signing_key=key, tls=current.tls)
+
+
+def _rotation(current: Settings, client: CloudClient) -> CredentialRotation:
+    return CredentialRotation(current.home, client, current.config.server.rotate_credential_days, _now)
 
 
 def build_agent(current: Settings, client: CloudClient, stop: threading.Event) -> Agent:
@@ -197,6 +225,7 @@ def build_agent(current: Settings, client: CloudClient, stop: threading.Event) -
         outbox=Outbox(current.home / "outbox"),
         states=states,
         trainer=trainer,
+        rotation=_rotation(current, client),
     )
 
 

@@ -6,6 +6,7 @@ no). Redirects are not followed, as a credential must not travel to another host
 
 import hashlib
 import json
+import ssl
 import threading
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
@@ -16,11 +17,13 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import httpx
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import BaseModel, ValidationError
 
 from edge_agent.errors import CloudRefused, CloudUnavailable, NotAuthorised, Stopped
 from edge_agent.interruption import call_until_stopped
 from edge_agent.ledger import Ledger, Purpose
+from edge_agent.signing import DeviceAuthentication
 from protocol import PROTOCOL_VERSION
 from protocol.assignments import (
     Assignment,
@@ -31,7 +34,14 @@ from protocol.assignments import (
     Submission,
     SubmissionReceipt,
 )
-from protocol.devices import Device, EnrolmentReceipt, EnrolmentRequest, Heartbeat, HeartbeatReceipt
+from protocol.devices import (
+    Device,
+    DeviceCredential,
+    EnrolmentReceipt,
+    EnrolmentRequest,
+    Heartbeat,
+    HeartbeatReceipt,
+)
 from protocol.errors import ErrorCode
 from protocol.headers import CONTENT_DIGEST_HEADER, PROTOCOL_HEADER, content_digest
 
@@ -44,8 +54,17 @@ LONGEST_RETRY_AFTER_SECONDS = 3600.0
 LARGEST_ANSWER_BYTES = 8 * 2**20
 """Of JSON; files are downloaded to disk, and their sizes are known before."""
 
-LATER = frozenset({ErrorCode.DEVICE_NOT_APPROVED, ErrorCode.DIGEST_MISMATCH, ErrorCode.TRUNCATED_BODY})
-"""Problems that go away by themselves: an operator approves; bytes that the network spoilt are sent again."""
+LATER = frozenset(
+    {
+        ErrorCode.DEVICE_NOT_APPROVED,
+        ErrorCode.DIGEST_MISMATCH,
+        ErrorCode.TRUNCATED_BODY,
+        ErrorCode.SIGNATURE_EXPIRED,
+        ErrorCode.REQUEST_REPLAYED,
+    }
+)
+"""Problems that go away by themselves: an operator approves; bytes that the network spoilt are sent again; each attempt
+is signed anew, by the server's clock."""
 
 OF_THE_TRANSFER = frozenset({"content-encoding", "content-length", "transfer-encoding"})
 """Headers that no longer hold once a body has been read."""
@@ -65,14 +84,22 @@ class CloudClient:
         stop: threading.Event,
         *,
         now: Callable[[], datetime],
+        signing_key: Ed25519PrivateKey | None = None,
+        tls: ssl.SSLContext | None = None,
         timeout: httpx.Timeout = TIMEOUT,
     ) -> None:
         headers = {PROTOCOL_HEADER: PROTOCOL_VERSION, "User-Agent": "cotune-agent"}
-        if credential is not None:
-            headers["Authorization"] = f"Bearer {credential}"
+        self._authentication = None if credential is None else DeviceAuthentication(credential, signing_key, now)
         # A proxy of the environment is for the outside; a server on this machine is reached directly.
         local = urlsplit(server_url).hostname in ("127.0.0.1", "localhost", "::1")
-        self._http = httpx.Client(base_url=server_url, headers=headers, timeout=timeout, trust_env=not local)
+        self._http = httpx.Client(
+            base_url=server_url,
+            headers=headers,
+            auth=self._authentication,
+            timeout=timeout,
+            trust_env=not local,
+            verify=True if tls is None else tls,
+        )
         self._server_url = server_url
         self._ledger = ledger
         self._stop = stop
@@ -94,6 +121,15 @@ class CloudClient:
     def whoami(self) -> Device:
         """Return this device as the server sees it."""
         return _parse(self._send("GET", "/v1/devices/me"), Device)
+
+    def replace_credential(self) -> DeviceCredential:
+        """Ask for a new credential. It is stored before it is used: see `edge_agent.rotation`."""
+        return _parse(self._send("POST", "/v1/devices/me/credential"), DeviceCredential)
+
+    def use_credential(self, credential: str) -> None:
+        """Send another credential from now on."""
+        assert self._authentication is not None, "only who has a credential can replace it"
+        self._authentication.credential = credential
 
     def heartbeat(self, heartbeat: Heartbeat) -> HeartbeatReceipt:
         """Say that the device is alive."""
@@ -198,8 +234,9 @@ class CloudClient:
     ) -> httpx.Response:
         headers = {}
         if body is not None and purpose is not None:
-            headers["Content-Type"] = "application/json"
-            self._ledger.record(purpose, len(body), hashlib.sha256(body).hexdigest(), durable=durable)
+            sha256 = hashlib.sha256(body).hexdigest()
+            headers = {"Content-Type": "application/json", CONTENT_DIGEST_HEADER: content_digest(sha256)}
+            self._ledger.record(purpose, len(body), sha256, durable=durable)
         request = self._http.build_request(
             method, path, content=body, headers=headers, timeout=timeout or self._timeout
         )

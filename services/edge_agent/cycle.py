@@ -23,6 +23,7 @@ from edge_agent.errors import AgentError, Cancelled, CannotTrain, CloudRefused, 
 from edge_agent.local_state import LocalState, LocalStates
 from edge_agent.outbox import Outbox, OutboxEntry
 from edge_agent.reporting import GONE, TrainingReporter
+from edge_agent.rotation import CredentialRotation
 from protocol.assignments import Assignment, AssignmentProgress, AssignmentRefusal, Part, Submission, SubmissionReceipt
 from protocol.errors import ErrorCode
 from protocol.runs import DeviceMetrics
@@ -94,6 +95,8 @@ class Agent:
     outbox: Outbox
     states: LocalStates
     trainer: Callable[[], Trainer]
+    rotation: CredentialRotation | None = None
+    """Replaces the device's credential between two cycles."""
 
 
 def run_once(agent: Agent, *, wait_seconds: int = POLL_WAIT_SECONDS) -> Outcome:

@@ -75,7 +75,7 @@ class CloudError(AgentError):
 
 
 class CloudUnavailable(CloudError):
-    """No answer, a broken one, or one that means "later" (408, 425, 429, 5xx, not yet approved).
+    """No answer, a broken one, or one that means "later" (408, 425, 429, 5xx, not yet approved, the clock).
 
     Attributes:
         retry_after_seconds: what the server asked for, if it did.

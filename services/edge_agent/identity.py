@@ -2,8 +2,11 @@
 
 import threading
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from assets.data import read_examples
 from assets.errors import AssetError
@@ -17,14 +20,25 @@ from edge_agent.settings import (
     CREDENTIAL_FILE,
     Config,
     read_credential,
+    tls_context,
     validate,
     write_config,
     write_credential,
 )
-from protocol.devices import DeviceProfile, EnrolmentRequest
+from edge_agent.signing import make_key, public_text
+from protocol.devices import DeviceProfile, EnrolmentReceipt, EnrolmentRequest
+from protocol.statuses import DeviceStatus
 
 UNASSIGNED = "unassigned"
 """Stands for the device id until the server has given one."""
+
+
+@dataclass(frozen=True)
+class Enrolled:
+    """What enrolment gave."""
+
+    config: Config
+    waits_for_approval: bool
 
 
 def enrol(
@@ -38,10 +52,14 @@ def enrol(
     test: str | None,
     domain: str | None,
     now: Callable[[], datetime],
-) -> Config:
+    ca_file: str | None = None,
+    client_certificate: str | None = None,
+    client_key: str | None = None,
+) -> Enrolled:
     """Give this home folder an identity. Everything is checked before the token is spent.
 
-    An enrolment that was cut off after the server had answered is finished without spending a token.
+    The key that signs this device's requests is made first; the server gets its public half. An enrolment that was cut
+    off after the server had answered is finished without spending a token.
 
     Raises:
         AlreadyEnrolled: it has one; it never changes.
@@ -52,7 +70,12 @@ def enrol(
         raise AlreadyEnrolled(f"{home} is enrolled already; a second device needs another --home")
     problems: list[str] = []
     values = {
-        "server": {"url": server},
+        "server": {
+            "url": server,
+            "ca_file": ca_file and absolute(ca_file),
+            "client_certificate": client_certificate and absolute(client_certificate),
+            "client_key": client_key and absolute(client_key),
+        },
         "device": {"id": UNASSIGNED, "name": name, "domain": domain},
         "model": {"path": absolute(model)},
         "data": {"train": absolute(data), "test": absolute(test) if test else None},
@@ -62,15 +85,27 @@ def enrol(
     if not 8 <= len(token) <= 256:
         problems.append(f"enroll: token: expected 8 to 256 characters, got {len(token)}")
     if config is not None:
+        tls_context(config.server, problems)
         device = check_inputs(config, problems)
         if device is not None and not problems:
-            request = EnrolmentRequest(token=token, name=name, profile=device)
+            key = _signing_key(home)
+            request = EnrolmentRequest(token=token, name=name, profile=device, public_key=public_text(key))
     if config is None or request is None:
         raise ConfigurationError(problems)
-    device_id = _interrupted_enrolment(home) or _ask_for_identity(home, config, request, now)
+    device_id, waits = _interrupted_enrolment(home), False
+    if device_id is None:
+        receipt = _ask_for_identity(home, config, request, now)
+        device_id, waits = receipt.device_id, receipt.status is DeviceStatus.PENDING
     config = config.model_copy(update={"device": config.device.model_copy(update={"id": device_id})})
     write_config(home, config)
-    return config
+    return Enrolled(config, waits)
+
+
+def _signing_key(home: Path) -> Ed25519PrivateKey:
+    try:
+        return make_key(home)
+    except ValueError as error:
+        raise ConfigurationError([str(error)]) from None
 
 
 def check_inputs(config: Config, problems: list[str]) -> DeviceProfile | None:
@@ -106,9 +141,12 @@ def _interrupted_enrolment(home: Path) -> str | None:
     return credential.partition(".")[0] if credential and not problems else None
 
 
-def _ask_for_identity(home: Path, config: Config, request: EnrolmentRequest, now: Callable[[], datetime]) -> str:
+def _ask_for_identity(
+    home: Path, config: Config, request: EnrolmentRequest, now: Callable[[], datetime]
+) -> EnrolmentReceipt:
     ledger = Ledger(home / "ledger.jsonl", now)
-    with CloudClient(config.server.url, None, ledger, threading.Event(), now=now) as client:
+    tls = tls_context(config.server, [])
+    with CloudClient(config.server.url, None, ledger, threading.Event(), now=now, tls=tls) as client:
         receipt = client.enrol(request)
     write_credential(home, receipt.credential)
-    return receipt.device_id
+    return receipt

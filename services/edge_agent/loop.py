@@ -28,6 +28,8 @@ def run(agent: Agent, profile: DeviceProfile) -> None:
     while not agent.stop.is_set():
         started = time.monotonic()
         try:
+            if agent.rotation is not None:
+                agent.rotation.when_due()
             outcome = run_once(agent)
         except CloudUnavailable as error:
             delay_seconds = backoff.next_delay(error.retry_after_seconds)

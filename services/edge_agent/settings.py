@@ -5,20 +5,22 @@ shown at once.
 """
 
 import json
-import os
+import ssl
 import stat
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from assets.atomic import write_atomically
 from edge_agent.errors import ConfigurationError
 from edge_agent.logging import LogFormat, LogLevel
+from edge_agent.signing import KEY_FILE, read_key
 from protocol.base import Name
 
 CONFIG_FILE = "agent.toml"
@@ -37,9 +39,17 @@ class _Section(BaseModel):
 
 
 class ServerSection(_Section):
-    """Where the cloud is."""
+    """Where the cloud is, and how it and this device know each other."""
 
     url: str
+    ca_file: Path | None = Field(
+        default=None, description="PEM; the authority of the server's certificate, if its own."
+    )
+    client_certificate: Path | None = Field(default=None, description="PEM; where the server asks for one.")
+    client_key: Path | None = None
+    rotate_credential_days: int = Field(
+        default=30, ge=0, le=3650, description="So old, the credential is replaced; 0: never by itself."
+    )
 
     @field_validator("url")
     @classmethod
@@ -112,7 +122,11 @@ class Settings:
 
     home: Path
     config: Config
-    credential: str
+    credential: str = field(repr=False)
+    signing_key: Ed25519PrivateKey | None = field(default=None, repr=False)
+    """None: enrolled before there were keys; requests are not signed."""
+    tls: ssl.SSLContext | None = None
+    """What the server's certificate is checked with; None: the machine's authorities."""
 
     @property
     def device_id(self) -> str:
@@ -145,9 +159,27 @@ def load(home: Path, environment: Mapping[str, str]) -> Settings:
             f"{path}: device.id: expected {credential.partition('.')[0]!r} as in the credential, got"
             f" {config.device.id!r}"
         )
+    key_file = home / KEY_FILE
+    signing_key = read_key(key_file, problems) if key_file.exists() else None
+    tls = tls_context(config.server, problems) if config else None
     if config is None or problems:
         raise ConfigurationError(problems)
-    return Settings(home, config, credential)
+    return Settings(home, config, credential, signing_key, tls)
+
+
+def tls_context(server: ServerSection, problems: list[str]) -> ssl.SSLContext | None:
+    """Return what the certificates of `agent.toml` make, or None if it names none, or after adding to `problems`."""
+    if server.ca_file is None and server.client_certificate is None and server.client_key is None:
+        return None
+    try:
+        context = ssl.create_default_context(cafile=server.ca_file)
+        if server.client_certificate is not None:
+            context.load_cert_chain(server.client_certificate, server.client_key, password=lambda: "")
+    except OSError as error:  # also ssl.SSLError
+        files = [str(path) for path in (server.ca_file, server.client_certificate, server.client_key) if path]
+        problems.append(f"server: expected PEM certificates and their key in {', '.join(files)}: {error.strerror}")
+        return None
+    return context
 
 
 def validate(values: Mapping[str, Any], source: str, problems: list[str]) -> Config | None:
@@ -179,14 +211,7 @@ def read_credential(path: Path, problems: list[str]) -> str:
 
 def write_credential(home: Path, credential: str) -> None:
     """Write the credential, durably, so that it is never readable by others and never half there."""
-    temporary = home / f"{CREDENTIAL_FILE}.new"
-    temporary.unlink(missing_ok=True)
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-    with os.fdopen(descriptor, "w", encoding="ascii") as file:
-        file.write(credential + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, home / CREDENTIAL_FILE)
+    write_atomically(home / CREDENTIAL_FILE, f"{credential}\n".encode("ascii"))
 
 
 def write_config(home: Path, config: Config) -> None:

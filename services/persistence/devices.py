@@ -114,6 +114,18 @@ def _drop_update(session: Session, round_id: str, device_id: str, now: datetime)
         move(session, assignment, AssignmentStatus.REJECTED, now=now, reason=reason, values={"reason": reason})
 
 
+def approve_device(session: Session, device_id: str, now: datetime) -> Device:
+    """Let a device that waits for it take part. Again: no change.
+
+    Raises:
+        DomainError: DEVICE_NOT_FOUND; ILLEGAL_TRANSITION, it was revoked.
+    """
+    row = _row(session, device_id, lock=True)
+    if row.status in (DeviceStatus.PENDING, DeviceStatus.REVOKED):
+        move(session, row, DeviceStatus.REGISTERED, now=now, reason="approved by an operator")
+    return _device(row)
+
+
 def mark_silent_devices(session: Session, now: datetime, offline_after_seconds: float) -> int:
     """Move registered devices that were not heard from for so long to offline; return how many."""
     limit = now - timedelta(seconds=offline_after_seconds)
@@ -151,4 +163,5 @@ def _device(row: DeviceRow) -> Device:
         reason=row.reason,
         enrolled_at=row.enrolled_at,
         last_seen_at=row.last_seen_at,
+        public_key=row.public_key,
     )

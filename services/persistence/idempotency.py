@@ -21,6 +21,8 @@ from persistence.inserting import insert_or_keep
 from persistence.tables import IdempotentAnswerRow
 from protocol.errors import DomainError, ErrorCode
 
+_REPLAYED = "cotune_replayed"
+
 KEPT = timedelta(hours=24)
 """So long after the request its repetition gets the same answer."""
 
@@ -88,7 +90,13 @@ def claim(session: Session, request: KeyedRequest, now: datetime) -> Answer | No
     # A row is committed with its answer or not at all.
     assert row.status is not None
     assert row.sealed_answer is not None
+    session.info[_REPLAYED] = True
     return Answer(row.status, request.open(row.sealed_answer))
+
+
+def was_replayed(session: Session) -> bool:
+    """Return whether the session only repeated an answer: then nothing was done in it."""
+    return _REPLAYED in session.info
 
 
 def record(session: Session, request: KeyedRequest, answer: Answer) -> None:

@@ -25,6 +25,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from persistence.column_types import BigInt, FiniteJson, UtcDateTime, status_type
 from protocol.errors import ErrorCode
 from protocol.events import EventType
+from protocol.operators import OperatorRole
 from protocol.statuses import AssignmentStatus, DeviceStatus, JobKind, JobStatus, PartKind, RoundStatus, RunStatus
 
 ID = String(64)
@@ -61,12 +62,14 @@ class EnrolmentTokenRow(Table):
     uses: Mapped[int] = mapped_column(Integer)
     used: Mapped[int] = mapped_column(Integer, default=0)
     note: Mapped[str] = mapped_column(String(200), default="")
+    approval: Mapped[bool] = mapped_column(Boolean, default=False)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
     expires_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    revoked_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
 
 
 class DeviceRow(Table):
-    """An enrolled device. Only the hash of its credential's secret is kept."""
+    """An enrolled device. Only hashes of its credential's secret, and of the one that may follow it, are kept."""
 
     __tablename__ = "devices"
     __table_args__ = (Index(None, "status", "last_seen_at"),)
@@ -75,6 +78,8 @@ class DeviceRow(Table):
     name: Mapped[str] = mapped_column(String(64))
     status: Mapped[DeviceStatus] = mapped_column(status_type(DeviceStatus))
     credential_sha256: Mapped[str] = mapped_column(SHA256)
+    next_credential_sha256: Mapped[str | None] = mapped_column(SHA256)
+    public_key: Mapped[str | None] = mapped_column(String(44))
     token_id: Mapped[str] = mapped_column(ID, ForeignKey("enrolment_tokens.id"))
     profile: Mapped[dict[str, Any]] = mapped_column(FiniteJson)
     activity: Mapped[str] = mapped_column(String(64), default="idle")
@@ -290,6 +295,39 @@ class TrafficRow(Table):
     num_bytes: Mapped[int] = mapped_column(BigInteger)
 
 
+class OperatorKeyRow(Table):
+    """An operator's API key. Only its hash is kept, and its first characters to tell it from others."""
+
+    __tablename__ = "operator_keys"
+
+    id: Mapped[str] = mapped_column(ID, primary_key=True)
+    name: Mapped[str] = mapped_column(String(64))
+    role: Mapped[OperatorRole] = mapped_column(status_type(OperatorRole))
+    prefix: Mapped[str] = mapped_column(String(16))
+    key_sha256: Mapped[str] = mapped_column(SHA256, unique=True)
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    created_by: Mapped[str] = mapped_column(ID)
+    expires_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    revoked_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+
+
+class AuditRow(Table):
+    """The append-only trail of what operators did. No row is ever changed or removed."""
+
+    __tablename__ = "audit"
+    __table_args__ = (Index(None, "key_id", "sequence"), Index(None, "subject", "sequence"))
+
+    sequence: Mapped[int] = mapped_column(BigInt, primary_key=True)
+    time: Mapped[datetime] = mapped_column(UtcDateTime)
+    key_id: Mapped[str] = mapped_column(ID)
+    name: Mapped[str] = mapped_column(String(64))
+    action: Mapped[str] = mapped_column(String(64))
+    subject: Mapped[str | None] = mapped_column(String(200))
+    outcome: Mapped[str] = mapped_column(String(64))
+    request_id: Mapped[str] = mapped_column(String(64))
+    data: Mapped[dict[str, Any]] = mapped_column(FiniteJson, default=dict)
+
+
 def _refuse_assignment_to_status(row: Table, value: object, old: object, _initiator: object) -> None:
     if inspect(row).persistent:
         raise AttributeError(f"a status is changed by transitions.move, not by assignment ({old} to {value})")
@@ -297,3 +335,11 @@ def _refuse_assignment_to_status(row: Table, value: object, old: object, _initia
 
 for _table in (DeviceRow, RunRow, RoundRow, AssignmentRow, JobRow):
     event.listen(_table.status, "set", _refuse_assignment_to_status)
+
+
+def _refuse_change(_mapper: object, _connection: object, row: AuditRow) -> None:
+    raise AttributeError(f"the audit trail is append-only: entry {row.sequence} cannot be changed or removed")
+
+
+for _change in ("before_update", "before_delete"):
+    event.listen(AuditRow, _change, _refuse_change)

@@ -85,9 +85,11 @@ def list_webhooks(session: Session, *, cursor: str | None, limit: int) -> Page[W
     return Page[Webhook](items=[_webhook(row) for row in page], next_cursor=page[-1].id if len(rows) > limit else None)
 
 
-def remove(session: Session, webhook_id: str) -> None:
-    """Forget a webhook. Raises DomainError WEBHOOK_NOT_FOUND."""
-    session.delete(_find(session, webhook_id))
+def remove(session: Session, webhook_id: str) -> Webhook:
+    """Forget a webhook; return what it was. Raises DomainError WEBHOOK_NOT_FOUND."""
+    row = _find(session, webhook_id)
+    session.delete(row)
+    return _webhook(row)
 
 
 def resume(session: Session, webhook_id: str, now: datetime) -> Webhook:

@@ -1,9 +1,14 @@
 """Enrolment, devices and heartbeats."""
 
-from pydantic import Field
+from typing import Annotated
+
+from pydantic import Field, StringConstraints
 
 from protocol.base import Name, RequestModel, ResponseModel, Timestamp
 from protocol.statuses import DeviceStatus
+
+PublicKey = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=$")]
+"""The 32 bytes of an Ed25519 public key, base64. The pattern leaves exactly one spelling of each key."""
 
 
 class EnrolmentTokenCreate(RequestModel):
@@ -12,6 +17,7 @@ class EnrolmentTokenCreate(RequestModel):
     uses: int = Field(default=1, ge=1, le=100_000, description="How many devices may enrol with it.")
     expires_in_seconds: int = Field(default=86_400, ge=60, le=31_536_000)
     note: str = Field(default="", max_length=200, description="For the operator; never shown to devices.")
+    approval: bool = Field(default=False, description="Whether its devices wait until an operator approves them.")
 
 
 class EnrolmentToken(ResponseModel):
@@ -21,6 +27,20 @@ class EnrolmentToken(ResponseModel):
     token: str = Field(description="Give this to the device's owner.")
     uses: int
     expires_at: Timestamp
+    approval: bool = False
+
+
+class EnrolmentTokenState(ResponseModel):
+    """A token as operators see it later, without its secret."""
+
+    token_id: str
+    note: str
+    uses: int
+    used: int
+    approval: bool
+    created_at: Timestamp
+    expires_at: Timestamp
+    revoked_at: Timestamp | None = None
 
 
 class DeviceProfile(RequestModel):
@@ -48,6 +68,10 @@ class EnrolmentRequest(RequestModel):
     token: str = Field(min_length=8, max_length=256)
     name: Name
     profile: DeviceProfile
+    public_key: PublicKey | None = Field(
+        default=None,
+        description="Ed25519, base64. With it every later request must be signed (RFC 9421) with the private key.",
+    )
 
 
 class EnrolmentReceipt(ResponseModel):
@@ -56,6 +80,13 @@ class EnrolmentReceipt(ResponseModel):
     device_id: str
     credential: str = Field(description="Send as `Authorization: Bearer <credential>`.")
     status: DeviceStatus
+
+
+class DeviceCredential(ResponseModel):
+    """A new credential of the calling device. The one before it is void as soon as this one is used."""
+
+    device_id: str
+    credential: str = Field(description="Send as `Authorization: Bearer <credential>`. It is shown this once.")
 
 
 class Heartbeat(RequestModel):
@@ -84,3 +115,4 @@ class Device(ResponseModel):
     reason: str | None = None
     enrolled_at: Timestamp
     last_seen_at: Timestamp
+    public_key: str | None = Field(default=None, description="Ed25519, base64; null: its requests are not signed.")

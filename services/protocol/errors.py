@@ -26,6 +26,12 @@ class ErrorCode(StrEnum):
     ENROLMENT_TOKEN_UNKNOWN = "enrolment_token_unknown"
     ENROLMENT_TOKEN_USED = "enrolment_token_used"
     ENROLMENT_TOKEN_EXPIRED = "enrolment_token_expired"
+    ENROLMENT_TOKEN_REVOKED = "enrolment_token_revoked"
+    SIGNATURE_REQUIRED = "signature_required"
+    SIGNATURE_INVALID = "signature_invalid"
+    SIGNATURE_EXPIRED = "signature_expired"
+    REQUEST_REPLAYED = "request_replayed"
+    RATE_LIMITED = "rate_limited"
     NOT_FOUND = "not_found"
     RUN_NOT_FOUND = "run_not_found"
     ROUND_NOT_FOUND = "round_not_found"
@@ -34,6 +40,8 @@ class ErrorCode(StrEnum):
     VERSION_NOT_FOUND = "version_not_found"
     DEVICE_NOT_FOUND = "device_not_found"
     WEBHOOK_NOT_FOUND = "webhook_not_found"
+    ENROLMENT_TOKEN_NOT_FOUND = "enrolment_token_not_found"
+    OPERATOR_KEY_NOT_FOUND = "operator_key_not_found"
     METHOD_NOT_ALLOWED = "method_not_allowed"
     CONFLICT = "conflict"
     NAME_TAKEN = "name_taken"
@@ -77,6 +85,12 @@ HTTP_STATUS: dict[ErrorCode, int] = {
     ErrorCode.ENROLMENT_TOKEN_UNKNOWN: 401,
     ErrorCode.ENROLMENT_TOKEN_USED: 409,
     ErrorCode.ENROLMENT_TOKEN_EXPIRED: 410,
+    ErrorCode.ENROLMENT_TOKEN_REVOKED: 410,
+    ErrorCode.SIGNATURE_REQUIRED: 401,
+    ErrorCode.SIGNATURE_INVALID: 401,
+    ErrorCode.SIGNATURE_EXPIRED: 401,
+    ErrorCode.REQUEST_REPLAYED: 401,
+    ErrorCode.RATE_LIMITED: 429,
     ErrorCode.NOT_FOUND: 404,
     ErrorCode.RUN_NOT_FOUND: 404,
     ErrorCode.ROUND_NOT_FOUND: 404,
@@ -85,6 +99,8 @@ HTTP_STATUS: dict[ErrorCode, int] = {
     ErrorCode.VERSION_NOT_FOUND: 404,
     ErrorCode.DEVICE_NOT_FOUND: 404,
     ErrorCode.WEBHOOK_NOT_FOUND: 404,
+    ErrorCode.ENROLMENT_TOKEN_NOT_FOUND: 404,
+    ErrorCode.OPERATOR_KEY_NOT_FOUND: 404,
     ErrorCode.METHOD_NOT_ALLOWED: 405,
     ErrorCode.CONFLICT: 409,
     ErrorCode.NAME_TAKEN: 409,

@@ -20,7 +20,9 @@ import httpx
 import uvicorn
 
 from cloud_api.app import create_app
+from cloud_api.brief_memory import Rate
 from cloud_api.cloud import Cloud, open_cloud
+from cloud_api.security import Rates
 from cloud_api.server import GRACE_SECONDS, Server, bind
 from cloud_api.settings import Settings
 from persistence import artifacts, jobs, results
@@ -35,10 +37,12 @@ from protocol.headers import (
     METADATA_PROXY,
     content_digest,
 )
+from protocol.operators import OperatorRole
 from protocol.queue import embedded_broker_url
 from protocol.runs import Run
 from protocol.safetensors_header import DTYPE_BYTES, TensorInfo
 
+PLENTY = Rate(10_000, 10_000)
 KEY = "operator-key-of-the-tests"
 TENSORS = {"a.lora_A.weight": TensorInfo("F32", (2, 8)), "b.lora_B.weight": TensorInfo("F32", (8, 2))}
 PROFILE = {
@@ -138,8 +142,13 @@ class RunningApi:
         self._clients.append(client)
         return client
 
-    def token(self, uses: int = 1) -> str:
-        response = self.operator.post("/v1/enrolment-tokens", json={"uses": uses})
+    def operator_key(self, role: OperatorRole) -> str:
+        response = self.operator.post("/v1/operators/keys", json={"name": role.value, "role": role.value})
+        assert response.status_code == 201, response.text
+        return str(response.json()["key"])
+
+    def token(self, uses: int = 1, **changed: Any) -> str:
+        response = self.operator.post("/v1/enrolment-tokens", json={"uses": uses} | changed)
         assert response.status_code == 201, response.text
         return str(response.json()["token"])
 
@@ -232,6 +241,8 @@ def settings_in(home: Path, **changed: Any) -> Settings:
         "blobs": home / "blobs",
         "operator_key": KEY,
         "feed_seconds": 0.05,
+        # Tests fail to authenticate, and enrol, more often in a second than anybody in a day; test_rate_limits.py.
+        "rates": Rates(failure=PLENTY, enrolment=PLENTY),
     }
     return Settings(**(values | changed))
 
@@ -249,6 +260,7 @@ def running_api(settings: Settings) -> Iterator[RunningApi]:
         ws="none",
         log_config=None,
         access_log=False,
+        proxy_headers=False,
         timeout_graceful_shutdown=GRACE_SECONDS,
     )
     server = Server(config, cloud)

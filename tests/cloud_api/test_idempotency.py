@@ -46,6 +46,13 @@ def test_the_same_request_again_gets_the_same_answer_and_nothing_is_done(api: Ru
     assert count(api, RunRow, RunRow.name == body["name"]) == 1
 
 
+def test_a_repetition_is_no_second_deed_in_the_audit_trail(fresh_api: RunningApi) -> None:
+    for _ in range(3):
+        assert post(fresh_api.operator, "/v1/runs", RUN, "one-key").status_code == 201
+    entries = fresh_api.operator.get("/v1/audit").json()["items"]
+    assert [entry["action"] for entry in entries] == ["run.create"]
+
+
 def test_an_answer_of_200_stays_one(api: RunningApi) -> None:
     run = api.operator.post("/v1/runs", json=RUN).json()
     key = str(uuid4())

@@ -16,12 +16,15 @@ PATHS = {
     "/health": {"get"},
     "/ready": {"get"},
     "/metrics": {"get"},
-    "/v1/enrolment-tokens": {"post"},
+    "/v1/enrolment-tokens": {"get", "post"},
+    "/v1/enrolment-tokens/{token_id}": {"delete"},
     "/v1/devices": {"get", "post"},
     "/v1/devices/me": {"get"},
     "/v1/devices/me/heartbeat": {"post"},
+    "/v1/devices/me/credential": {"post"},
     "/v1/devices/me/assignment": {"get"},
     "/v1/devices/{device_id}": {"get"},
+    "/v1/devices/{device_id}/approve": {"post"},
     "/v1/devices/{device_id}/revoke": {"post"},
     "/v1/assignments/{assignment_id}/progress": {"post"},
     "/v1/assignments/{assignment_id}/refusal": {"post"},
@@ -42,8 +45,17 @@ PATHS = {
     "/v1/runs/{run_id}/versions": {"get"},
     "/v1/runs/{run_id}/versions/{number}": {"get"},
     "/v1/runs/{run_id}/versions/{number}/adapters/{adapter}": {"get"},
+    "/v1/operators/keys": {"get", "post"},
+    "/v1/operators/keys/{key_id}": {"delete"},
+    "/v1/audit": {"get"},
 }
-ALWAYS = {ErrorCode.INVALID_FIELD, ErrorCode.UNSUPPORTED_PROTOCOL, ErrorCode.INTERNAL_ERROR, ErrorCode.UNAVAILABLE}
+ALWAYS = {
+    ErrorCode.INVALID_FIELD,
+    ErrorCode.UNSUPPORTED_PROTOCOL,
+    ErrorCode.RATE_LIMITED,
+    ErrorCode.INTERNAL_ERROR,
+    ErrorCode.UNAVAILABLE,
+}
 
 
 @pytest.fixture(scope="module")

@@ -51,7 +51,7 @@ def started(home: Path, log: Path, **changed: str) -> Iterator[Process]:
     try:
         assert popen.stdout is not None
         line = popen.stdout.readline()
-        assert line.startswith("Cotune API on http://127.0.0.1:"), log.read_text()
+        assert line.startswith(("Cotune API on http://127.0.0.1:", "Cotune API on https://127.0.0.1:")), log.read_text()
         yield Process(popen, line.split()[3].rstrip(","), home)
     finally:
         if popen.poll() is None:

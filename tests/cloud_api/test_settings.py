@@ -1,11 +1,15 @@
 """Settings: defaults, what is refused, and the operator key."""
 
+import secrets
 import stat
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from cloud_api.brief_memory import Rate
+from cloud_api.security import Rates, check_key
 from cloud_api.settings import DEFAULT_UPLOAD_BYTES, Settings
 from protocol.statuses import PartKind
 
@@ -66,6 +70,12 @@ def test_deployments_name_their_own_services(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("environment", "told"),
     [
+        ({"COTUNE_REQUIRE_SIGNATURES": "perhaps"}, "COTUNE_REQUIRE_SIGNATURES"),
+        ({"COTUNE_RATE_DEVICE": "20"}, "COTUNE_RATE_DEVICE"),
+        ({"COTUNE_RATE_FAILURE": "0/5"}, "COTUNE_RATE_FAILURE"),
+        ({"COTUNE_RATE_ADDRESS": "nan/5"}, "COTUNE_RATE_ADDRESS"),
+        ({"COTUNE_TRUSTED_PROXIES": "10.0.0.0/8, proxy.example"}, "proxy.example"),
+        ({"COTUNE_TLS_KEY": "/x"}, "COTUNE_TLS_CERTIFICATE"),
         ({"COTUNE_OPERATOR_KEY": "short"}, "COTUNE_OPERATOR_KEY"),
         ({"COTUNE_OPERATOR_KEY": "a key with many spaces in it"}, "COTUNE_OPERATOR_KEY"),
         ({"COTUNE_OPERATOR_KEY": "ключ" * 8}, "COTUNE_OPERATOR_KEY"),
@@ -91,3 +101,55 @@ def test_a_home_that_cannot_be_a_folder_and_a_key_file_that_is_not_there(tmp_pat
             read(home)
     with pytest.raises(OSError, match="expected an operator key in"):
         read(tmp_path, COTUNE_OPERATOR_KEY_FILE=str(tmp_path / "nothing"))
+
+
+GOOD_KEY = "3f9c1a7be24d5680c1f2a9d37e6b4850"
+DEPLOYED = {"COTUNE_DATABASE_URL": "postgresql://cotune@database/cotune", "COTUNE_BROKER_URL": "redis://broker:6379/0"}
+
+
+def test_limits_proxies_and_signatures(tmp_path: Path) -> None:
+    embedded = read(tmp_path)
+    assert embedded.require_signatures is False
+    assert (embedded.rates, embedded.trusted_proxies, embedded.tls) == (Rates(), (), None)
+    settings = read(
+        tmp_path,
+        COTUNE_RATE_DEVICE="0.5/10",
+        COTUNE_TRUSTED_PROXIES="10.0.0.0/8, 192.0.2.1",
+        COTUNE_REQUIRE_SIGNATURES="on",
+    )
+    assert settings.rates == replace(Rates(), device=Rate(0.5, 10))
+    assert settings.trusted_proxies == ("10.0.0.0/8", "192.0.2.1")
+    assert settings.require_signatures is True
+
+
+@pytest.mark.parametrize("outside", [{name: url} for name, url in DEPLOYED.items()] + [DEPLOYED])
+def test_outside_the_embedded_mode_requests_are_signed(tmp_path: Path, outside: dict[str, str]) -> None:
+    assert read(tmp_path, COTUNE_OPERATOR_KEY=GOOD_KEY, **outside).require_signatures is True
+    changed = outside | {"COTUNE_REQUIRE_SIGNATURES": "off"}
+    assert read(tmp_path, COTUNE_OPERATOR_KEY=GOOD_KEY, **changed).require_signatures is False
+
+
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"COTUNE_OPERATOR_KEY": GOOD_KEY[:20]}, "at least 32"),
+        ({"COTUNE_OPERATOR_KEY": "k" * 32}, "1 different"),
+        ({"COTUNE_OPERATOR_KEY": "change-me-change-me-change-me-12345"}, "'change'"),
+        ({"COTUNE_OPERATOR_KEY": "put-a-long-random-Secret-here-0123"}, "'secret'"),
+        ({"COTUNE_DATABASE_URL": "postgresql://cotune:postgres@database/cotune"}, "COTUNE_DATABASE_URL"),
+        ({"COTUNE_DATABASE_URL": "postgresql://cotune:Ch4ng%65@database/cotune"}, "COTUNE_DATABASE_URL"),
+        ({"COTUNE_BROKER_URL": "redis://:changeme@broker/0"}, "COTUNE_BROKER_URL"),
+    ],
+)
+def test_outside_the_embedded_mode_known_secrets_are_refused(
+    tmp_path: Path, changed: dict[str, str], told: str
+) -> None:
+    with pytest.raises(ValueError, match=told) as caught:
+        read(tmp_path, **(DEPLOYED | {"COTUNE_OPERATOR_KEY": GOOD_KEY} | changed))
+    known = ("postgres@", "Ch4ng", "changeme", changed.get("COTUNE_OPERATOR_KEY", GOOD_KEY))
+    assert not [secret for secret in known if secret in str(caught.value)]
+
+
+def test_a_random_key_is_good_everywhere() -> None:
+    for key in (secrets.token_hex(16) for _ in range(50)):  # No word of an example has hexadecimal digits only.
+        assert check_key(key, "here", embedded=False) == key

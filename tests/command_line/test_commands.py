@@ -4,10 +4,15 @@ import json
 import tempfile
 from pathlib import Path
 
+import httpx
 import pytest
 
+from command_line.api_client import ApiClient
+from command_line.errors import NotAuthorised
 from command_line.exit_codes import ExitCode
 from command_line.ports import free_port
+from protocol.devices import EnrolmentTokenCreate
+from tests.cloud_api.running_api import PROFILE
 from tests.command_line.conftest import Cotune, RunningApi
 
 RUN = """
@@ -54,6 +59,55 @@ def test_a_token_is_shown_with_the_command_for_the_device(connected: Cotune, api
 def test_no_device_is_an_empty_list(connected: Cotune) -> None:
     assert json.loads(connected("device", "list", "--format", "json").out) == []
     assert "0 device(s)" in connected("device", "list").out
+
+
+def test_a_token_is_listed_and_revoked(connected: Cotune) -> None:
+    made = json.loads(connected("device", "token", "--approval", "--note", "lab", "--format", "json").out)
+    listed = connected("device", "tokens")
+    assert made["token_id"] in listed.out
+    assert made["token"] not in listed.out
+    assert "is revoked" in connected("device", "revoke-token", made["token_id"]).out
+    states = {each["token_id"]: each for each in json.loads(connected("device", "tokens", "--format", "json").out)}
+    assert states[made["token_id"]]["revoked_at"]
+    assert states[made["token_id"]]["approval"] is True
+    assert connected("device", "revoke-token", "tok_0").code == ExitCode.BAD_INPUT
+
+
+def test_a_device_is_approved_and_revoked(connected: Cotune, api: RunningApi) -> None:
+    token = json.loads(connected("device", "token", "--approval", "--format", "json").out)["token"]
+    body = {"token": token, "name": "pi", "profile": PROFILE}
+    device_id = httpx.post(f"{api.address}/v1/devices", json=body, trust_env=False).json()["device_id"]
+    assert "pending" in connected("device", "list").out
+    assert f"{device_id} (pi) is registered" in connected("device", "approve", device_id).out
+    revoked = connected("device", "revoke", device_id, "--format", "json")
+    assert json.loads(revoked.out)["status"] == "revoked"
+    ended = connected("device", "approve", device_id)
+    assert ended.code == ExitCode.BAD_INPUT
+    assert "revoked" in ended.err
+
+
+def test_an_operators_key_works_until_it_is_revoked(connected: Cotune, api: RunningApi) -> None:
+    made = json.loads(connected("operator", "key", "create", "--name", "ada", "--format", "json").out)
+    assert made["role"] == "viewer"
+    assert "shown this once" in connected("operator", "key", "create", "--name", "grace", "--role", "operator").out
+    listed = connected("operator", "key", "list")
+    assert made["key_id"] in listed.out
+    assert made["key"] not in listed.out
+    with ApiClient(api.address, made["key"]) as client:
+        assert client.list_devices() is not None
+        with pytest.raises(NotAuthorised, match="role operator"):
+            client.create_token(EnrolmentTokenCreate())
+        assert connected("operator", "key", "revoke", made["key_id"]).code == ExitCode.OK
+        with pytest.raises(NotAuthorised, match="was revoked"):
+            client.list_devices()
+
+
+def test_what_was_done_is_in_the_trail(connected: Cotune) -> None:
+    made = json.loads(connected("operator", "key", "create", "--name", "linus", "--format", "json").out)
+    assert "is revoked" in connected("operator", "key", "revoke", made["key_id"]).out
+    trail = connected("operator", "audit", "--subject", made["key_id"], "--format", "json")
+    assert [entry["action"] for entry in json.loads(trail.out)] == ["operator_key.revoke", "operator_key.create"]
+    assert "operator_key.revoke" in connected("operator", "audit", "--limit", "5").out
 
 
 def test_a_run_is_created_listed_shown_and_stopped(connected: Cotune, tmp_path: Path) -> None:
@@ -169,7 +223,7 @@ def test_a_server_that_is_not_ours(connected: Cotune, not_ours: str) -> None:
 def test_help_is_for_newcomers(run_cotune: Cotune) -> None:
     ended = run_cotune("--help")
     assert ended.code == 0
-    for word in ("demo", "up", "run", "device", "New here?"):
+    for word in ("demo", "up", "run", "device", "operator", "New here?"):
         assert word in ended.out
     for command in (["demo"], ["up"], ["run", "create"], ["run", "watch"], ["device", "token"]):
         assert run_cotune(*command, "--help").code == 0

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from protocol import assignments, devices, errors, events, health, pages, runs, webhooks
+from protocol import assignments, devices, errors, events, health, operators, pages, runs, webhooks
 from protocol.base import RequestModel, ResponseModel
 from protocol.headers import ADAPTER_FORMAT, METADATA_BASE, METADATA_FORMAT
 from protocol.pages import Page
@@ -71,7 +71,7 @@ def test_a_recorded_message_is_read_without_loss(path: Path) -> None:
 
 
 def test_every_message_has_an_example() -> None:
-    modules = [assignments, devices, errors, events, health, pages, runs, webhooks]
+    modules = [assignments, devices, errors, events, health, operators, pages, runs, webhooks]
     sent = {
         name
         for module in modules

@@ -1,24 +1,28 @@
 """The agent against the real API on a socket, with the worker's real stages in this process."""
 
+import os
 import shutil
+import stat
 import threading
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from assets.models import save_language_model
 from assets.tensors import read_tensors
-from edge_agent import cycle, identity, settings
+from edge_agent import __main__, cycle, identity, settings
 from edge_agent.__main__ import build_agent
 from edge_agent.client import CloudClient
 from edge_agent.cycle import Agent, Outcome
-from edge_agent.errors import NotAuthorised
+from edge_agent.errors import CloudUnavailable, NotAuthorised
 from edge_agent.ledger import Ledger
 from edge_agent.outbox import OutboxEntry
+from edge_agent.rotation import CredentialRotation
 from persistence import devices, jobs, runs, schema, traffic
 from protocol.devices import Heartbeat
 from protocol.runs import RoundMetrics, Run
@@ -95,7 +99,11 @@ def whole(tmp_path: Path, world: TinyWorld) -> Iterator[Whole]:
         current = settings.load(home, {})
         stop = threading.Event()
         ledger = Ledger(home / "ledger.jsonl", lambda: datetime.now(UTC))
-        with CloudClient(api.url, current.credential, ledger, stop, now=lambda: datetime.now(UTC)) as client:
+        key = current.signing_key
+        assert key is not None
+        with CloudClient(
+            api.url, current.credential, ledger, stop, now=lambda: datetime.now(UTC), signing_key=key
+        ) as client:
             agent = build_agent(current, client, stop)
             yield Whole(api, worker, agent, home, client, current.device_id, world)
     worker.database.dispose()
@@ -217,11 +225,8 @@ def test_devices_of_different_ranks_complete_their_rounds(whole: Whole, tmp_path
     path.write_text(path.read_text("utf-8").replace("[training]\n", "[training]\nmax_adapter_rank = 1\n"), "utf-8")
     current = settings.load(other, {})
     profile = identity.check_inputs(current.config, [])
-    ledger = Ledger(other / "ledger.jsonl", lambda: datetime.now(UTC))
     strategy = {"device_ranks": "declared", "aggregation": "exact_svd"}
-    with CloudClient(
-        whole.api.url, current.credential, ledger, whole.agent.stop, now=lambda: datetime.now(UTC)
-    ) as client:
+    with __main__.connect(current, whole.agent.stop) as client:
         client.heartbeat(Heartbeat(profile=profile))
         run = whole.create_run(rounds=2, min_updates=2, strategy=strategy)
         small = build_agent(current, client, whole.agent.stop)
@@ -241,3 +246,79 @@ def test_devices_of_different_ranks_complete_their_rounds(whole: Whole, tmp_path
     assert sent[1]["adapter_delta"] < 0.9 * sent[0]["adapter_delta"]
     published = read_tensors(whole.worker.blobs.path(whole.worker.version(run.run_id, 2).proxy_adapter_sha256 or ""))[0]
     assert {tensor.shape[0] for name, tensor in published.items() if "lora_A" in name} == {2}
+
+
+def test_a_device_that_waits_for_approval_works_once_it_is_approved(tmp_path: Path, world: TinyWorld) -> None:
+    schema.upgrade(f"sqlite:///{tmp_path / 'cotune.sqlite3'}")
+    home, data = tmp_path / "home", world.config.data
+    home.mkdir()
+    with running_api(settings_in(tmp_path)) as api:
+        enrolled = identity.enrol(
+            home, server=api.url, token=api.token(approval=True), name="tablet", model=world.config.model.path,
+            data=str(data.train), test=None, domain=None, now=lambda: datetime.now(UTC),
+        )  # fmt: skip
+        assert enrolled.waits_for_approval
+        current = settings.load(home, {})
+        with __main__.connect(current, threading.Event()) as client:
+            client.heartbeat(Heartbeat())
+            agent = build_agent(current, client, threading.Event())
+            with pytest.raises(CloudUnavailable, match="waits for an operator's approval") as caught:
+                cycle.run_once(agent, wait_seconds=0)
+            assert caught.value.retry_after_seconds == 15
+            assert api.operator.post(f"/v1/devices/{current.device_id}/approve").json()["status"] == "registered"
+            assert cycle.run_once(agent, wait_seconds=0) is Outcome.IDLE
+
+
+def test_a_credential_is_replaced_and_a_kill_before_it_is_stored_loses_nothing(
+    whole: Whole, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die(home: Path, credential: str) -> None:
+        raise Killed
+
+    before = settings.load(whole.home, {}).credential
+    rotation = CredentialRotation(whole.home, whole.client, 30, lambda: datetime.now(UTC))
+    rotation.when_due()  # It is young.
+    with monkeypatch.context() as patch:
+        patch.setattr("edge_agent.rotation.write_credential", die)
+        with pytest.raises(Killed):
+            rotation.rotate()
+    assert settings.load(whole.home, {}).credential == before
+    assert whole.client.whoami().device_id == whole.device_id
+    # Stored, and killed before it was used: the next process has the new one, and the old one is good until then.
+    with monkeypatch.context() as patch:
+        patch.setattr(whole.client, "use_credential", lambda credential: die(whole.home, credential))
+        with pytest.raises(Killed):
+            rotation.rotate()
+    assert whole.client.whoami().device_id == whole.device_id
+    current = settings.load(whole.home, {})
+    assert current.credential != before
+    with __main__.connect(current, threading.Event()) as client:
+        assert client.whoami().device_id == whole.device_id
+    with pytest.raises(NotAuthorised):
+        whole.client.whoami()
+
+
+def test_an_old_credential_is_replaced_between_two_cycles(whole: Whole) -> None:
+    path = whole.home / settings.CREDENTIAL_FILE
+    before = path.read_text()
+    old = time.time() - 31 * 86_400
+    os.utime(path, (old, old))
+    assert whole.agent.rotation is not None
+    whole.agent.rotation.when_due()
+    assert path.read_text() != before
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    assert cycle.run_once(whole.agent, wait_seconds=0) is Outcome.IDLE
+    whole.agent.rotation.when_due()
+    assert len(whole.api.operator.get("/v1/devices").json()["items"]) == 1
+
+
+def test_a_wrong_clock_is_corrected_by_the_servers(whole: Whole) -> None:
+    current = settings.load(whole.home, {})
+    ledger = Ledger(whole.home / "ledger.jsonl", lambda: datetime.now(UTC))
+    for wrong in (timedelta(days=-400), timedelta(hours=2)):
+        clock = partial(lambda by: datetime.now(UTC) + by, wrong)
+        with CloudClient(
+            whole.api.url, current.credential, ledger, threading.Event(), now=clock, signing_key=current.signing_key
+        ) as client:
+            assert client.whoami().device_id == whole.device_id
+            assert client.heartbeat(Heartbeat()).next_within_seconds == 30

@@ -8,7 +8,7 @@ from protocol.devices import EnrolmentRequest, EnrolmentToken, EnrolmentTokenCre
 from protocol.errors import DomainError, ErrorCode
 from protocol.events import EventType
 from protocol.statuses import AssignmentStatus, DeviceStatus, RoundStatus, RunStatus
-from tests.persistence.world import PROFILE, START, World, sha
+from tests.persistence.world import PROFILE, START, World
 
 
 def request(token: EnrolmentToken) -> EnrolmentRequest:
@@ -55,7 +55,7 @@ def test_secrets_are_not_in_the_database(world: World) -> None:
 def test_a_credential_proves_the_device(world: World) -> None:
     token = world.call(enrolment.create_token, EnrolmentTokenCreate(), START)
     receipt = world.call(enrolment.enrol, request(token), START)
-    assert world.call(enrolment.authenticate, receipt.credential) == receipt.device_id
+    assert world.call(enrolment.authenticate, receipt.credential).device_id == receipt.device_id
     wrong = [
         "",
         "x",
@@ -139,25 +139,78 @@ def test_unknown_devices(world: World) -> None:
         assert code_of(caught) is ErrorCode.DEVICE_NOT_FOUND
 
 
-def test_a_device_that_waits_for_approval_gets_no_work(world: World) -> None:
-    known = world.enrol("a")
-    with world.database.transaction() as session:
-        token_id = session.get_one(DeviceRow, known).token_id
-        waiting = DeviceRow(
-            id="dev_waiting",
-            name="b",
-            status=DeviceStatus.PENDING,
-            credential_sha256=sha("secret"),
-            token_id=token_id,
-            profile=PROFILE.model_dump(),
-            enrolled_at=START,
-            last_seen_at=START,
-        )
-        session.add(waiting)
-    assert world.call(enrolment.authenticate, "dev_waiting.secret") == "dev_waiting"
+def test_a_device_that_waits_for_approval_gets_no_work_until_it_is_approved(world: World) -> None:
+    token = world.call(enrolment.create_token, EnrolmentTokenCreate(approval=True), START)
+    receipt = world.call(enrolment.enrol, request(token), START)
+    assert receipt.status is DeviceStatus.PENDING
+    assert world.call(enrolment.authenticate, receipt.credential).device_id == receipt.device_id
+    run = world.start_run()
     with pytest.raises(DomainError, match="waits for an operator's approval") as caught:
-        world.poll("dev_waiting")
+        world.poll(receipt.device_id)
     assert code_of(caught) is ErrorCode.DEVICE_NOT_APPROVED
+    world.wait(600)
+    assert world.call(devices.mark_silent_devices, world.now, 30) == 0  # It is not offline, it waits.
+    for _ in range(2):
+        assert world.call(devices.approve_device, receipt.device_id, world.now).status is DeviceStatus.REGISTERED
+    moves = [event.data["to"] for event in world.events() if event.type is EventType.DEVICE_STATUS_CHANGED]
+    assert moves == ["registered"]
+    assert world.take(receipt.device_id).run_id == run.run_id
+
+
+def test_a_revoked_device_is_not_approved(world: World) -> None:
+    token = world.call(enrolment.create_token, EnrolmentTokenCreate(approval=True), START)
+    device_id = world.call(enrolment.enrol, request(token), START).device_id
+    world.call(devices.revoke_device, device_id, START)
+    with pytest.raises(DomainError) as caught:
+        world.call(devices.approve_device, device_id, START)
+    assert code_of(caught) is ErrorCode.ILLEGAL_TRANSITION
+
+
+def test_tokens_are_listed_without_their_secrets_and_revoked(world: World) -> None:
+    tokens = []
+    for note in ("one", "two", "three"):
+        world.wait(1)
+        tokens.append(world.call(enrolment.create_token, EnrolmentTokenCreate(uses=2, note=note), world.now))
+    world.call(enrolment.enrol, request(tokens[0]), world.now)
+    page = world.call(enrolment.list_tokens, limit=2)
+    rest = world.call(enrolment.list_tokens, limit=2, cursor=page.next_cursor)
+    assert [(each.note, each.used) for each in page.items + rest.items] == [("three", 0), ("two", 0), ("one", 1)]
+    assert rest.next_cursor is None
+    assert all(token.token not in repr(page) + repr(rest) for token in tokens)
+    revoked = world.call(enrolment.revoke_token, tokens[0].token_id, world.now)
+    assert revoked.revoked_at == world.now
+    world.wait(1)
+    assert world.call(enrolment.revoke_token, tokens[0].token_id, world.now) == revoked
+    with pytest.raises(DomainError) as caught:
+        world.call(enrolment.enrol, request(tokens[0]), world.now)
+    assert code_of(caught) is ErrorCode.ENROLMENT_TOKEN_REVOKED
+    with pytest.raises(DomainError) as caught:
+        world.call(enrolment.revoke_token, "tok_0", world.now)
+    assert code_of(caught) is ErrorCode.ENROLMENT_TOKEN_NOT_FOUND
+
+
+def known(world: World, credential: str) -> bool:
+    try:
+        identity = world.call(enrolment.authenticate, credential)
+    except DomainError:
+        return False
+    world.call(enrolment.adopt_credential, identity)
+    return True
+
+
+def test_a_credential_is_good_until_the_one_after_it_is_used(world: World) -> None:
+    token = world.call(enrolment.create_token, EnrolmentTokenCreate(), START)
+    first = world.call(enrolment.enrol, request(token), START)
+    lost = world.call(enrolment.offer_credential, first.device_id).credential  # The answer did not arrive.
+    second = world.call(enrolment.offer_credential, first.device_id).credential
+    assert known(world, first.credential)
+    assert not known(world, lost)
+    # The device has stored the new one, and is killed before it used it: whichever it has on disk opens.
+    assert known(world, first.credential)
+    assert known(world, second)
+    assert not known(world, first.credential)
+    assert known(world, second)
+    assert not known(world, f"{first.device_id}.")
 
 
 def test_a_revoked_device_is_out_at_once(world: World) -> None:

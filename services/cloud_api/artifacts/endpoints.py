@@ -6,7 +6,8 @@ from fastapi import APIRouter, Header, Path, Request, Response
 from sqlalchemy.orm import Session
 
 from cloud_api.artifacts.files import REPR_DIGEST_HEADER, Wanted, file_response
-from cloud_api.dependencies import Caller, CloudHere, DeviceKey, OperatorKey, authenticate_caller
+from cloud_api.authentication import Caller, Presented, authenticate_caller
+from cloud_api.dependencies import CloudHere, EitherKey
 from cloud_api.documentation import CALLER, answers
 from cloud_api.strict_json import StrictJsonRoute
 from persistence import artifacts
@@ -74,8 +75,7 @@ async def download(
     *,
     request: Request,
     cloud: CloudHere,
-    operator: OperatorKey,
-    device: DeviceKey,
+    presented: EitherKey,
     sha256: Sha256Path,
     range_header: RangeHeader = None,
     if_range: IfRange = None,
@@ -85,7 +85,7 @@ async def download(
 
     To go on after a cut: `Range: bytes=<what is there>-` with `If-Range: "<sha256>"`.
     """
-    caller, artifact = await _find(cloud, operator or device, sha256)
+    caller, artifact = await _find(cloud, presented, sha256)
     wanted = Wanted(range_header, if_range, if_none_match)
     return await file_response(request, cloud, artifact, wanted, device_id=caller.device_id)
 
@@ -100,21 +100,20 @@ async def ask(
     *,
     request: Request,
     cloud: CloudHere,
-    operator: OperatorKey,
-    device: DeviceKey,
+    presented: EitherKey,
     sha256: Sha256Path,
     range_header: RangeHeader = None,
     if_range: IfRange = None,
     if_none_match: IfNoneMatch = None,
 ) -> Response:
     """The headers of a download without the file: is it there, how long is it, has it changed."""
-    _, artifact = await _find(cloud, operator or device, sha256)
+    _, artifact = await _find(cloud, presented, sha256)
     return await file_response(request, cloud, artifact, Wanted(range_header, if_range, if_none_match))
 
 
-async def _find(cloud: CloudHere, bearer: OperatorKey, sha256: str) -> tuple[Caller, Artifact]:
+async def _find(cloud: CloudHere, presented: Presented, sha256: str) -> tuple[Caller, Artifact]:
     def find(session: Session) -> tuple[Caller, Artifact]:
-        caller = authenticate_caller(session, cloud, bearer)
+        caller = authenticate_caller(session, cloud, presented)
         if caller.device_id is None:
             return caller, artifacts.get(session, sha256)
         return caller, artifacts.get_for_device(session, sha256, caller.device_id)

@@ -37,7 +37,7 @@ LONGEST_WAIT_SECONDS = 30
 async def next_assignment(
     request: Request,
     cloud: CloudHere,
-    bearer: DeviceKey,
+    presented: DeviceKey,
     wait_seconds: Annotated[
         int, Query(ge=0, le=LONGEST_WAIT_SECONDS, description="How long the answer may wait for work to come.")
     ] = 0,
@@ -46,7 +46,7 @@ async def next_assignment(
 
     With `wait_seconds` the answer comes as soon as there is work (long poll). Counts as a sign of life.
     """
-    assignment = await wait_for_assignment(cloud, bearer, wait_seconds, request.is_disconnected)
+    assignment = await wait_for_assignment(cloud, presented, wait_seconds, request.is_disconnected)
     if assignment is None:
         return Response(status_code=204)
     return Response(assignment.model_dump_json(), media_type="application/json")

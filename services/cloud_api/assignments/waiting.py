@@ -6,11 +6,10 @@ While it waits it holds neither a thread nor a database connection; `cloud_api.f
 import asyncio
 from collections.abc import Awaitable, Callable
 
-from fastapi.security import HTTPAuthorizationCredentials
 from sqlalchemy.orm import Session
 
+from cloud_api.authentication import Presented, authenticate_device
 from cloud_api.cloud import Cloud
-from cloud_api.dependencies import authenticate_device
 from cloud_api.feed import WORK
 from persistence import assignments, traffic
 from protocol.assignments import Assignment
@@ -18,7 +17,7 @@ from protocol.assignments import Assignment
 
 async def wait_for_assignment(
     cloud: Cloud,
-    bearer: HTTPAuthorizationCredentials | None,
+    presented: Presented,
     wait_seconds: float,
     is_gone: Callable[[], Awaitable[bool]],
 ) -> Assignment | None:
@@ -34,19 +33,19 @@ async def wait_for_assignment(
     deadline = loop.time() + wait_seconds
     with cloud.feed.subscribe(WORK) as waiter:
         # Not `cloud.write`: a poll tells the feed nothing, and there may be a thousand a second.
-        device_id, assignment = await cloud.transactions.write(lambda session: _ask(session, cloud, bearer))
+        device_id, assignment = await cloud.transactions.write(lambda session: _ask(session, cloud, presented))
         while assignment is None and not waiter.stopping:
             left = deadline - loop.time()
             if left <= 0 or not await waiter.wait(left) or await is_gone():
                 return None
             # Many devices wake for one place: look before locking anything.
             if await cloud.read(lambda session: assignments.work_waits(session, device_id, cloud.now())):
-                _, assignment = await cloud.transactions.write(lambda session: _ask(session, cloud, bearer))
+                _, assignment = await cloud.transactions.write(lambda session: _ask(session, cloud, presented))
         return assignment
 
 
-def _ask(session: Session, cloud: Cloud, bearer: HTTPAuthorizationCredentials | None) -> tuple[str, Assignment | None]:
-    device_id = authenticate_device(session, cloud, bearer)
+def _ask(session: Session, cloud: Cloud, presented: Presented) -> tuple[str, Assignment | None]:
+    device_id = authenticate_device(session, cloud, presented)
     limits = cloud.settings.upload_limits
     assignment = assignments.next_assignment(session, device_id, cloud.now(), limits)
     if assignment is not None:

@@ -8,8 +8,8 @@ from cloud_api.dependencies import CloudHere, Cursor, DeviceId, Limit, Now, Oper
 from cloud_api.devices import examples
 from cloud_api.documentation import DEVICE, OPERATOR, answers
 from cloud_api.strict_json import StrictJsonRoute
-from persistence import devices
-from protocol.devices import Device, Heartbeat, HeartbeatReceipt
+from persistence import devices, enrolment
+from protocol.devices import Device, DeviceCredential, Heartbeat, HeartbeatReceipt
 from protocol.errors import ErrorCode
 from protocol.pages import Page
 from protocol.statuses import DeviceStatus
@@ -58,6 +58,20 @@ def heartbeat(
     return HeartbeatReceipt(server_time=now, next_within_seconds=cloud.settings.heartbeat_seconds)
 
 
+@router.post(
+    "/me/credential",
+    status_code=201,
+    summary="Replace the device's credential",
+    responses=answers(examples.CREDENTIAL, DEVICE, status=201),
+)
+def replace_credential(session: WriteSession, device_id: DeviceId) -> DeviceCredential:
+    """Make a new credential for the calling device. Store it, durably, then use it.
+
+    The present one stays good until the new one is first used. If the answer is lost, ask again: the lost one is void.
+    """
+    return enrolment.offer_credential(session, device_id)
+
+
 @router.get(
     "/{device_id}",
     summary="Show a device",
@@ -67,6 +81,17 @@ def heartbeat(
 def show_device(session: ReadSession, device_id: DevicePath) -> Device:
     """One device: its profile, whether it is heard from, and what it does."""
     return devices.get_device(session, device_id)
+
+
+@router.post(
+    "/{device_id}/approve",
+    summary="Approve a device",
+    dependencies=[OperatorOnly],
+    responses=answers(examples.DEVICE, OPERATOR, ErrorCode.DEVICE_NOT_FOUND, ErrorCode.ILLEGAL_TRANSITION),
+)
+def approve_device(session: WriteSession, now: Now, device_id: DevicePath) -> Device:
+    """Let a device that enrolled with a token that asks for approval take part. It gets work at its next poll."""
+    return devices.approve_device(session, device_id, now)
 
 
 @router.post(

@@ -4,11 +4,13 @@ from datetime import UTC, datetime
 
 from protocol.devices import (
     Device,
+    DeviceCredential,
     DeviceProfile,
     EnrolmentReceipt,
     EnrolmentRequest,
     EnrolmentToken,
     EnrolmentTokenCreate,
+    EnrolmentTokenState,
     Heartbeat,
     HeartbeatReceipt,
 )
@@ -31,8 +33,26 @@ PROFILE = DeviceProfile(
     num_examples=1200,
 )
 TOKEN_REQUEST = EnrolmentTokenCreate(uses=3, expires_in_seconds=86_400, note="the three kitchens")
+TOKENS = Page[EnrolmentTokenState](
+    items=[
+        EnrolmentTokenState(
+            token_id="tok_0197c0ffee00",
+            note="the three kitchens",
+            uses=3,
+            used=1,
+            approval=False,
+            created_at=TIME,
+            expires_at=TIME,
+        )
+    ],
+    next_cursor=None,
+)
 TOKEN = EnrolmentToken(token_id="tok_0197c0ffee00", token="mX9…", uses=3, expires_at=TIME)
-ENROLMENT = EnrolmentRequest(token="the token that the operator gave", name="kitchen-pi", profile=PROFILE)
+PUBLIC_KEY = "JrQLj5P/89iXES9+vFgrIy29clF9CC/oPPsw3c5D0bs="
+ENROLMENT = EnrolmentRequest(
+    token="the token that the operator gave", name="kitchen-pi", profile=PROFILE, public_key=PUBLIC_KEY
+)
+CREDENTIAL = DeviceCredential(device_id=DEVICE_ID, credential=f"{DEVICE_ID}.another secret")
 RECEIPT = EnrolmentReceipt(device_id=DEVICE_ID, credential=f"{DEVICE_ID}.secret", status=DeviceStatus.REGISTERED)
 DEVICE = Device(
     device_id=DEVICE_ID,
@@ -42,6 +62,7 @@ DEVICE = Device(
     activity="idle",
     enrolled_at=TIME,
     last_seen_at=TIME,
+    public_key=PUBLIC_KEY,
 )
 DEVICES = Page[Device](items=[DEVICE], next_cursor=None)
 HEARTBEAT = Heartbeat(activity="idle", reason="on battery")

@@ -5,7 +5,8 @@ from typing import Annotated
 from fastapi import APIRouter, Header, Query, Response
 from starlette.responses import StreamingResponse
 
-from cloud_api.dependencies import CloudHere, OperatorOnly, ReadSession
+from cloud_api.authentication import authenticate_operator
+from cloud_api.dependencies import CloudHere, OperatorKey, OperatorOnly, ReadSession
 from cloud_api.documentation import OPERATOR, answers
 from cloud_api.events import examples
 from cloud_api.events.stream import look, stream
@@ -63,6 +64,7 @@ def list_events(
 )
 async def stream_events(
     cloud: CloudHere,
+    presented: OperatorKey,
     run_id: RunPath,
     after: After = 0,
     last_event_id: Annotated[
@@ -72,11 +74,15 @@ async def stream_events(
 ) -> Response:
     """What happens in the run, as it happens; first what happened after `Last-Event-ID` or `after`.
 
-    A comment every 15 seconds keeps the connection open. The stream ends when the run is over.
+    A comment every 15 seconds keeps the connection open. The stream ends when the run is over, or the key is void.
     """
     start = after if last_event_id is None else last_event_id
     now = await cloud.read(lambda session: look(session, run_id, start))
     if now.finished and start > 0:
         return Response(status_code=204)
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    return StreamingResponse(stream(cloud, run_id, start), media_type="text/event-stream", headers=headers)
+    return StreamingResponse(
+        stream(cloud, run_id, start, lambda session: authenticate_operator(session, cloud, presented)),
+        media_type="text/event-stream",
+        headers=headers,
+    )

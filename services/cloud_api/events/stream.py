@@ -4,9 +4,8 @@ The stream ends when the run is over and everything was sent, or when the proces
 `Last-Event-ID` and misses nothing. Between events it holds neither a thread nor a database connection.
 """
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from functools import partial
 
 from sqlalchemy.orm import Session
 
@@ -14,6 +13,7 @@ from cloud_api.cloud import Cloud
 from cloud_api.feed import run_topic
 from persistence import events, runs
 from persistence.transitions import UNFINISHED_RUN
+from protocol.errors import DomainError
 from protocol.events import Event
 
 PAGE = 200
@@ -43,12 +43,27 @@ def look(session: Session, run_id: str, after: int) -> Look:
     return Look(over, events.list_events(session, run_id=run_id, after=after, limit=PAGE))
 
 
-async def stream(cloud: Cloud, run_id: str, after: int) -> AsyncIterator[str]:
-    """Yield the stream's text from the event after sequence `after` on."""
+async def stream(
+    cloud: Cloud, run_id: str, after: int, authenticate: Callable[[Session], object]
+) -> AsyncIterator[str]:
+    """Yield the stream's text from the event after sequence `after` on.
+
+    Args:
+        authenticate: raises DomainError once the caller may not read on: its key was revoked or expired. Asked each
+            time that something happens, and with each sign of life.
+    """
+
+    def see(session: Session) -> Look:
+        authenticate(session)
+        return look(session, run_id, after)
+
     yield f"retry: {RETRY_MILLISECONDS}\n\n"
     with cloud.feed.subscribe(run_topic(run_id)) as waiter:
         while not waiter.stopping:
-            now = await cloud.read(partial(look, run_id=run_id, after=after))
+            try:
+                now = await cloud.read(see)
+            except DomainError:  # The answer has begun; who comes back is told why.
+                return
             if now.finished:
                 return
             for event in now.events:

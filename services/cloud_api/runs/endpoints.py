@@ -4,7 +4,7 @@ from typing import Annotated
 
 from fastapi import APIRouter, Body, Path, Query
 
-from cloud_api.dependencies import Cursor, Limit, Now, OperatorOnly, ReadSession, WriteSession
+from cloud_api.dependencies import Cursor, Limit, Note, Now, OperatorOnly, ReadSession, WriteSession
 from cloud_api.documentation import OPERATOR, answers
 from cloud_api.runs import examples
 from cloud_api.runs.paths import check_paths
@@ -38,6 +38,7 @@ RunPath = Annotated[str, Path(max_length=64, description="The run's id.", exampl
 def create_run(
     session: WriteSession,
     now: Now,
+    note: Note,
     request: Annotated[
         RunCreate,
         Body(
@@ -60,7 +61,9 @@ def create_run(
     Hugging Face hub names.
     """
     check_paths(request)
-    return runs.create_run(session, request, now)
+    run = runs.create_run(session, request, now)
+    note.subject = run.run_id
+    return run
 
 
 @router.get("", summary="List runs", responses=answers(examples.RUNS, OPERATOR))

@@ -6,7 +6,8 @@ from fastapi import APIRouter, Body, Path, Request, Response
 from sqlalchemy.orm import Session
 
 from cloud_api.assignments.endpoints import AssignmentPath
-from cloud_api.dependencies import BodyBytes, CloudHere, DeviceId, DeviceKey, Now, WriteSession, authenticate_device
+from cloud_api.authentication import authenticate_device
+from cloud_api.dependencies import BodyBytes, CloudHere, DeviceId, DeviceKey, Now, WriteSession
 from cloud_api.documentation import DEVICE, answers
 from cloud_api.strict_json import StrictJsonRoute
 from cloud_api.updates import examples
@@ -83,7 +84,7 @@ async def upload_part(
     request: Request,
     response: Response,
     cloud: CloudHere,
-    bearer: DeviceKey,
+    presented: DeviceKey,
     assignment_id: AssignmentPath,
     kind: Annotated[PartKind, Path(description="Which part.")],
 ) -> PartReceipt:
@@ -93,17 +94,18 @@ async def upload_part(
     dtypes, and the hashes of what it starts from. The same file again gets the same receipt, another one gets 409.
     """
 
-    def admit(session: Session) -> tuple[str, PartAdmission]:
-        device_id = authenticate_device(session, cloud, bearer)
-        return device_id, updates.admit_part(session, device_id, assignment_id, kind, cloud.now())
+    def admit(session: Session) -> PartAdmission:
+        device_id = authenticate_device(session, cloud, presented)
+        return updates.admit_part(session, device_id, assignment_id, kind, cloud.now())
 
-    device_id, admission = await cloud.write(admit)
+    admission = await cloud.write(admit)
     limit = cloud.settings.upload_limits[kind]
     body = announced(request, limit if admission.most_bytes is None else min(limit, admission.most_bytes))
     blob = await receive_file(request, cloud, body, HeaderGate(kind, admission, body.size_bytes))
     now = cloud.now()
 
     def record(session: Session) -> PartReceipt:
+        device_id = authenticate_device(session, cloud, presented)  # It may have been revoked while the bytes came.
         receipt = updates.record_part(session, device_id, assignment_id, kind, blob.sha256, blob.size, now)
         traffic.add(session, admission.run_id, device_id, "up", kind.value, blob.size)
         return receipt

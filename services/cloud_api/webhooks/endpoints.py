@@ -2,9 +2,9 @@
 
 from typing import Annotated
 
-from fastapi import APIRouter, Body, Path, Response
+from fastapi import APIRouter, Body, Path
 
-from cloud_api.dependencies import Cursor, Limit, Now, OperatorOnly, ReadSession, WriteSession
+from cloud_api.dependencies import Cursor, Limit, Note, Now, OperatorOnly, ReadSession, WriteSession
 from cloud_api.documentation import OPERATOR, answers
 from cloud_api.strict_json import StrictJsonRoute
 from cloud_api.webhooks import examples
@@ -27,6 +27,7 @@ WebhookPath = Annotated[str, Path(max_length=64, description="The webhook's id."
 def create_webhook(
     session: WriteSession,
     now: Now,
+    note: Note,
     request: Annotated[WebhookCreate, Body(examples=[examples.REQUEST.model_dump(mode="json")])],
 ) -> CreatedWebhook:
     """Have every event from now on sent to a server of yours, in order, each at least once.
@@ -35,7 +36,10 @@ def create_webhook(
     from 200 to 299 within ten seconds; anything else is tried again, first after 5 seconds, at most an hour apart,
     for three days. `410` ends it. `webhook-id` is the same for every attempt at one event.
     """
-    return webhooks.create(session, request, now)
+    created = webhooks.create(session, request, now)
+    note.subject = created.webhook_id
+    note.data = {"url": created.url}
+    return created
 
 
 @router.get("", summary="List webhooks", responses=answers(examples.WEBHOOKS, OPERATOR))
@@ -66,13 +70,9 @@ def resume_webhook(session: WriteSession, now: Now, webhook_id: WebhookPath) -> 
 
 @router.delete(
     "/{webhook_id}",
-    status_code=204,
-    response_class=Response,
     summary="Delete a webhook",
-    responses=answers(
-        None, OPERATOR, ErrorCode.WEBHOOK_NOT_FOUND, also={204: {"description": "It is told nothing any more."}}
-    ),
+    responses=answers(examples.WEBHOOK, OPERATOR, ErrorCode.WEBHOOK_NOT_FOUND),
 )
-def delete_webhook(session: WriteSession, webhook_id: WebhookPath) -> None:
-    """Tell it nothing any more, at once."""
-    webhooks.remove(session, webhook_id)
+def delete_webhook(session: WriteSession, webhook_id: WebhookPath) -> Webhook:
+    """Tell it nothing any more, at once. The answer is what it was."""
+    return webhooks.remove(session, webhook_id)
