@@ -27,11 +27,8 @@ def prefix() -> Iterator[str]:
     client.close()
 
 
-@pytest.fixture(params=["process", pytest.param("redis", marks=pytest.mark.services)])
-def memory(request: pytest.FixtureRequest) -> Iterator[BriefMemory]:
-    if request.param == "process":
-        yield InProcessMemory()
-        return
+@pytest.fixture
+def redis_memory(prefix: str) -> Iterator[RedisMemory]:
     client = redis.Redis.from_url(REDIS, socket_connect_timeout=1)
     try:
         client.ping()
@@ -39,9 +36,17 @@ def memory(request: pytest.FixtureRequest) -> Iterator[BriefMemory]:
         pytest.skip(f"no Redis answers at {REDIS}")
     finally:
         client.close()
-    memory = RedisMemory(REDIS, request.getfixturevalue("prefix"))
+    memory = RedisMemory(REDIS, prefix)
     yield memory
     memory.close()
+
+
+@pytest.fixture(params=["process", pytest.param("redis", marks=pytest.mark.services)])
+def memory(request: pytest.FixtureRequest) -> BriefMemory:
+    if request.param == "process":
+        return InProcessMemory()
+    found: RedisMemory = request.getfixturevalue("redis_memory")
+    return found
 
 
 def test_a_bucket_gives_its_burst_then_its_rate(memory: BriefMemory) -> None:
@@ -113,14 +118,13 @@ def test_without_redis_a_process_goes_on_by_itself() -> None:
 
 
 @pytest.mark.services
-def test_processes_share_what_redis_keeps(memory: BriefMemory, prefix: str) -> None:
-    if not memory.waits:
-        pytest.skip("of Redis")
+def test_processes_share_what_redis_keeps(redis_memory: RedisMemory, prefix: str) -> None:
     other = RedisMemory(REDIS, prefix)
-    assert memory.first_time("n", 1, 60)
+    assert redis_memory.first_time("n", 1, 60)
     assert not other.first_time("n", 1, 60)
     rate = Rate(0.001, 3)
-    assert [each.take("a", rate) == 0 for each in (memory, other, memory, other)] == [True, True, True, False]
+    both = (redis_memory, other)
+    assert [both[number % 2].take("a", rate) == 0 for number in range(4)] == [True, True, True, False]
     other.close()
     client = redis.Redis.from_url(REDIS)
     assert all(0 < client.ttl(key) <= math.ceil(3 / 0.001) + 1 for key in client.scan_iter(f"{prefix}*"))
