@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from persistence.blobs import S3Address, read_address
 from protocol.queue import embedded_broker_url, queue_folder, queue_name
 from protocol.statuses import TRAINING_QUEUE, PartKind
 
@@ -30,7 +31,7 @@ class Settings:
     database_url: str
     broker_url: str
     queue_prefix: str
-    blobs: Path
+    blobs: Path | S3Address
     operator_key: str = field(repr=False)
     log_format: LogFormat = "console"
     log_level: LogLevel = "info"
@@ -65,7 +66,7 @@ class Settings:
             database_url=environment.get("COTUNE_DATABASE_URL") or f"sqlite:///{home / 'cotune.sqlite3'}",
             broker_url=broker_url,
             queue_prefix=queue_prefix,
-            blobs=Path(environment.get("COTUNE_BLOBS") or home / "blobs").expanduser().absolute(),
+            blobs=read_address(environment, home),
             operator_key=_operator_key(environment, home),
             log_format=_choice(environment, "COTUNE_LOG_FORMAT", ("console", "json"), "console"),
             log_level=_choice(environment, "COTUNE_LOG_LEVEL", ("info", "debug", "warning", "error"), "info"),

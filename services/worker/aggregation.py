@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from sqlalchemy.orm import Session
 
 from assets.errors import TensorFileError
-from assets.tensors import read_tensors
 from cotuning.aggregation import UpdateRefused, update_norm
 from cotuning.payload import PayloadError
 from cotuning.strategies.aggregation import Aggregate, RoundAggregator
@@ -27,7 +26,7 @@ from protocol.runs import AlignmentMetrics
 from protocol.statuses import PartKind, RoundStatus
 from protocol.strategies import CoPlmsSettings, Strategy
 from worker.adapter_files import get_adapter, get_optimizer_state, put_adapter, put_optimizer_state
-from worker.device_logits import LogitsReader, part_path
+from worker.device_logits import LogitsReader, read_part
 from worker.round_metrics import grown
 from worker.row_files import get_rows
 from worker.stage import Finish, Work, utc_now
@@ -113,7 +112,7 @@ def _combine(
             continue
         try:
             reader.read(update)
-            delta, _ = read_tensors(part_path(work.blobs, update, PartKind.ADAPTER_DELTA))
+            delta, _ = read_part(work.blobs, update, PartKind.ADAPTER_DELTA)
             aggregator.add(delta, _weight(update, settings))
         except UpdateRefused as error:
             tally.refused.append((update, ErrorCode(error.code), str(error)))

@@ -28,7 +28,7 @@ from cotuning.proxy_creation import create_proxy
 from cotuning.seeding import derive_seed
 from cotuning.training import TrainingDiverged
 from persistence import artifacts, results, runs
-from persistence.blobs import FolderBlobStore, StoredBlob
+from persistence.blobs import BlobStore, StoredBlob
 from persistence.results import PrepareResult
 from protocol.assignments import ModelFile, ModelManifest
 from protocol.errors import DomainError, ErrorCode
@@ -149,7 +149,7 @@ def _describe(lm: LanguageModel) -> dict[str, Any]:
     }
 
 
-def store_model(blobs: FolderBlobStore, lm: LanguageModel) -> tuple[StoredBlob, list[StoredBlob]]:
+def store_model(blobs: BlobStore, lm: LanguageModel) -> tuple[StoredBlob, list[StoredBlob]]:
     """Store a model folder file by file; return its manifest and its files.
 
     The manifest is sorted by name, so equal models have one hash.
@@ -185,7 +185,7 @@ def _read(source: str) -> list[Example]:
         raise DomainError(ErrorCode.DATA_FILE_INVALID, str(error), received=source) from error
 
 
-def _store_rows(blobs: FolderBlobStore, public: PublicRows, test: list[Example]) -> RowFiles:
+def _store_rows(blobs: BlobStore, public: PublicRows, test: list[Example]) -> RowFiles:
     return RowFiles(
         training=put_rows(blobs, public.training).sha256,
         validation=put_rows(blobs, public.validation).sha256,
@@ -278,7 +278,7 @@ def _checkpoints(work: Work, training: list[Example], config: RunCreate) -> Fold
 
 
 def _fresh_adapter(
-    blobs: FolderBlobStore, lm: LanguageModel, settings: LoraSettings, manifest: StoredBlob, seed: int
+    blobs: BlobStore, lm: LanguageModel, settings: LoraSettings, manifest: StoredBlob, seed: int
 ) -> StoredBlob:
     state = _asked_for("lora", lambda: fresh_adapter(lm, peft_config(lm, settings), seed=seed))
     return put_adapter(blobs, state, proxy_sha256=manifest.sha256)

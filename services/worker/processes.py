@@ -6,7 +6,7 @@ import celery
 from sqlalchemy.exc import OperationalError
 
 from persistence import schema
-from persistence.blobs import FolderBlobStore
+from persistence.blobs import open_store
 from persistence.database import Database
 from persistence.errors import StorageError
 from protocol.statuses import CONTROL_QUEUE, TRAINING_QUEUE
@@ -20,11 +20,11 @@ def run_trainer(settings: Settings, owner: str, stop: threading.Event) -> int:
     """Do jobs, one at a time, until SIGTERM or SIGINT; return the exit code.
 
     Raises:
-        StorageError: the database or the folder of the blobs cannot be used.
+        StorageError: the database or the blob store cannot be used.
     """
     watch_signals(stop, request_stop)
     app, database = _connect(settings)
-    runner = JobRunner(settings, database, FolderBlobStore(settings.blobs), owner, stop)
+    runner = JobRunner(settings, database, open_store(settings.blobs, settings.home / "scratch"), owner, stop)
     register_jobs(app, runner)
     return consume(app, TRAINING_QUEUE, settings, node=f"trainer@{owner}")
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from persistence.blobs import S3Address, read_address
 from protocol.queue import embedded_broker_url, queue_folder, queue_name
 from protocol.statuses import TRAINING_QUEUE
 
@@ -21,7 +22,7 @@ class Settings:
     database_url: str
     broker_url: str
     queue_prefix: str
-    blobs: Path
+    blobs: Path | S3Address
     log_format: LogFormat
     torch_threads: int | None
     """Threads of torch's CPU kernels; None leaves torch's own choice."""
@@ -46,7 +47,7 @@ class Settings:
             database_url=environment.get("COTUNE_DATABASE_URL") or f"sqlite:///{home / 'cotune.sqlite3'}",
             broker_url=environment.get("COTUNE_BROKER_URL") or embedded_broker_url(home),
             queue_prefix=environment.get("COTUNE_QUEUE_PREFIX", ""),
-            blobs=Path(environment.get("COTUNE_BLOBS") or home / "blobs").expanduser().absolute(),
+            blobs=read_address(environment, home),
             log_format=_log_format(environment.get("COTUNE_LOG_FORMAT") or "console"),
             torch_threads=_threads(environment.get("COTUNE_TORCH_THREADS")),
             lease_seconds=_seconds(environment, "COTUNE_LEASE_SECONDS", 20.0),

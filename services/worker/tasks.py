@@ -14,7 +14,7 @@ import celery
 import structlog
 
 from persistence import jobs
-from persistence.blobs import FolderBlobStore
+from persistence.blobs import BlobStore
 from persistence.database import Database
 from persistence.errors import LeaseLost
 from persistence.jobs import JobRecord
@@ -43,7 +43,7 @@ class JobRunner:
 
     settings: Settings
     database: Database
-    blobs: FolderBlobStore
+    blobs: BlobStore
     owner: str
     """Names this process in leases; unique for each start of a process."""
     stop: threading.Event = field(default_factory=threading.Event)

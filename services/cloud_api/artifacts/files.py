@@ -97,11 +97,10 @@ class _FileResponse(Response):
         if scope["method"] == "HEAD":
             await super().__call__(scope, receive, send)
             return
-        file = await run_in_threadpool(self._cloud.blobs.open, self._artifact.sha256)
+        file = await run_in_threadpool(self._cloud.blobs.open, self._artifact.sha256, self._part.start)
         sent = 0
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            await run_in_threadpool(file.seek, self._part.start)
             request = Request(scope, receive)
             while sent < self._part.size and not await request.is_disconnected():
                 chunk = await self._read(file, self._part.size - sent)
