@@ -17,11 +17,12 @@ from cloud_api.release import VERSION
 from cloud_api.request_boundary import RequestBoundary
 from cloud_api.rounds import endpoints as rounds
 from cloud_api.runs import endpoints as runs
+from cloud_api.updates import chunk_endpoints as chunks
 from cloud_api.updates import endpoints as updates
 from cloud_api.versions import endpoints as versions
 
 # Routes are tried in this order: what devices call most comes first.
-SUBJECTS = (assignments, updates, artifacts, devices, enrolment, runs, rounds, versions, events, health)
+SUBJECTS = (assignments, updates, chunks, artifacts, devices, enrolment, runs, rounds, versions, events, health)
 
 
 def create_app(cloud: Cloud) -> FastAPI:

@@ -20,6 +20,8 @@ SHORTEST_KEY = 16
 """Characters. A shorter operator key could be guessed over the network."""
 
 DEFAULT_UPLOAD_BYTES = 512 * 2**20
+SMALLEST_CHUNK = 4 * 2**20
+"""Bytes. Smaller ones would cost more requests, larger ones more to send again after a cut."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,9 @@ class Settings:
     stream_heartbeat_seconds: float = 15.0
     """Silence on an event stream after which a comment is sent, so that proxies keep it open."""
     upload_idle_seconds: float = 60.0
-    """An upload of which nothing comes for so long is given up."""
+    """A request of which nothing comes for so long is given up."""
+    upload_chunk_bytes: int = SMALLEST_CHUNK
+    """Size of the chunks in which a file may come, bytes."""
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> "Settings":
@@ -71,6 +75,7 @@ class Settings:
             log_format=_choice(environment, "COTUNE_LOG_FORMAT", ("console", "json"), "console"),
             log_level=_choice(environment, "COTUNE_LOG_LEVEL", ("info", "debug", "warning", "error"), "info"),
             upload_limits={kind: _upload_limit(environment, kind) for kind in PartKind},
+            upload_chunk_bytes=_whole(environment, "COTUNE_UPLOAD_CHUNK_BYTES", SMALLEST_CHUNK, 2 * SMALLEST_CHUNK),
         )
 
 
@@ -146,6 +151,16 @@ def _choice(environment: Mapping[str, str], name: str, choices: tuple[Choice, ..
         if value == choice:
             return choice
     raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+
+
+def _whole(environment: Mapping[str, str], name: str, least: int, most: int) -> int:
+    """Read a whole number; `least` where nothing is set."""
+    value = environment.get(name)
+    if not value:
+        return least
+    if not (value.isascii() and value.isdigit()) or not least <= int(value[:20]) <= most:
+        raise ValueError(f"{name}: expected a whole number from {least} to {most}, got {value[:40]!r}")
+    return int(value)
 
 
 def _upload_limit(environment: Mapping[str, str], kind: PartKind) -> int:

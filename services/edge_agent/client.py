@@ -28,12 +28,20 @@ from protocol.assignments import (
     AssignmentRefusal,
     Part,
     PartReceipt,
+    PartUpload,
     Submission,
     SubmissionReceipt,
 )
 from protocol.devices import Device, EnrolmentReceipt, EnrolmentRequest, Heartbeat, HeartbeatReceipt
 from protocol.errors import ErrorCode
-from protocol.headers import CONTENT_DIGEST_HEADER, PROTOCOL_HEADER, content_digest
+from protocol.headers import (
+    CONTENT_DIGEST_HEADER,
+    PROTOCOL_HEADER,
+    REPR_DIGEST_HEADER,
+    UPLOAD_LENGTH_HEADER,
+    UPLOAD_OFFSET_HEADER,
+    content_digest,
+)
 
 Schema = TypeVar("Schema", bound=BaseModel)
 
@@ -44,8 +52,17 @@ LONGEST_RETRY_AFTER_SECONDS = 3600.0
 LARGEST_ANSWER_BYTES = 8 * 2**20
 """Of JSON; files are downloaded to disk, and their sizes are known before."""
 
-LATER = frozenset({ErrorCode.DEVICE_NOT_APPROVED, ErrorCode.DIGEST_MISMATCH, ErrorCode.TRUNCATED_BODY})
-"""Problems that go away by themselves: an operator approves; bytes that the network spoilt are sent again."""
+LATER = frozenset(
+    {
+        ErrorCode.DEVICE_NOT_APPROVED,
+        ErrorCode.DIGEST_MISMATCH,
+        ErrorCode.TRUNCATED_BODY,
+        ErrorCode.UPLOAD_NOT_FOUND,
+        ErrorCode.UPLOAD_OFFSET_MISMATCH,
+    }
+)
+"""Problems that go away by themselves: an operator approves; bytes that the network spoilt are sent again; an upload
+that was forgotten is begun anew."""
 
 OF_THE_TRANSFER = frozenset({"content-encoding", "content-length", "transfer-encoding"})
 """Headers that no longer hold once a body has been read."""
@@ -129,11 +146,38 @@ class CloudClient:
         self._ledger.record(purpose_of(assignment, part.kind.value), part.size_bytes, part.sha256, durable=True)
         request = self._http.build_request(
             "PUT",
-            f"/v1/assignments/{assignment.assignment_id}/parts/{part.kind.value}",
+            _part_path(assignment, part),
             headers=headers,
             content=self._chunks(file),
         )
         return _parse(self._exchange(request), PartReceipt)
+
+    def begin_upload(self, assignment: Assignment, part: Part) -> PartUpload:
+        """Say which file will come in chunks, and learn how much of it is there. Saying it again is harmless."""
+        headers = {
+            UPLOAD_LENGTH_HEADER: str(part.size_bytes),
+            REPR_DIGEST_HEADER: content_digest(part.sha256),
+        }
+        request = self._http.build_request("POST", f"{_part_path(assignment, part)}/uploads", headers=headers)
+        return _parse(self._exchange(request), PartUpload)
+
+    def send_chunk(self, assignment: Assignment, part: Part, upload_id: str, offset: int, chunk: bytes) -> PartUpload:
+        """Send the bytes of a file from `offset` on. Sending them again is harmless."""
+        sha256 = hashlib.sha256(chunk).hexdigest()
+        headers = {
+            "Content-Type": "application/octet-stream",
+            CONTENT_DIGEST_HEADER: content_digest(sha256),
+            UPLOAD_OFFSET_HEADER: str(offset),
+        }
+        self._ledger.record(purpose_of(assignment, part.kind.value), len(chunk), sha256, durable=True)
+        path = f"{_part_path(assignment, part)}/uploads/{upload_id}"
+        request = self._http.build_request("PATCH", path, headers=headers, content=chunk)
+        return _parse(self._exchange(request), PartUpload)
+
+    def complete_upload(self, assignment: Assignment, part: Part, upload_id: str) -> PartReceipt:
+        """Say that all chunks were sent. Saying it again is harmless."""
+        path = f"{_part_path(assignment, part)}/uploads/{upload_id}/completion"
+        return _parse(self._send("POST", path), PartReceipt)
 
     def submit(self, assignment: Assignment, submission: Submission) -> SubmissionReceipt:
         """Hand the update in. Handing in the same one again answers with the same receipt."""
@@ -251,6 +295,10 @@ class CloudClient:
 def purpose_of(assignment: Assignment, kind: str) -> Purpose:
     """Return the ledger's purpose of something sent for an assignment."""
     return Purpose(kind, assignment.run_id, assignment.round_number, assignment.assignment_id)
+
+
+def _part_path(assignment: Assignment, part: Part) -> str:
+    return f"/v1/assignments/{assignment.assignment_id}/parts/{part.kind.value}"
 
 
 def retry_after_seconds(value: str | None, now: datetime) -> float | None:

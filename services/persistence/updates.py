@@ -107,6 +107,12 @@ def record_part(  # noqa: PLR0917
     return _same_part(part, sha256)
 
 
+def find_receipt(session: Session, assignment_id: str, kind: PartKind, sha256: str | None = None) -> PartReceipt | None:
+    """Return the receipt of a part that is here, None if none is. Raises UPDATE_CONFLICT if it is not `sha256`."""
+    known = _part(session, assignment_id, kind)
+    return None if known is None else _same_part(known, sha256 or known.sha256)
+
+
 def submit(
     session: Session, device_id: str, assignment_id: str, submission: Submission, now: datetime
 ) -> SubmissionReceipt:

@@ -53,6 +53,8 @@ class ErrorCode(StrEnum):
     TRUNCATED_BODY = "truncated_body"
     BODY_TOO_LARGE = "body_too_large"
     RANGE_NOT_SATISFIABLE = "range_not_satisfiable"
+    UPLOAD_NOT_FOUND = "upload_not_found"
+    UPLOAD_OFFSET_MISMATCH = "upload_offset_mismatch"
     UNKNOWN_STRATEGY = "unknown_strategy"
     MODEL_FOLDER_MISSING = "model_folder_missing"
     DATA_FILE_INVALID = "data_file_invalid"
@@ -102,6 +104,8 @@ HTTP_STATUS: dict[ErrorCode, int] = {
     ErrorCode.TRUNCATED_BODY: 400,
     ErrorCode.BODY_TOO_LARGE: 413,
     ErrorCode.RANGE_NOT_SATISFIABLE: 416,
+    ErrorCode.UPLOAD_NOT_FOUND: 404,
+    ErrorCode.UPLOAD_OFFSET_MISMATCH: 409,
     ErrorCode.UNKNOWN_STRATEGY: 422,
     ErrorCode.MODEL_FOLDER_MISSING: 422,
     ErrorCode.DATA_FILE_INVALID: 422,

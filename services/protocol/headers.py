@@ -6,6 +6,13 @@ import binascii
 PROTOCOL_HEADER = "Cotune-Protocol"
 REQUEST_ID_HEADER = "X-Request-ID"
 CONTENT_DIGEST_HEADER = "Content-Digest"
+"""RFC 9530: of the bytes of this very message."""
+REPR_DIGEST_HEADER = "Repr-Digest"
+"""RFC 9530: of the whole file, of which the message may hold a part."""
+UPLOAD_LENGTH_HEADER = "Upload-Length"
+"""Size of the whole file, bytes; as the IETF's draft on resumable uploads spells it."""
+UPLOAD_OFFSET_HEADER = "Upload-Offset"
+"""Where the bytes of this message start in the file; in an answer, how many bytes are there."""
 
 ADAPTER_FORMAT = "cotune-adapter/1"
 """Value of the metadata key `format` in adapter and delta files."""

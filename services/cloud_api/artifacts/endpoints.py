@@ -5,14 +5,14 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Header, Path, Request, Response
 from sqlalchemy.orm import Session
 
-from cloud_api.artifacts.files import REPR_DIGEST_HEADER, Wanted, file_response
+from cloud_api.artifacts.files import Wanted, file_response
 from cloud_api.dependencies import Caller, CloudHere, DeviceKey, OperatorKey, authenticate_caller
 from cloud_api.documentation import CALLER, answers
 from cloud_api.strict_json import StrictJsonRoute
 from persistence import artifacts
 from persistence.artifacts import Artifact
 from protocol.errors import ErrorCode
-from protocol.headers import CONTENT_DIGEST_HEADER, content_digest
+from protocol.headers import CONTENT_DIGEST_HEADER, REPR_DIGEST_HEADER, content_digest
 
 router = APIRouter(prefix="/v1/artifacts", tags=["artifacts"], route_class=StrictJsonRoute)
 

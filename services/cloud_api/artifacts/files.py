@@ -16,10 +16,9 @@ from cloud_api.artifacts.ranges import ByteRange, any_matches, parse_range
 from cloud_api.cloud import Cloud
 from persistence import traffic
 from persistence.artifacts import Artifact
-from protocol.headers import CONTENT_DIGEST_HEADER, content_digest
+from protocol.headers import CONTENT_DIGEST_HEADER, REPR_DIGEST_HEADER, content_digest
 
 CHUNK_BYTES = 256 * 1024
-REPR_DIGEST_HEADER = "Repr-Digest"
 
 
 @dataclass(frozen=True)

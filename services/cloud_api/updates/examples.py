@@ -2,7 +2,7 @@
 
 from cloud_api.devices.examples import TIME
 from cloud_api.rounds.examples import ASSIGNMENT_ID, ROUND_ID
-from protocol.assignments import Part, PartReceipt, Submission, SubmissionReceipt
+from protocol.assignments import Part, PartReceipt, PartUpload, Submission, SubmissionReceipt
 from protocol.runs import AlignmentMetrics, DeviceMetrics
 from protocol.statuses import PartKind
 
@@ -12,6 +12,16 @@ PART_RECEIPT = PartReceipt(
     sha256="9d" * 32,
     size_bytes=1_048_576,
     received_at=TIME,
+)
+PART_UPLOAD = PartUpload(
+    assignment_id=ASSIGNMENT_ID,
+    kind=PartKind.ADAPTER_DELTA,
+    upload_id="upl_01k0c5r7xq9z3m8v2w4y6t1b5d",
+    sha256="9d" * 32,
+    size_bytes=10_485_760,
+    chunk_bytes=4_194_304,
+    received_bytes=4_194_304,
+    expires_at=TIME,
 )
 SUBMISSION = Submission(
     base_sha256="3b" * 32,
