@@ -47,6 +47,8 @@ class Settings:
     """Silence on an event stream after which a comment is sent, so that proxies keep it open."""
     upload_idle_seconds: float = 60.0
     """A request of which nothing comes for so long is given up."""
+    link_seconds: int = 0
+    """A download is answered with a link to the object store, good for so long, if the client takes one; 0: never."""
     upload_chunk_bytes: int = SMALLEST_CHUNK
     """Size of the chunks in which a file may come, bytes."""
 
@@ -75,6 +77,7 @@ class Settings:
             log_format=_choice(environment, "COTUNE_LOG_FORMAT", ("console", "json"), "console"),
             log_level=_choice(environment, "COTUNE_LOG_LEVEL", ("info", "debug", "warning", "error"), "info"),
             upload_limits={kind: _upload_limit(environment, kind) for kind in PartKind},
+            link_seconds=_whole(environment, "COTUNE_LINK_SECONDS", 0, 86_400),
             upload_chunk_bytes=_whole(environment, "COTUNE_UPLOAD_CHUNK_BYTES", SMALLEST_CHUNK, 2 * SMALLEST_CHUNK),
         )
 

@@ -168,7 +168,10 @@ def _running(home: Path, log_file: Path | None) -> Iterator[tuple[Agent, DeviceP
         _stop_on_signals(stop)
         ledger = Ledger(home / "ledger.jsonl", _now)
         log.info("started", server=current.config.server.url, num_examples=profile.num_examples)
-        with CloudClient(current.config.server.url, current.credential, ledger, stop, now=_now) as client:
+        server = current.config.server
+        with CloudClient(
+            server.url, current.credential, ledger, stop, now=_now, follow_links=server.follow_links
+        ) as client:
             yield build_agent(current, client, stop), profile
 
 

@@ -1,7 +1,9 @@
 """Speaks to the cloud: one method a call, errors mapped once, every body that leaves entered in the ledger.
 
 Retries are not here: a method makes one attempt and says how it ended (`CloudUnavailable`: again later; `CloudRefused`:
-no). Redirects are not followed, as a credential must not travel to another host.
+no). Redirects are not followed, as a credential must not travel to another host. Where the owner allows links, a file
+may be fetched from where the server points to: by a connection that knows no credential, and its bytes are checked by
+their hash as always.
 """
 
 import hashlib
@@ -36,6 +38,8 @@ from protocol.devices import Device, EnrolmentReceipt, EnrolmentRequest, Heartbe
 from protocol.errors import ErrorCode
 from protocol.headers import (
     CONTENT_DIGEST_HEADER,
+    LINKS_FOLLOW,
+    LINKS_HEADER,
     PROTOCOL_HEADER,
     REPR_DIGEST_HEADER,
     UPLOAD_LENGTH_HEADER,
@@ -83,6 +87,7 @@ class CloudClient:
         *,
         now: Callable[[], datetime],
         timeout: httpx.Timeout = TIMEOUT,
+        follow_links: bool = False,
     ) -> None:
         headers = {PROTOCOL_HEADER: PROTOCOL_VERSION, "User-Agent": "cotune-agent"}
         if credential is not None:
@@ -95,6 +100,8 @@ class CloudClient:
         self._stop = stop
         self._now = now
         self._timeout = timeout
+        self._elsewhere = httpx.Client(timeout=timeout, trust_env=not local) if follow_links else None
+        """Knows nothing of this device; None: links are not followed."""
 
     def __enter__(self) -> "CloudClient":
         return self
@@ -103,6 +110,8 @@ class CloudClient:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._http.close()
+        if self._elsewhere is not None:
+            self._elsewhere.close()
 
     def enrol(self, request: EnrolmentRequest) -> EnrolmentReceipt:
         """Trade a one-time token for an identity."""
@@ -195,13 +204,15 @@ class CloudClient:
         headers = {"Accept-Encoding": "identity"}
         if offset:
             headers |= {"Range": f"bytes={offset}-", "If-Range": f'"{sha256}"'}
+        if self._elsewhere is not None:
+            headers[LINKS_HEADER] = LINKS_FOLLOW
         request = self._http.build_request("GET", f"/v1/artifacts/{sha256}", headers=headers)
         call_until_stopped(lambda: self._download(request, offset, write), self._stop)
 
     def _download(self, request: httpx.Request, offset: int, write: Callable[[bytes, int], None]) -> None:
         progressed = False
         try:
-            response = self._http.send(request, stream=True)
+            response = self._open(request, offset)
             try:
                 if not response.is_success:
                     raise self._error(self._read(response))
@@ -216,6 +227,30 @@ class CloudClient:
                 response.close()
         except httpx.TransportError as error:
             raise self._unreachable(error, progressed=progressed) from None
+
+    def _open(self, request: httpx.Request, offset: int) -> httpx.Response:
+        """Send a request for a file; go where the answer points to, if it points somewhere and the owner allows it."""
+        response = self._http.send(request, stream=True)
+        if self._elsewhere is None or response.status_code != httpx.codes.TEMPORARY_REDIRECT:
+            return response
+        response.close()
+        link = response.headers.get("Location", "")
+        schemes = {"https", urlsplit(self._server_url).scheme}
+        try:
+            if urlsplit(link).scheme not in schemes:
+                raise httpx.InvalidURL(f"expected a link with {' or '.join(sorted(schemes))}")
+            headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={offset}-"} if offset else {})
+            response = self._elsewhere.send(self._elsewhere.build_request("GET", link, headers=headers), stream=True)
+            if response.is_success:
+                return response
+            response.close()
+            reason = f"HTTP {response.status_code}"
+        except (httpx.TransportError, httpx.InvalidURL, ValueError) as error:
+            reason = str(error) or type(error).__name__
+        # Whatever is wrong with that place, the server has the file too.
+        self._elsewhere.close()
+        self._elsewhere = None
+        raise CloudUnavailable(f"{self._server_url} pointed to a place that gives no file: {reason[:200]}")
 
     def _chunks(self, file: Path) -> Iterator[bytes]:
         with open(file, "rb") as stream:

@@ -40,6 +40,9 @@ class ServerSection(_Section):
     """Where the cloud is."""
 
     url: str
+    follow_links: bool = Field(
+        default=False, description="Fetch files from where the server points to, without this device's credential."
+    )
 
     @field_validator("url")
     @classmethod

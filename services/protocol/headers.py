@@ -14,6 +14,10 @@ UPLOAD_LENGTH_HEADER = "Upload-Length"
 UPLOAD_OFFSET_HEADER = "Upload-Offset"
 """Where the bytes of this message start in the file; in an answer, how many bytes are there."""
 
+LINKS_HEADER = "Cotune-Links"
+LINKS_FOLLOW = "follow"
+"""Value of `Cotune-Links`: the client can fetch a file from another host, without its credential."""
+
 ADAPTER_FORMAT = "cotune-adapter/1"
 """Value of the metadata key `format` in adapter and delta files."""
 

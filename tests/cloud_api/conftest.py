@@ -46,7 +46,7 @@ def api(tmp_path_factory: pytest.TempPathFactory, migrated_file: Path) -> Iterat
 
 
 @pytest.fixture(scope="module", params=["folder", "s3"])
-def chunk_api(
+def store_api(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, migrated_file: Path
 ) -> Iterator[RunningApi]:
     """An API that takes very small chunks, with either kind of blob store."""

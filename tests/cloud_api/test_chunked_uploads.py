@@ -36,8 +36,8 @@ Work = tuple[DeviceClient, Assignment]
 
 
 @pytest.fixture
-def work(chunk_api: RunningApi) -> Work:
-    return new_work(chunk_api)
+def work(store_api: RunningApi) -> Work:
+    return new_work(store_api)
 
 
 def begun(device: DeviceClient, assignment: Assignment, content: bytes, kind: str = "adapter_delta") -> PartUpload:
@@ -57,7 +57,7 @@ def staged(api: RunningApi, upload: PartUpload) -> bool:
     return upload.upload_id in api.stages()
 
 
-def test_a_file_in_chunks_is_stored_submitted_and_counted_as_traffic(chunk_api: RunningApi, work: Work) -> None:
+def test_a_file_in_chunks_is_stored_submitted_and_counted_as_traffic(store_api: RunningApi, work: Work) -> None:
     device, assignment = work
     parts = {"adapter_delta": delta_for(assignment), "logits": logits()}
     for kind, content in parts.items():
@@ -65,19 +65,19 @@ def test_a_file_in_chunks_is_stored_submitted_and_counted_as_traffic(chunk_api: 
         response = device.upload_in_chunks(assignment, kind, content)
         assert response.status_code == 201, response.text
         assert response.json()["sha256"] == sha256(content).hexdigest()
-        assert chunk_api.stored(content)
+        assert store_api.stored(content)
         again = begun(device, assignment, content, kind)
         assert (again.upload_id, again.received_bytes) == (None, len(content))
         assert again.receipt is not None
         assert again.receipt.model_dump(mode="json") == response.json()
-    assert chunk_api.stages() == []
-    assert chunk_api.left_over() == []
+    assert store_api.stages() == []
+    assert store_api.left_over() == []
     assert device.submit(assignment, parts).status_code == 201
-    counted = chunk_api.operator.get(f"/v1/runs/{assignment.run_id}/traffic").json()["up"]
+    counted = store_api.operator.get(f"/v1/runs/{assignment.run_id}/traffic").json()["up"]
     assert {kind: counted[kind] for kind in parts} == {kind: len(content) for kind, content in parts.items()}
 
 
-def test_what_is_there_is_found_again_and_only_the_rest_is_sent(chunk_api: RunningApi, work: Work) -> None:
+def test_what_is_there_is_found_again_and_only_the_rest_is_sent(store_api: RunningApi, work: Work) -> None:
     device, assignment = work
     content = delta_for(assignment)
     upload = begun(device, assignment, content)
@@ -93,7 +93,7 @@ def test_what_is_there_is_found_again_and_only_the_rest_is_sent(chunk_api: Runni
         again = sent(device, again, content)
     assert device.complete(again).status_code == 201
     assert device.complete(again).status_code == 200
-    assert not staged(chunk_api, upload)
+    assert not staged(store_api, upload)
 
 
 def test_a_chunk_twice_is_one_and_another_for_its_place_a_conflict(work: Work) -> None:
@@ -120,7 +120,7 @@ def test_a_chunk_where_none_is_wanted_is_refused_and_the_right_place_is_told(wor
     assert (problem["expected"], problem["received"]) == (100, offset)
 
 
-def test_a_chunk_has_its_own_size_and_digest(chunk_api: RunningApi, work: Work) -> None:
+def test_a_chunk_has_its_own_size_and_digest(store_api: RunningApi, work: Work) -> None:
     device, assignment = work
     content = delta_for(assignment)
     upload = begun(device, assignment, content)
@@ -140,7 +140,7 @@ def test_a_chunk_has_its_own_size_and_digest(chunk_api: RunningApi, work: Work) 
         422,
     )
     assert begun(device, assignment, content).received_bytes == 0
-    assert chunk_api.left_over() == []
+    assert store_api.left_over() == []
 
 
 def test_the_size_is_bounded_before_anything_is_kept(work: Work) -> None:
@@ -153,20 +153,20 @@ def test_the_size_is_bounded_before_anything_is_kept(work: Work) -> None:
     refused(device.begin(assignment, "adapter_delta", content, Repr_Digest="x"), ErrorCode.INVALID_FIELD, 422)
 
 
-def test_a_wrong_header_is_refused_with_the_first_chunk(chunk_api: RunningApi, work: Work) -> None:
+def test_a_wrong_header_is_refused_with_the_first_chunk(store_api: RunningApi, work: Work) -> None:
     device, assignment = work
     content = b"not a safetensors file at all".ljust(1000)
     upload = begun(device, assignment, content)
     refused(device.send_chunk(upload, content), ErrorCode.NOT_SAFETENSORS, 422)
-    assert not staged(chunk_api, upload)
+    assert not staged(store_api, upload)
 
 
-def test_a_header_longer_than_a_chunk_is_checked_at_the_end(chunk_api: RunningApi, work: Work) -> None:
+def test_a_header_longer_than_a_chunk_is_checked_at_the_end(store_api: RunningApi, work: Work) -> None:
     device, assignment = work
     content = delta_for(assignment, tensors=TENSORS | {"extra": TensorInfo("F32", (1,))})
     assert len(content) > 300
     refused(device.upload_in_chunks(assignment, "adapter_delta", content), ErrorCode.WRONG_TENSOR_NAMES, 422)
-    assert not chunk_api.stored(content)
+    assert not store_api.stored(content)
     assert begun(device, assignment, content).received_bytes == 0
 
 
@@ -178,7 +178,7 @@ def test_an_incomplete_file_cannot_be_completed(work: Work) -> None:
     assert (problem["expected"], problem["received"]) == (100, len(content))
 
 
-def test_a_file_that_is_not_the_announced_one_is_forgotten(chunk_api: RunningApi, work: Work) -> None:
+def test_a_file_that_is_not_the_announced_one_is_forgotten(store_api: RunningApi, work: Work) -> None:
     device, assignment = work
     content, other = delta_for(assignment), delta_for(assignment, fill=1)
     upload = begun(device, assignment, content)
@@ -187,37 +187,37 @@ def test_a_file_that_is_not_the_announced_one_is_forgotten(chunk_api: RunningApi
     problem = refused(device.complete(upload), ErrorCode.DIGEST_MISMATCH, 422)
     assert problem["expected"] == sha256(content).hexdigest()
     refused(device.complete(upload), ErrorCode.UPLOAD_NOT_FOUND, 404)
-    assert not staged(chunk_api, upload)
-    assert not chunk_api.stored(other)
+    assert not staged(store_api, upload)
+    assert not store_api.stored(other)
     assert begun(device, assignment, content).received_bytes == 0
 
 
-def test_another_file_takes_the_place_of_an_unfinished_one(chunk_api: RunningApi, work: Work) -> None:
+def test_another_file_takes_the_place_of_an_unfinished_one(store_api: RunningApi, work: Work) -> None:
     device, assignment = work
     old, new = delta_for(assignment), delta_for(assignment, fill=1)
     upload = sent(device, begun(device, assignment, old), old)
     assert device.upload_in_chunks(assignment, "adapter_delta", new).status_code == 201
     refused(device.send_chunk(upload, old), ErrorCode.UPLOAD_NOT_FOUND, 404)
     refused(device.begin(assignment, "adapter_delta", old), ErrorCode.UPDATE_CONFLICT, 409)
-    assert not staged(chunk_api, upload)
+    assert not staged(store_api, upload)
 
 
-def test_lost_chunks_mean_to_begin_again(chunk_api: RunningApi, work: Work) -> None:
+def test_lost_chunks_mean_to_begin_again(store_api: RunningApi, work: Work) -> None:
     device, assignment = work
     content = delta_for(assignment)
     upload = begun(device, assignment, content)
     while upload.received_bytes < upload.size_bytes:
         upload = sent(device, upload, content)
-    chunk_api.cloud.blobs.drop_stage(upload.upload_id or "")
+    store_api.cloud.blobs.drop_stage(upload.upload_id or "")
     refused(device.complete(upload), ErrorCode.UPLOAD_NOT_FOUND, 404)
     assert device.upload_in_chunks(assignment, "adapter_delta", content).status_code == 201
 
 
-def test_a_device_touches_its_own_uploads_only(chunk_api: RunningApi, work: Work) -> None:
+def test_a_device_touches_its_own_uploads_only(store_api: RunningApi, work: Work) -> None:
     device, assignment = work
     content = delta_for(assignment)
     upload = begun(device, assignment, content)
-    stranger = chunk_api.enrol("stranger")
+    stranger = store_api.enrol("stranger")
     for response in (
         stranger.begin(assignment, "adapter_delta", content),
         stranger.http.get(upload_path(upload)),
@@ -225,14 +225,14 @@ def test_a_device_touches_its_own_uploads_only(chunk_api: RunningApi, work: Work
         stranger.complete(upload),
     ):
         refused(response, ErrorCode.ASSIGNMENT_NOT_FOUND, 404)
-    own, mine = new_work(chunk_api)
+    own, mine = new_work(store_api)
     moved = upload.model_copy(update={"assignment_id": mine.assignment_id})
     refused(own.send_chunk(moved, content), ErrorCode.UPLOAD_NOT_FOUND, 404)
 
 
-def test_a_round_that_closes_takes_no_further_chunk(chunk_api: RunningApi) -> None:
-    quick, slow = chunk_api.enrol("quick"), chunk_api.enrol("slow")
-    chunk_api.running_run(quick, slow)
+def test_a_round_that_closes_takes_no_further_chunk(store_api: RunningApi) -> None:
+    quick, slow = store_api.enrol("quick"), store_api.enrol("slow")
+    store_api.running_run(quick, slow)
     theirs, assignment = quick.poll(), slow.poll()
     assert theirs is not None
     assert assignment is not None
@@ -246,12 +246,12 @@ def test_a_round_that_closes_takes_no_further_chunk(chunk_api: RunningApi) -> No
     refused(slow.begin(assignment, "adapter_delta", content), ErrorCode.ROUND_CLOSED, 409)
 
 
-def test_senders_at_once_through_two_processes_make_one_right_file(chunk_api: RunningApi, work: Work) -> None:
+def test_senders_at_once_through_two_processes_make_one_right_file(store_api: RunningApi, work: Work) -> None:
     """A second application with connections of its own to the same database and store."""
     device, assignment = work
     right, wrong = delta_for(assignment), bytearray(delta_for(assignment))
     wrong[-50:] = b"x" * 50
-    with running_api(chunk_api.cloud.settings) as second:
+    with running_api(store_api.cloud.settings) as second:
         other = DeviceClient(device.device_id, device.credential, second.client(device.credential))
         upload = begun(device, assignment, right)
         while upload.received_bytes < upload.size_bytes:
@@ -272,8 +272,8 @@ def test_senders_at_once_through_two_processes_make_one_right_file(chunk_api: Ru
     # The slower one may find its chunks gone; what it must never do is to spoil the file.
     assert {answer.status_code for answer in answers} <= {200, 201, 404}
     assert 201 in {answer.status_code for answer in answers}
-    assert chunk_api.stored(right)
-    assert not chunk_api.stored(bytes(wrong))
+    assert store_api.stored(right)
+    assert not store_api.stored(bytes(wrong))
     receipt = begun(device, assignment, right).receipt
     assert receipt is not None
     assert receipt.sha256 == sha256(right).hexdigest()
