@@ -1,4 +1,4 @@
-"""Uploads in chunks: what has come of each.
+"""Uploads in chunks: what has come of each; and the worker's rows as artifacts, so that no sweep takes them.
 
 Revision: 0005; after: 0002.
 """
@@ -44,8 +44,45 @@ def upgrade() -> None:
         sa.PrimaryKeyConstraint("upload_id", "number", name=op.f("pk_upload_chunks")),
     )
 
+    _register_rows()
+
+
+def _register_rows() -> None:
+    """Register the row files of runs that were prepared before files without a row were swept.
+
+    Their sizes are not known here: 0. Nothing reads the size of such a file from the database.
+    """
+    metadata = sa.MetaData()
+    versions = sa.Table(
+        "versions",
+        metadata,
+        sa.Column("run_id", sa.String),
+        sa.Column("number", sa.Integer),
+        sa.Column("metrics", sa.JSON),
+        sa.Column("created_at", sa.DateTime(timezone=True)),
+    )
+    artifacts = sa.Table(
+        "artifacts",
+        metadata,
+        sa.Column("sha256", sa.String),
+        sa.Column("size_bytes", sa.BigInteger),
+        sa.Column("created_at", sa.DateTime(timezone=True)),
+    )
+    uses = sa.Table("run_artifacts", metadata, *(sa.Column(name, sa.String) for name in ("sha256", "run_id", "kind")))
+    connection = op.get_bind()
+    for run_id, metrics, created_at in connection.execute(
+        sa.select(versions.c.run_id, versions.c.metrics, versions.c.created_at).where(versions.c.number == 0)
+    ).all():
+        for sha256 in sorted({each for each in (metrics.get("rows") or {}).values() if each}):
+            known = connection.scalar(sa.select(artifacts.c.sha256).where(artifacts.c.sha256 == sha256))
+            if known is None:
+                row = {"sha256": sha256, "size_bytes": 0, "created_at": created_at}
+                connection.execute(artifacts.insert().values(row))
+            connection.execute(uses.insert().values(sha256=sha256, run_id=run_id, kind="rows"))
+
 
 def downgrade() -> None:
+    op.execute("DELETE FROM run_artifacts WHERE kind = 'rows'")
     op.drop_table("upload_chunks")
     with op.batch_alter_table("part_uploads", schema=None) as batch_op:
         batch_op.drop_index(batch_op.f("ix_part_uploads_touched_at"))

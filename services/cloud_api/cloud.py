@@ -112,7 +112,7 @@ def open_cloud(settings: Settings, *, now: Callable[[], datetime] = utc_now) -> 
     """
     blobs = open_store(settings.blobs, settings.home / "scratch")
     dispatcher = Dispatcher(settings.broker_url, settings.queue_prefix)
-    database = Database(settings.database_url, dispatch=dispatcher.send)
+    database = Database(settings.database_url, dispatch=dispatcher.send, stored=blobs.exists)
     transactions = Transactions(database)
 
     async def newest() -> int:

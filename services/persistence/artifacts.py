@@ -10,15 +10,17 @@ from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.orm import Session
 
+from persistence.database import require_blob
 from persistence.tables import ArtifactRow, AssignmentRow, RunArtifactRow
 from protocol.assignments import ArtifactRef
 from protocol.errors import DomainError, ErrorCode
 
 ArtifactKind = Literal[
-    "proxy_base", "adapter", "probe_set", "llm_adapter", "server_optimizer", "adapter_delta", "logits"
+    "proxy_base", "adapter", "probe_set", "llm_adapter", "server_optimizer", "rows", "adapter_delta", "logits"
 ]
 KINDS: tuple[str, ...] = get_args(ArtifactKind)
-"""`proxy_base` is the manifest and each file of the proxy's folder; the last two are what devices sent."""
+"""`proxy_base` is the manifest and each file of the proxy's folder; `rows` are what only the worker reads; the last two
+are what devices sent. What is not registered as one of them is removed by the sweep of orphans."""
 
 FOR_DEVICES = frozenset({"proxy_base", "adapter", "probe_set"})
 """What a device may fetch: never another device's update, and never the LLM's adapter."""
@@ -34,10 +36,11 @@ class Artifact:
     run_id: str
 
 
-def insert_or_keep(session: Session, table: type[ArtifactRow | RunArtifactRow], values: dict[str, object]) -> None:
-    """Insert a row, or keep the one that is there; two transactions may do it at once."""
+def insert_or_keep(session: Session, table: type[ArtifactRow | RunArtifactRow], values: dict[str, object]) -> bool:
+    """Insert a row, or keep the one that is there; two transactions may do it at once. Return whether it is new."""
     insert = postgresql_insert if session.get_bind().dialect.name == "postgresql" else sqlite_insert
-    session.execute(insert(table).values(values).on_conflict_do_nothing())
+    statement = insert(table).values(values).on_conflict_do_nothing().returning(table.sha256)
+    return session.execute(statement).first() is not None
 
 
 def register(  # noqa: PLR0917
@@ -45,12 +48,15 @@ def register(  # noqa: PLR0917
 ) -> None:
     """Say that `run_id` uses the stored file as `kind`. Saying it again changes nothing.
 
+    A `Database` that knows the store commits only if the file is there: see `persistence.orphans`.
+
     Raises:
         ValueError: an unknown kind.
     """
     if kind not in KINDS:
         raise ValueError(f"expected one of {', '.join(KINDS)}, got {kind!r}")
     insert_or_keep(session, ArtifactRow, {"sha256": sha256, "size_bytes": size, "created_at": now})
+    require_blob(session, sha256)
     insert_or_keep(session, RunArtifactRow, {"sha256": sha256, "run_id": run_id, "kind": kind})
 
 

@@ -107,6 +107,15 @@ class PartReceipt(ResponseModel):
     received_at: Timestamp
 
 
+class UpdateOutcome(ResponseModel):
+    """What became of a device's update."""
+
+    assignment_id: str
+    status: AssignmentStatus
+    reason: str | None = Field(default=None, description="Why it is rejected, quarantined, late or lost.")
+    receipt: "SubmissionReceipt | None" = Field(default=None, description="Once it was submitted.")
+
+
 class PartUpload(ResponseModel):
     """A file that comes in chunks, and how far it has come."""
 

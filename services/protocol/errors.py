@@ -46,6 +46,7 @@ class ErrorCode(StrEnum):
     WRONG_TENSOR_DTYPE = "wrong_tensor_dtype"
     NON_FINITE_VALUES = "non_finite_values"
     NORM_OUT_OF_RANGE = "norm_out_of_range"
+    NORM_OUTLIER = "norm_outlier"
     LOGITS_MISMATCH = "logits_mismatch"
     NOT_SAFETENSORS = "not_safetensors"
     DIGEST_MISMATCH = "digest_mismatch"
@@ -97,6 +98,7 @@ HTTP_STATUS: dict[ErrorCode, int] = {
     ErrorCode.WRONG_TENSOR_DTYPE: 422,
     ErrorCode.NON_FINITE_VALUES: 422,
     ErrorCode.NORM_OUT_OF_RANGE: 422,
+    ErrorCode.NORM_OUTLIER: 422,
     ErrorCode.LOGITS_MISMATCH: 422,
     ErrorCode.NOT_SAFETENSORS: 422,
     ErrorCode.DIGEST_MISMATCH: 422,

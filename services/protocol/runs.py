@@ -232,6 +232,9 @@ class RoundMetrics(ResponseModel):
     num_examples: int | None = Field(default=None, description="Private rows behind them: the sum of the weights.")
     update_norms: dict[str, float] = Field(default_factory=dict, description="Device -> L2 norm of its delta.")
     rejected: dict[str, ErrorCode] = Field(default_factory=dict, description="Device -> why its update was refused.")
+    quarantined: dict[str, ErrorCode] = Field(
+        default_factory=dict, description="Device -> why its update was kept and not counted."
+    )
     alignment: AlignmentMetrics | None = Field(default=None, description="The counted devices' reports together.")
     aggregation_errors: dict[str, float] = Field(
         default_factory=dict,

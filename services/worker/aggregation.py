@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session
 
 from assets.errors import TensorFileError
 from cotuning.aggregation import UpdateRefused, update_norm
+from cotuning.norm_gate import unusual_norms
 from cotuning.payload import PayloadError
 from cotuning.strategies.aggregation import Aggregate, RoundAggregator
 from persistence import artifacts, results, rounds, updates
@@ -52,6 +53,8 @@ def aggregate(work: Work) -> Finish:
     tally, aggregate = _Tally(counted=submitted), None
     if isinstance(settings, CoPlmsSettings):
         tally, aggregate = _combine(work, context, settings, submitted)
+    quarantines = isinstance(settings, CoPlmsSettings) and settings.norm_gate == "quarantine"
+    kept = frozenset({ErrorCode.NORM_OUTLIER} if quarantines else ())
     adapter, state = _store(work, context, aggregate) if aggregate is not None else (None, None)
     metrics = grown(
         context,
@@ -60,7 +63,8 @@ def aggregate(work: Work) -> Finish:
         num_updates=len(tally.counted),
         num_examples=sum(_weight(update, settings) for update in tally.counted),
         update_norms=tally.norms,
-        rejected={update.device_id: code for update, code, _ in tally.refused},
+        rejected={update.device_id: code for update, code, _ in tally.refused if code not in kept},
+        quarantined={update.device_id: code for update, code, _ in tally.refused if code in kept},
         alignment=_together(tally.counted),
         aggregation_errors=aggregate.errors if aggregate is not None else {},
     )
@@ -69,7 +73,8 @@ def aggregate(work: Work) -> Finish:
         now = utc_now()
         lock_round(session, context.round_id)  # before the assignments: the order in which everybody locks
         for update, code, reason in tally.refused:
-            updates.reject_update(session, update.assignment_id, code, reason, now)
+            hold_back = updates.quarantine_update if code in kept else updates.reject_update
+            hold_back(session, update.assignment_id, code, reason, now)
         for blob, kind in ((adapter, "adapter"), (state, "server_optimizer")):
             if blob is not None:
                 artifacts.register(session, blob.sha256, blob.size, kind, context.run_id, now)
@@ -103,9 +108,12 @@ def _combine(
     reader = LogitsReader(work.blobs, proxy, get_rows(work.blobs, context.probe_set_sha256), settings)
     state = context.base_optimizer_sha256
     aggregator = RoundAggregator(shared, settings, get_optimizer_state(work.blobs, state) if state else None)
-    tally = _Tally()
+    tally, unusual = _Tally(), _unusual(work, settings, submitted)
     for update in submitted:
         work.lease.check()
+        if update.assignment_id in unusual:
+            tally.refused.append((update, ErrorCode.NORM_OUTLIER, unusual[update.assignment_id]))
+            continue
         low = _low_coverage(update, settings.min_coverage)
         if low is not None:
             tally.refused.append((update, ErrorCode.COVERAGE_TOO_LOW, low))
@@ -124,6 +132,28 @@ def _combine(
             tally.counted.append(update)
             tally.norms[update.device_id] = update_norm(delta)
     return tally, aggregator.result() if tally.counted else None
+
+
+def _unusual(work: Work, settings: CoPlmsSettings, submitted: Sequence[UpdateRecord]) -> dict[str, str]:
+    """Say of which assignments the delta's norm is unlike the others', and how.
+
+    It reads every delta once more, as no sum can be begun before the norms are known. What is no usable delta at all
+    is left to the sum to refuse, and is no part of the distribution.
+    """
+    if settings.norm_gate == "off" or len(submitted) < settings.norm_gate_min_updates:
+        return {}
+    norms: dict[str, float] = {}
+    for update in submitted:
+        work.lease.check()
+        try:
+            norm = update_norm(read_part(work.blobs, update, PartKind.ADAPTER_DELTA)[0])
+        except TensorFileError:
+            continue
+        if norm <= settings.max_update_norm:  # false for NaN
+            norms[update.assignment_id] = norm
+    return unusual_norms(
+        norms, most_deviations=settings.norm_gate_deviations, min_updates=settings.norm_gate_min_updates
+    )
 
 
 def _store(work: Work, context: RoundContext, aggregate: Aggregate) -> tuple[StoredBlob, StoredBlob | None]:

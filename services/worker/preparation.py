@@ -61,6 +61,8 @@ class _Files:
     adapter: StoredBlob
     llm_adapter: StoredBlob
     probe_set: StoredBlob
+    rows: list[StoredBlob]
+    """What only the worker reads."""
 
 
 def prepare(work: Work) -> Finish:
@@ -92,12 +94,14 @@ def _prepare(work: Work, config: RunCreate, settings: CoPlmsSettings) -> Finish:
         manifest, proxy_files = store_model(work.blobs, fresh_proxy)
         # From now on the one that everybody loads, also here.
         proxy = work.cache.proxy(manifest.sha256)
+    row_files, row_blobs = _store_rows(work.blobs, rows, test_rows)
     files = _Files(
         manifest,
         proxy_files,
         _fresh_adapter(work.blobs, proxy, settings.proxy_lora, manifest, derive_seed(config.seed, "shared_adapter")),
         _fresh_adapter(work.blobs, llm, settings.llm_lora, manifest, derive_seed(config.seed, "llm_adapter")),
         put_rows(work.blobs, rows.probe),
+        row_blobs,
     )
     with watch.measure("evaluation"):  # a fresh adapter changes nothing: the base models are version 0
         models = {"llm": llm, "proxy": proxy}
@@ -108,7 +112,7 @@ def _prepare(work: Work, config: RunCreate, settings: CoPlmsSettings) -> Finish:
         "test": as_json(test),
         "models": {name: _describe(lm) for name, lm in models.items()},
         "distillation": distilled,
-        ROWS: _store_rows(work.blobs, rows, test_rows).as_json(),
+        ROWS: row_files.as_json(),
         "seconds_by_stage": {f"preparing.{part}": seconds for part, seconds in watch.seconds.items()},
         "peak_memory_bytes": {"preparing": peak_memory_bytes()},
     }
@@ -135,6 +139,8 @@ def _finish(work: Work, files: _Files, metrics: dict[str, Any]) -> Finish:
             artifacts.register(session, blob.sha256, blob.size, "proxy_base", run_id, now)
         artifacts.register(session, files.adapter.sha256, files.adapter.size, "adapter", run_id, now)
         artifacts.register(session, files.llm_adapter.sha256, files.llm_adapter.size, "llm_adapter", run_id, now)
+        for blob in files.rows:
+            artifacts.register(session, blob.sha256, blob.size, "rows", run_id, now)
         artifacts.register(session, files.probe_set.sha256, files.probe_set.size, "probe_set", run_id, now)
         results.finish_prepare(session, work.job, work.owner, result, now)
 
@@ -185,12 +191,10 @@ def _read(source: str) -> list[Example]:
         raise DomainError(ErrorCode.DATA_FILE_INVALID, str(error), received=source) from error
 
 
-def _store_rows(blobs: BlobStore, public: PublicRows, test: list[Example]) -> RowFiles:
-    return RowFiles(
-        training=put_rows(blobs, public.training).sha256,
-        validation=put_rows(blobs, public.validation).sha256,
-        test=put_rows(blobs, test).sha256 if test else None,
-    )
+def _store_rows(blobs: BlobStore, public: PublicRows, test: list[Example]) -> tuple[RowFiles, list[StoredBlob]]:
+    stored = [put_rows(blobs, rows) for rows in (public.training, public.validation, *([test] if test else []))]
+    hashes = [blob.sha256 for blob in stored]
+    return RowFiles(hashes[0], hashes[1], hashes[2] if test else None), stored
 
 
 def _make_proxy(llm: LanguageModel, training: list[Example], config: RunCreate) -> LanguageModel:

@@ -33,6 +33,10 @@ class Settings:
     """A queued job sent so long ago and not claimed is sent again."""
     offline_after_seconds: float
     """A device not heard from for so long is shown as offline."""
+    orphan_sweep_seconds: float = 3600.0
+    """How often the blob store is looked through for what nothing refers to."""
+    orphan_grace_seconds: float = 86_400.0
+    """A file without a reference is left alone for so long. Longer than any stage of a round should be."""
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> "Settings":
@@ -54,6 +58,8 @@ class Settings:
             sweep_seconds=_seconds(environment, "COTUNE_SWEEP_SECONDS", 5.0),
             resend_after_seconds=_seconds(environment, "COTUNE_RESEND_AFTER_SECONDS", 10.0),
             offline_after_seconds=_seconds(environment, "COTUNE_OFFLINE_AFTER_SECONDS", 90.0),
+            orphan_sweep_seconds=_seconds(environment, "COTUNE_ORPHAN_SWEEP_SECONDS", 3600.0),
+            orphan_grace_seconds=_seconds(environment, "COTUNE_ORPHAN_GRACE_SECONDS", 86_400.0),
         )
         queue_folder(settings.broker_url)
         queue_name(TRAINING_QUEUE, settings.queue_prefix)

@@ -27,7 +27,7 @@ PATHS = {
     "/v1/assignments/{assignment_id}/parts/{kind}/uploads": {"post"},
     "/v1/assignments/{assignment_id}/parts/{kind}/uploads/{upload_id}": {"get", "patch"},
     "/v1/assignments/{assignment_id}/parts/{kind}/uploads/{upload_id}/completion": {"post"},
-    "/v1/assignments/{assignment_id}/submission": {"post"},
+    "/v1/assignments/{assignment_id}/submission": {"get", "post"},
     "/v1/artifacts/{sha256}": {"get", "head"},
     "/v1/runs": {"get", "post"},
     "/v1/runs/{run_id}": {"get"},

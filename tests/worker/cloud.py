@@ -69,8 +69,12 @@ class Cloud:
     def __init__(self, settings: Settings, *, dispatch: Callable[[JobMessage], None] | None = None) -> None:
         self.settings = settings
         self.sent: list[str] = []
-        self.database = Database(settings.database_url, dispatch or (lambda message: self.sent.append(message.job_id)))
         self.blobs = FolderBlobStore(settings.blobs)
+        self.database = Database(
+            settings.database_url,
+            dispatch or (lambda message: self.sent.append(message.job_id)),
+            stored=self.blobs.exists,
+        )
         self.runner = self.make_runner("worker-1")
 
     def make_runner(self, owner: str) -> JobRunner:

@@ -14,7 +14,7 @@ from cloud_api.updates.admission import HeaderGate
 from cloud_api.updates.receiving import announced, most_bytes, receive_file
 from persistence import assignments, traffic, updates
 from persistence.updates import PartAdmission
-from protocol.assignments import PartReceipt, Submission, SubmissionReceipt
+from protocol.assignments import PartReceipt, Submission, SubmissionReceipt, UpdateOutcome
 from protocol.errors import ErrorCode
 from protocol.headers import CONTENT_DIGEST_HEADER
 from protocol.statuses import PartKind
@@ -146,3 +146,13 @@ def submit(
     traffic.add(session, run_id, device_id, "up", "metrics", body_bytes)
     response.status_code = 201 if receipt.received_at == now else 200
     return receipt
+
+
+@router.get(
+    "/submission",
+    summary="Ask what became of an update",
+    responses=answers(examples.OUTCOME, DEVICE, ErrorCode.ASSIGNMENT_NOT_FOUND),
+)
+def outcome(*, session: WriteSession, device_id: DeviceId, assignment_id: AssignmentPath) -> UpdateOutcome:
+    """Counted, quarantined, rejected, late or lost, and why; with its receipt, once it was submitted."""
+    return updates.outcome(session, device_id, assignment_id)

@@ -13,7 +13,7 @@ import os
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -40,6 +40,8 @@ PART_BYTES = 8 * 2**20
 MOST_PARTS = 10_000
 """S3 takes no more parts of one object."""
 
+_SCRATCH_KEPT = timedelta(days=1)
+
 _NOT_THERE = frozenset({"404", "NoSuchKey", "NotFound", "NoSuchUpload"})
 
 # Their debug lines hold signed requests.
@@ -59,6 +61,8 @@ class S3BlobStore(BlobStore):
 
     def __init__(self, address: S3Address, scratch: Path) -> None:
         super().__init__(scratch / "incoming")
+        # Of a process of this machine that was killed; another machine's sweep does not see this folder.
+        super().remove_unfinished(datetime.now(UTC) - _SCRATCH_KEPT)
         self._bucket = address.bucket
         self._prefix = address.prefix
         self._where = f"s3://{address.bucket}/{address.prefix}"
