@@ -1,6 +1,6 @@
 # make demo | make test | make check - each makes the environment (.venv) first, once.
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow check format clean environment bench-alignment bench-saml bench-aggregation
+.PHONY: help demo test test-slow check format clean environment bench-alignment bench-saml bench-aggregation bench-service
 
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -11,6 +11,7 @@ help:
 	@echo "make test                            run the tests (make test-slow: those that take minutes)"
 	@echo "make check                           ruff, mypy, import-linter"
 	@echo "make bench-alignment, bench-saml, bench-aggregation   speed, memory and bytes of the method (benchmarks/)"
+	@echo "make bench-service                   bytes a second that the API takes, against a bare server"
 	@echo "make clean                           remove .venv and every cache in this folder"
 
 # make demo ROUNDS=5, OUT=<file>, KEEP=1: as in `cotune demo --help`.
@@ -31,7 +32,7 @@ check: $(STAMP)
 	$(BIN)/lint-imports
 
 # BENCH_ARGS="--repeats 5"; one thread, so that ratios do not depend on the machine's cores.
-bench-alignment bench-saml bench-aggregation: bench-%: $(STAMP) .venv/.bench
+bench-alignment bench-saml bench-aggregation bench-service: bench-%: $(STAMP) .venv/.bench
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$* $(BENCH_ARGS)
 
 .venv/.bench: $(STAMP)

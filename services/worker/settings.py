@@ -59,7 +59,7 @@ class Settings:
             resend_after_seconds=_seconds(environment, "COTUNE_RESEND_AFTER_SECONDS", 10.0),
             offline_after_seconds=_seconds(environment, "COTUNE_OFFLINE_AFTER_SECONDS", 90.0),
             orphan_sweep_seconds=_seconds(environment, "COTUNE_ORPHAN_SWEEP_SECONDS", 3600.0),
-            orphan_grace_seconds=_seconds(environment, "COTUNE_ORPHAN_GRACE_SECONDS", 86_400.0),
+            orphan_grace_seconds=_seconds(environment, "COTUNE_ORPHAN_GRACE_SECONDS", 86_400.0, 30 * 86_400),
         )
         queue_folder(settings.broker_url)
         queue_name(TRAINING_QUEUE, settings.queue_prefix)
@@ -88,7 +88,7 @@ def _threads(value: str | None) -> int | None:
     return int(value)
 
 
-def _seconds(environment: Mapping[str, str], name: str, default: float) -> float:
+def _seconds(environment: Mapping[str, str], name: str, default: float, most: int = 86_400) -> float:
     value = environment.get(name)
     if not value:
         return default
@@ -96,8 +96,8 @@ def _seconds(environment: Mapping[str, str], name: str, default: float) -> float
         seconds = float(value)
     except ValueError:
         seconds = float("nan")
-    if not 0.1 <= seconds <= 86_400:
-        raise ValueError(f"{name}: expected seconds from 0.1 to 86400, got {value!r}")
+    if not 0.1 <= seconds <= most:
+        raise ValueError(f"{name}: expected seconds from 0.1 to {most}, got {value!r}")
     return seconds
 
 
