@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -243,3 +244,12 @@ def test_addresses_that_cannot_be_used_are_named_without_their_secrets(
 def test_a_bucket_that_is_not_there_is_named(s3: str, tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="s3://no-such-bucket/"):
         open_store(S3Address("no-such-bucket", "", s3), tmp_path)
+
+
+def test_an_object_store_without_its_package_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delitem(sys.modules, "persistence.blobs.s3", raising=False)
+    monkeypatch.setitem(sys.modules, "boto3", None)
+    with pytest.raises(StorageError, match=r"cotune\[s3\]"):
+        open_store(S3Address("bucket"), tmp_path)
