@@ -23,6 +23,7 @@ from pydantic import BaseModel, ValidationError
 from edge_agent.errors import CloudRefused, CloudUnavailable, NotAuthorised, Stopped
 from edge_agent.interruption import call_until_stopped
 from edge_agent.ledger import Ledger, Purpose
+from edge_agent.links import LinkFollower
 from protocol import PROTOCOL_VERSION
 from protocol.assignments import (
     Assignment,
@@ -100,8 +101,7 @@ class CloudClient:
         self._stop = stop
         self._now = now
         self._timeout = timeout
-        self._elsewhere = httpx.Client(timeout=timeout, trust_env=not local) if follow_links else None
-        """Knows nothing of this device; None: links are not followed."""
+        self._links = LinkFollower(server_url, timeout, trust_env=not local) if follow_links else None
 
     def __enter__(self) -> "CloudClient":
         return self
@@ -110,8 +110,8 @@ class CloudClient:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._http.close()
-        if self._elsewhere is not None:
-            self._elsewhere.close()
+        if self._links is not None:
+            self._links.close()
 
     def enrol(self, request: EnrolmentRequest) -> EnrolmentReceipt:
         """Trade a one-time token for an identity."""
@@ -204,7 +204,7 @@ class CloudClient:
         headers = {"Accept-Encoding": "identity"}
         if offset:
             headers |= {"Range": f"bytes={offset}-", "If-Range": f'"{sha256}"'}
-        if self._elsewhere is not None:
+        if self._links is not None:
             headers[LINKS_HEADER] = LINKS_FOLLOW
         request = self._http.build_request("GET", f"/v1/artifacts/{sha256}", headers=headers)
         call_until_stopped(lambda: self._download(request, offset, write), self._stop)
@@ -231,26 +231,16 @@ class CloudClient:
     def _open(self, request: httpx.Request, offset: int) -> httpx.Response:
         """Send a request for a file; go where the answer points to, if it points somewhere and the owner allows it."""
         response = self._http.send(request, stream=True)
-        if self._elsewhere is None or response.status_code != httpx.codes.TEMPORARY_REDIRECT:
+        if self._links is None or response.status_code != httpx.codes.TEMPORARY_REDIRECT:
             return response
         response.close()
-        link = response.headers.get("Location", "")
-        schemes = {"https", urlsplit(self._server_url).scheme}
         try:
-            if urlsplit(link).scheme not in schemes:
-                raise httpx.InvalidURL(f"expected a link with {' or '.join(sorted(schemes))}")
-            headers = {"Accept-Encoding": "identity"} | ({"Range": f"bytes={offset}-"} if offset else {})
-            response = self._elsewhere.send(self._elsewhere.build_request("GET", link, headers=headers), stream=True)
-            if response.is_success:
-                return response
-            response.close()
-            reason = f"HTTP {response.status_code}"
-        except (httpx.TransportError, httpx.InvalidURL, ValueError) as error:
-            reason = str(error) or type(error).__name__
-        # Whatever is wrong with that place, the server has the file too.
-        self._elsewhere.close()
-        self._elsewhere = None
-        raise CloudUnavailable(f"{self._server_url} pointed to a place that gives no file: {reason[:200]}")
+            return self._links.open(response.headers.get("Location", ""), offset)
+        except CloudUnavailable:
+            # Whatever is wrong with that place, the server has the file too.
+            self._links.close()
+            self._links = None
+            raise
 
     def _chunks(self, file: Path) -> Iterator[bytes]:
         with open(file, "rb") as stream:
