@@ -21,6 +21,7 @@ from cloud_api.release import VERSION
 from cloud_api.request_boundary import RequestBoundary
 from cloud_api.rounds import endpoints as rounds
 from cloud_api.runs import endpoints as runs
+from cloud_api.updates import chunk_endpoints as chunks
 from cloud_api.updates import endpoints as updates
 from cloud_api.versions import endpoints as versions
 from cloud_api.webhooks import endpoints as webhooks
@@ -29,6 +30,7 @@ from cloud_api.webhooks import endpoints as webhooks
 SUBJECTS = (
     assignments,
     updates,
+    chunks,
     artifacts,
     devices,
     enrolment,

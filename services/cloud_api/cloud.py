@@ -19,7 +19,7 @@ from cloud_api.rate_limits import RateLimits
 from cloud_api.request_metrics import RequestMetrics
 from cloud_api.settings import Settings
 from persistence import events
-from persistence.blobs import FolderBlobStore
+from persistence.blobs import BlobStore, open_store
 from persistence.database import Database
 from protocol.events import Event
 from protocol.queue import queue_folder
@@ -87,7 +87,7 @@ class Cloud:
     settings: Settings
     database: Database
     transactions: Transactions
-    blobs: FolderBlobStore
+    blobs: BlobStore
     dispatcher: Dispatcher
     feed: Feed
     now: Callable[[], datetime]
@@ -116,11 +116,11 @@ def open_cloud(settings: Settings, *, now: Callable[[], datetime] = utc_now) -> 
     """Connect to everything that the settings name. The database's schema must be there.
 
     Raises:
-        StorageError: the database's address or the blobs' folder cannot be used.
+        StorageError: the database's address or the blob store cannot be used.
     """
-    blobs = FolderBlobStore(settings.blobs)
+    blobs = open_store(settings.blobs, settings.home / "scratch")
     dispatcher = Dispatcher(settings.broker_url, settings.queue_prefix)
-    database = Database(settings.database_url, dispatch=dispatcher.send)
+    database = Database(settings.database_url, dispatch=dispatcher.send, stored=blobs.exists)
     transactions = Transactions(database)
 
     async def newest() -> int:

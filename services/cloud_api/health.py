@@ -1,7 +1,5 @@
 """Whether the process lives, and whether it can work."""
 
-import os
-
 from fastapi import APIRouter
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
@@ -70,5 +68,8 @@ def _database(cloud: Cloud) -> str:
 
 
 def _blobs(cloud: Cloud) -> str:
-    folder = cloud.blobs.incoming
-    return "ok" if os.access(folder, os.W_OK | os.X_OK) else f"{folder} cannot be written"
+    try:
+        cloud.blobs.check()
+    except DomainError as error:
+        return error.detail
+    return "ok"

@@ -48,6 +48,12 @@ async def _keyed_request(request: Request, key: _Key = None) -> KeyedRequest | N
 _Keyed = Annotated[KeyedRequest | None, Depends(_keyed_request)]
 
 
+def repeats_by_content(endpoint: Endpoint) -> Endpoint:
+    """Mark a POST endpoint that needs no key: the same content again gets the same answer by itself."""
+    endpoint.repeats_by_content = True  # type: ignore[attr-defined]
+    return endpoint
+
+
 def repeatable(endpoint: Endpoint, status_code: int) -> Endpoint:
     """Return a POST endpoint that also takes an `Idempotency-Key`.
 
@@ -59,7 +65,7 @@ def repeatable(endpoint: Endpoint, status_code: int) -> Endpoint:
         TypeError: the endpoint has no session, or is not a plain function: its answer could not be kept with its work.
     """
     signature = inspect.signature(endpoint)
-    if "keyed_request" in signature.parameters:
+    if "keyed_request" in signature.parameters or hasattr(endpoint, "repeats_by_content"):
         return endpoint  # FastAPI makes a router's routes anew when the router is included
     if "session" not in signature.parameters or inspect.iscoroutinefunction(endpoint):
         raise TypeError(f"expected a POST endpoint that is a plain function with a `session`, got {endpoint.__name__}")

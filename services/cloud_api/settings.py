@@ -9,6 +9,7 @@ from typing import Literal, TypeVar
 
 from cloud_api import security
 from cloud_api.security import Rates, Tls
+from persistence.blobs import S3Address, read_address
 from protocol.queue import embedded_broker_url, queue_folder, queue_name
 from protocol.statuses import TRAINING_QUEUE, PartKind
 
@@ -18,6 +19,8 @@ Choice = TypeVar("Choice", bound=str)
 
 KEY_FILE = "operator.key"
 DEFAULT_UPLOAD_BYTES = 512 * 2**20
+SMALLEST_CHUNK = 4 * 2**20
+"""Bytes. Smaller ones would cost more requests, larger ones more to send again after a cut."""
 
 
 @dataclass(frozen=True)
@@ -29,7 +32,7 @@ class Settings:
     database_url: str
     broker_url: str
     queue_prefix: str
-    blobs: Path
+    blobs: Path | S3Address
     operator_key: str = field(repr=False)
     log_format: LogFormat = "console"
     log_level: LogLevel = "info"
@@ -42,7 +45,7 @@ class Settings:
     stream_heartbeat_seconds: float = 15.0
     """Silence on an event stream after which a comment is sent, so that proxies keep it open."""
     upload_idle_seconds: float = 60.0
-    """An upload of which nothing comes for so long is given up."""
+    """A request of which nothing comes for so long is given up."""
     require_signatures: bool = False
     """Whether devices that were enrolled without a public key are refused."""
     signature_window_seconds: int = 300
@@ -51,6 +54,10 @@ class Settings:
     trusted_proxies: tuple[str, ...] = ()
     """Whose `X-Forwarded-For` is believed."""
     tls: Tls | None = None
+    link_seconds: int = 0
+    """A download is answered with a link to the object store, good for so long, if the client takes one; 0: never."""
+    upload_chunk_bytes: int = SMALLEST_CHUNK
+    """Size of the chunks in which a file may come, bytes."""
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> "Settings":
@@ -81,11 +88,13 @@ class Settings:
             database_url=database_url,
             broker_url=broker_url,
             queue_prefix=queue_prefix,
-            blobs=Path(environment.get("COTUNE_BLOBS") or home / "blobs").expanduser().absolute(),
+            blobs=read_address(environment, home),
             operator_key=_operator_key(environment, home, embedded=embedded),
             log_format=_choice(environment, "COTUNE_LOG_FORMAT", ("console", "json"), "console"),
             log_level=_choice(environment, "COTUNE_LOG_LEVEL", ("info", "debug", "warning", "error"), "info"),
             upload_limits={kind: _upload_limit(environment, kind) for kind in PartKind},
+            link_seconds=_whole(environment, "COTUNE_LINK_SECONDS", 0, 86_400),
+            upload_chunk_bytes=_whole(environment, "COTUNE_UPLOAD_CHUNK_BYTES", SMALLEST_CHUNK, 2 * SMALLEST_CHUNK),
             require_signatures=security.switch(environment, "COTUNE_REQUIRE_SIGNATURES", not embedded),
             rates=security.rates(environment),
             trusted_proxies=security.trusted_proxies(environment),
@@ -155,6 +164,16 @@ def _choice(environment: Mapping[str, str], name: str, choices: tuple[Choice, ..
         if value == choice:
             return choice
     raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+
+
+def _whole(environment: Mapping[str, str], name: str, least: int, most: int) -> int:
+    """Read a whole number; `least` where nothing is set."""
+    value = environment.get(name)
+    if not value:
+        return least
+    if not (value.isascii() and value.isdigit()) or not least <= int(value[:20]) <= most:
+        raise ValueError(f"{name}: expected a whole number from {least} to {most}, got {value[:40]!r}")
+    return int(value)
 
 
 def _upload_limit(environment: Mapping[str, str], kind: PartKind) -> int:

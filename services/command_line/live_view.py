@@ -28,6 +28,7 @@ STATUS_STYLE = {
     AssignmentStatus.UPLOADING: "blue",
     AssignmentStatus.SUBMITTED: "green",
     AssignmentStatus.COUNTED: "green",
+    AssignmentStatus.QUARANTINED: "yellow",
     AssignmentStatus.REJECTED: "red",
     AssignmentStatus.LATE: "red",
     AssignmentStatus.LOST: "red",

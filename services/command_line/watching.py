@@ -52,7 +52,15 @@ def round_words(run: Run, status: RoundStatus) -> str:
 
 _WORKER_STAGES = frozenset({RoundStatus.AGGREGATING, RoundStatus.CO_TUNING, RoundStatus.EVALUATING})
 
-TOLD = frozenset({AssignmentStatus.SUBMITTED, AssignmentStatus.REJECTED, AssignmentStatus.LATE, AssignmentStatus.LOST})
+TOLD = frozenset(
+    {
+        AssignmentStatus.SUBMITTED,
+        AssignmentStatus.QUARANTINED,
+        AssignmentStatus.REJECTED,
+        AssignmentStatus.LATE,
+        AssignmentStatus.LOST,
+    }
+)
 """What is told of a device; the rest of its life in a round is for the live view."""
 
 

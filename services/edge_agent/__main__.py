@@ -192,8 +192,17 @@ def _running(home: Path, log_file: Path | None) -> Iterator[tuple[Agent, DeviceP
 def connect(current: Settings, stop: threading.Event) -> CloudClient:
     """Return this device's client of the cloud."""
     ledger = Ledger(current.home / "ledger.jsonl", _now)
-    url, credential, key = current.config.server.url, current.credential, current.signing_key
-    return CloudClient(url, credential, ledger, stop, now=_now, signing_key=key, tls=current.tls)
+    server = current.config.server
+    return CloudClient(
+        server.url,
+        current.credential,
+        ledger,
+        stop,
+        now=_now,
+        signing_key=current.signing_key,
+        tls=current.tls,
+        follow_links=server.follow_links,
+    )
 
 
 def _rotation(current: Settings, client: CloudClient) -> CredentialRotation:

@@ -1,7 +1,9 @@
 """Speaks to the cloud: one method a call, errors mapped once, every body that leaves entered in the ledger.
 
 Retries are not here: a method makes one attempt and says how it ended (`CloudUnavailable`: again later; `CloudRefused`:
-no). Redirects are not followed, as a credential must not travel to another host.
+no). Redirects are not followed, as a credential must not travel to another host. Where the owner allows links, a file
+may be fetched from where the server points to: by a connection that knows no credential, and its bytes are checked by
+their hash as always.
 """
 
 import hashlib
@@ -23,6 +25,7 @@ from pydantic import BaseModel, ValidationError
 from edge_agent.errors import CloudRefused, CloudUnavailable, NotAuthorised, Stopped
 from edge_agent.interruption import call_until_stopped
 from edge_agent.ledger import Ledger, Purpose
+from edge_agent.links import LinkFollower
 from edge_agent.signing import DeviceAuthentication
 from protocol import PROTOCOL_VERSION
 from protocol.assignments import (
@@ -31,6 +34,7 @@ from protocol.assignments import (
     AssignmentRefusal,
     Part,
     PartReceipt,
+    PartUpload,
     Submission,
     SubmissionReceipt,
 )
@@ -43,7 +47,16 @@ from protocol.devices import (
     HeartbeatReceipt,
 )
 from protocol.errors import ErrorCode
-from protocol.headers import CONTENT_DIGEST_HEADER, PROTOCOL_HEADER, content_digest
+from protocol.headers import (
+    CONTENT_DIGEST_HEADER,
+    LINKS_FOLLOW,
+    LINKS_HEADER,
+    PROTOCOL_HEADER,
+    REPR_DIGEST_HEADER,
+    UPLOAD_LENGTH_HEADER,
+    UPLOAD_OFFSET_HEADER,
+    content_digest,
+)
 
 Schema = TypeVar("Schema", bound=BaseModel)
 
@@ -61,10 +74,12 @@ LATER = frozenset(
         ErrorCode.TRUNCATED_BODY,
         ErrorCode.SIGNATURE_EXPIRED,
         ErrorCode.REQUEST_REPLAYED,
+        ErrorCode.UPLOAD_NOT_FOUND,
+        ErrorCode.UPLOAD_OFFSET_MISMATCH,
     }
 )
 """Problems that go away by themselves: an operator approves; bytes that the network spoilt are sent again; each attempt
-is signed anew, by the server's clock."""
+is signed anew, by the server's clock; an upload that was forgotten is begun anew."""
 
 OF_THE_TRANSFER = frozenset({"content-encoding", "content-length", "transfer-encoding"})
 """Headers that no longer hold once a body has been read."""
@@ -87,6 +102,7 @@ class CloudClient:
         signing_key: Ed25519PrivateKey | None = None,
         tls: ssl.SSLContext | None = None,
         timeout: httpx.Timeout = TIMEOUT,
+        follow_links: bool = False,
     ) -> None:
         headers = {PROTOCOL_HEADER: PROTOCOL_VERSION, "User-Agent": "cotune-agent"}
         self._authentication = None if credential is None else DeviceAuthentication(credential, signing_key, now)
@@ -105,6 +121,7 @@ class CloudClient:
         self._stop = stop
         self._now = now
         self._timeout = timeout
+        self._links = LinkFollower(server_url, timeout, trust_env=not local) if follow_links else None
 
     def __enter__(self) -> "CloudClient":
         return self
@@ -113,6 +130,8 @@ class CloudClient:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._http.close()
+        if self._links is not None:
+            self._links.close()
 
     def enrol(self, request: EnrolmentRequest) -> EnrolmentReceipt:
         """Trade a one-time token for an identity."""
@@ -165,11 +184,38 @@ class CloudClient:
         self._ledger.record(purpose_of(assignment, part.kind.value), part.size_bytes, part.sha256, durable=True)
         request = self._http.build_request(
             "PUT",
-            f"/v1/assignments/{assignment.assignment_id}/parts/{part.kind.value}",
+            _part_path(assignment, part),
             headers=headers,
             content=self._chunks(file),
         )
         return _parse(self._exchange(request), PartReceipt)
+
+    def begin_upload(self, assignment: Assignment, part: Part) -> PartUpload:
+        """Say which file will come in chunks, and learn how much of it is there. Saying it again is harmless."""
+        headers = {
+            UPLOAD_LENGTH_HEADER: str(part.size_bytes),
+            REPR_DIGEST_HEADER: content_digest(part.sha256),
+        }
+        request = self._http.build_request("POST", f"{_part_path(assignment, part)}/uploads", headers=headers)
+        return _parse(self._exchange(request), PartUpload)
+
+    def send_chunk(self, assignment: Assignment, part: Part, upload_id: str, offset: int, chunk: bytes) -> PartUpload:
+        """Send the bytes of a file from `offset` on. Sending them again is harmless."""
+        sha256 = hashlib.sha256(chunk).hexdigest()
+        headers = {
+            "Content-Type": "application/octet-stream",
+            CONTENT_DIGEST_HEADER: content_digest(sha256),
+            UPLOAD_OFFSET_HEADER: str(offset),
+        }
+        self._ledger.record(purpose_of(assignment, part.kind.value), len(chunk), sha256, durable=True)
+        path = f"{_part_path(assignment, part)}/uploads/{upload_id}"
+        request = self._http.build_request("PATCH", path, headers=headers, content=chunk)
+        return _parse(self._exchange(request), PartUpload)
+
+    def complete_upload(self, assignment: Assignment, part: Part, upload_id: str) -> PartReceipt:
+        """Say that all chunks were sent. Saying it again is harmless."""
+        path = f"{_part_path(assignment, part)}/uploads/{upload_id}/completion"
+        return _parse(self._send("POST", path), PartReceipt)
 
     def submit(self, assignment: Assignment, submission: Submission) -> SubmissionReceipt:
         """Hand the update in. Handing in the same one again answers with the same receipt."""
@@ -187,13 +233,15 @@ class CloudClient:
         headers = {"Accept-Encoding": "identity"}
         if offset:
             headers |= {"Range": f"bytes={offset}-", "If-Range": f'"{sha256}"'}
+        if self._links is not None:
+            headers[LINKS_HEADER] = LINKS_FOLLOW
         request = self._http.build_request("GET", f"/v1/artifacts/{sha256}", headers=headers)
         call_until_stopped(lambda: self._download(request, offset, write), self._stop)
 
     def _download(self, request: httpx.Request, offset: int, write: Callable[[bytes, int], None]) -> None:
         progressed = False
         try:
-            response = self._http.send(request, stream=True)
+            response = self._open(request, offset)
             try:
                 if not response.is_success:
                     raise self._error(self._read(response))
@@ -208,6 +256,20 @@ class CloudClient:
                 response.close()
         except httpx.TransportError as error:
             raise self._unreachable(error, progressed=progressed) from None
+
+    def _open(self, request: httpx.Request, offset: int) -> httpx.Response:
+        """Send a request for a file; go where the answer points to, if it points somewhere and the owner allows it."""
+        response = self._http.send(request, stream=True)
+        if self._links is None or response.status_code != httpx.codes.TEMPORARY_REDIRECT:
+            return response
+        response.close()
+        try:
+            return self._links.open(response.headers.get("Location", ""), offset)
+        except CloudUnavailable:
+            # Whatever is wrong with that place, the server has the file too.
+            self._links.close()
+            self._links = None
+            raise
 
     def _chunks(self, file: Path) -> Iterator[bytes]:
         with open(file, "rb") as stream:
@@ -288,6 +350,10 @@ class CloudClient:
 def purpose_of(assignment: Assignment, kind: str) -> Purpose:
     """Return the ledger's purpose of something sent for an assignment."""
     return Purpose(kind, assignment.run_id, assignment.round_number, assignment.assignment_id)
+
+
+def _part_path(assignment: Assignment, part: Part) -> str:
+    return f"/v1/assignments/{assignment.assignment_id}/parts/{part.kind.value}"
 
 
 def retry_after_seconds(value: str | None, now: datetime) -> float | None:

@@ -24,6 +24,7 @@ from edge_agent.local_state import LocalState, LocalStates
 from edge_agent.outbox import Outbox, OutboxEntry
 from edge_agent.reporting import GONE, TrainingReporter
 from edge_agent.rotation import CredentialRotation
+from edge_agent.uploading import upload_file
 from protocol.assignments import Assignment, AssignmentProgress, AssignmentRefusal, Part, Submission, SubmissionReceipt
 from protocol.errors import ErrorCode
 from protocol.runs import DeviceMetrics
@@ -266,7 +267,7 @@ def send(agent: Agent, entry: OutboxEntry, *, again: bool) -> None:
     if receipt is None:
         announce_upload(agent, assignment)
         for part in submission.parts:
-            upload = partial(agent.client.upload_part, assignment, part, entry.file(part))
+            upload = partial(upload_file, agent.client, assignment, part, entry.file(part))
             agent.retrier.call("upload", upload)
         receipt = submit()
     entry.keep_receipt(receipt)

@@ -50,6 +50,9 @@ class ServerSection(_Section):
     rotate_credential_days: int = Field(
         default=30, ge=0, le=3650, description="So old, the credential is replaced; 0: never by itself."
     )
+    follow_links: bool = Field(
+        default=False, description="Fetch files from where the server points to, without this device's credential."
+    )
 
     @field_validator("url")
     @classmethod

@@ -8,16 +8,18 @@ from typing import Literal, get_args
 from sqlalchemy import ColumnElement, exists, select
 from sqlalchemy.orm import Session
 
+from persistence.database import require_blob
 from persistence.inserting import insert_or_keep
 from persistence.tables import ArtifactRow, AssignmentRow, RunArtifactRow
 from protocol.assignments import ArtifactRef
 from protocol.errors import DomainError, ErrorCode
 
 ArtifactKind = Literal[
-    "proxy_base", "adapter", "probe_set", "llm_adapter", "server_optimizer", "adapter_delta", "logits"
+    "proxy_base", "adapter", "probe_set", "llm_adapter", "server_optimizer", "rows", "adapter_delta", "logits"
 ]
 KINDS: tuple[str, ...] = get_args(ArtifactKind)
-"""`proxy_base` is the manifest and each file of the proxy's folder; the last two are what devices sent."""
+"""`proxy_base` is the manifest and each file of the proxy's folder; `rows` are what only the worker reads; the last two
+are what devices sent. What is not registered as one of them is removed by the sweep of orphans."""
 
 FOR_DEVICES = frozenset({"proxy_base", "adapter", "probe_set"})
 """What a device may fetch: never another device's update, and never the LLM's adapter."""
@@ -38,12 +40,15 @@ def register(  # noqa: PLR0917
 ) -> None:
     """Say that `run_id` uses the stored file as `kind`. Saying it again changes nothing.
 
+    A `Database` that knows the store commits only if the file is there: see `persistence.orphans`.
+
     Raises:
         ValueError: an unknown kind.
     """
     if kind not in KINDS:
         raise ValueError(f"expected one of {', '.join(KINDS)}, got {kind!r}")
     insert_or_keep(session, ArtifactRow, {"sha256": sha256, "size_bytes": size, "created_at": now})
+    require_blob(session, sha256)
     insert_or_keep(session, RunArtifactRow, {"sha256": sha256, "run_id": run_id, "kind": kind})
 
 

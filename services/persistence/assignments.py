@@ -146,7 +146,7 @@ def refuse_assignment(
     row = owned(session, device_id, assignment_id, lock=True)
     if row.status in (AssignmentStatus.REJECTED, AssignmentStatus.LOST, AssignmentStatus.LATE):
         return row.status
-    if row.status in SUBMITTED:
+    if row.status in SUBMITTED or row.status is AssignmentStatus.QUARANTINED:
         detail = f"assignment {row.id} is {row.status.value}; it is too late to refuse it"
         raise DomainError(ErrorCode.ILLEGAL_TRANSITION, detail, received=row.status.value)
     known = refusal.code in set(ErrorCode) or refusal.code.replace("_", "").isalpha()

@@ -26,6 +26,7 @@ BUSY_TIMEOUT_SECONDS = 20
 
 _BEGIN = "cotune_begin"
 _JOBS = "cotune_queued_jobs"
+_BLOBS = "cotune_required_blobs"
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,11 @@ class JobMessage:
 def queue_message(session: Session, message: JobMessage) -> None:
     """Remember a message that `Database.transaction` sends once the session's transaction is committed."""
     session.info.setdefault(_JOBS, []).append(message)
+
+
+def require_blob(session: Session, sha256: str) -> None:
+    """Have `Database.transaction` see, before it commits, that the blob store has the file."""
+    session.info.setdefault(_BLOBS, set()).add(sha256)
 
 
 def connect(url: str, **options: Any) -> Engine:
@@ -83,11 +89,18 @@ class Database:
         url: `sqlite:///<file>` or `postgresql://user@host/name`.
         dispatch: sends a job's message to the queue; called after the commit that queued it. What it raises is logged
             and no more: the sweep sends again what the queue did not get.
+        stored: whether the blob store has a file of this SHA-256; None looks at none.
     """
 
-    def __init__(self, url: str, dispatch: Callable[[JobMessage], None] | None = None) -> None:
+    def __init__(
+        self,
+        url: str,
+        dispatch: Callable[[JobMessage], None] | None = None,
+        stored: Callable[[str], bool] | None = None,
+    ) -> None:
         self.engine = connect(url)
         self._dispatch = dispatch
+        self._stored = stored
         self._writing = sessionmaker(self.engine, expire_on_commit=False)
         self._reading = sessionmaker(self.engine.execution_options(**{_BEGIN: "DEFERRED"}), expire_on_commit=False)
 
@@ -99,7 +112,8 @@ class Database:
 
         Raises:
             DomainError: UNAVAILABLE, the database does not answer or is busy for too long (safe to repeat);
-                INVALID_FIELD, it cannot hold a value (for example a NUL character in a text).
+                INVALID_FIELD, it cannot hold a value (for example a NUL character in a text);
+                UNAVAILABLE too where a registered file is not in the blob store any more: store it and try again.
         """
         session = self._writing()
         refusal: CommittedRefusal | None = None
@@ -109,12 +123,20 @@ class Database:
             except CommittedRefusal as error:
                 refusal = error
             session.flush()
+            self._check_blobs(session)
             events.write_pending(session)
             session.commit()
         for message in session.info.pop(_JOBS, []):
             self._send(message)
         if refusal is not None:
             raise refusal
+
+    @contextmanager
+    def holding(self) -> Iterator[Session]:
+        """Open a session that writes and keeps nothing: its locks hold until the end, then all is rolled back."""
+        with _translate_errors(), self._writing() as session:
+            yield session
+            session.rollback()
 
     @contextmanager
     def reading(self) -> Iterator[Session]:
@@ -130,6 +152,14 @@ class Database:
     def dispose(self) -> None:
         """Close the pool's connections."""
         self.engine.dispose()
+
+    def _check_blobs(self, session: Session) -> None:
+        # After the rows are inserted, so that the sweep of orphans has either removed the file or cannot any more.
+        for sha256 in session.info.pop(_BLOBS, set()):
+            if self._stored is not None and not self._stored(sha256):
+                raise DomainError(
+                    ErrorCode.UNAVAILABLE, f"file {sha256} was removed from the store just now; store it again"
+                )
 
     def _send(self, message: JobMessage) -> None:
         if self._dispatch is None:

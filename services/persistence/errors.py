@@ -5,7 +5,7 @@ DomainError (protocol)
 ├── LeaseLost              a worker finishes a job that is no longer its own
 └── CommittedRefusal       a refusal whose transaction is kept
     └── RoundClosed        the update came too late, and the assignment now says so
-StorageError               the folder of the blobs, or the database's address, cannot be used at all
+StorageError               the blob store, or the database's address, cannot be used at all
 """
 
 from typing import Any
@@ -44,4 +44,4 @@ class RoundClosed(CommittedRefusal):
 
 
 class StorageError(Exception):
-    """The database's address or the folder of the blobs cannot be used; the message says why."""
+    """The database's address or the blob store cannot be used; the message says why."""

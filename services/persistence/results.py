@@ -286,7 +286,10 @@ def _count(session: Session, round_row: RoundRow, counted: Sequence[str], now: d
 def _describe_rejected(session: Session, round_row: RoundRow) -> str:
     reasons = session.scalars(
         select(AssignmentRow.reason)
-        .where(AssignmentRow.round_id == round_row.id, AssignmentRow.status == AssignmentStatus.REJECTED)
+        .where(
+            AssignmentRow.round_id == round_row.id,
+            AssignmentRow.status.in_((AssignmentStatus.REJECTED, AssignmentStatus.QUARANTINED)),
+        )
         .order_by(AssignmentRow.device_id)
     ).all()
-    return f"; rejected: {'; '.join(str(reason) for reason in reasons[:5])}" if reasons else ""
+    return f"; not counted: {'; '.join(str(reason) for reason in reasons[:5])}" if reasons else ""

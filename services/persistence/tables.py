@@ -193,6 +193,34 @@ class UpdatePartRow(Table):
     received_at: Mapped[datetime] = mapped_column(UtcDateTime)
 
 
+class PartUploadRow(Table):
+    """A file of an update that is on its way in chunks: at most one for each part."""
+
+    __tablename__ = "part_uploads"
+    __table_args__ = (UniqueConstraint("assignment_id", "kind"), Index(None, "touched_at"))
+
+    id: Mapped[str] = mapped_column(ID, primary_key=True)
+    assignment_id: Mapped[str] = mapped_column(ID, ForeignKey("assignments.id"))
+    kind: Mapped[PartKind] = mapped_column(status_type(PartKind))
+    sha256: Mapped[str] = mapped_column(SHA256)
+    size_bytes: Mapped[int] = mapped_column(BigInteger)
+    chunk_bytes: Mapped[int] = mapped_column(BigInteger)
+    received_bytes: Mapped[int] = mapped_column(BigInteger, default=0)
+    begun_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    touched_at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
+class UploadChunkRow(Table):
+    """A chunk that was received; its bytes are staged in the blob store. Chunk n starts at n * `chunk_bytes`."""
+
+    __tablename__ = "upload_chunks"
+
+    upload_id: Mapped[str] = mapped_column(ID, ForeignKey("part_uploads.id"), primary_key=True)
+    number: Mapped[int] = mapped_column(Integer, primary_key=True, autoincrement=False)
+    sha256: Mapped[str] = mapped_column(SHA256)
+    size_bytes: Mapped[int] = mapped_column(BigInteger)
+
+
 class VersionRow(Table):
     """A model version. Number n comes from round n; 0 from the preparation."""
 

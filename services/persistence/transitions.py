@@ -60,8 +60,11 @@ ASSIGNMENT_MOVES: Moves[AssignmentStatus] = {
         status: frozenset(set(_ON_THE_WAY[place + 1 :]) | _NOT_DELIVERED)
         for place, status in enumerate(_ON_THE_WAY[:-1])
     },
-    AssignmentStatus.SUBMITTED: frozenset({AssignmentStatus.COUNTED, AssignmentStatus.REJECTED}),
+    AssignmentStatus.SUBMITTED: frozenset(
+        {AssignmentStatus.COUNTED, AssignmentStatus.QUARANTINED, AssignmentStatus.REJECTED}
+    ),
     AssignmentStatus.COUNTED: frozenset(),
+    AssignmentStatus.QUARANTINED: frozenset(),
     AssignmentStatus.REJECTED: frozenset(),
     AssignmentStatus.LATE: frozenset(),
     AssignmentStatus.LOST: frozenset({AssignmentStatus.LATE}),  # Given up, and then it came after all.

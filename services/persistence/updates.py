@@ -21,7 +21,7 @@ from persistence.round_lifecycle import SUBMITTED, lock_round, settle
 from persistence.tables import AssignmentRow, RoundRow, RunRow, UpdatePartRow, shorten
 from persistence.transitions import TAKES_UPDATES, UNDELIVERED, move
 from protocol.adapter_shapes import tensors_at_rank
-from protocol.assignments import PartReceipt, Submission, SubmissionReceipt
+from protocol.assignments import PartReceipt, Submission, SubmissionReceipt, UpdateOutcome
 from protocol.errors import DomainError, ErrorCode
 from protocol.events import EventType
 from protocol.part_sizes import most_delta_bytes, most_logits_bytes
@@ -113,6 +113,12 @@ def record_part(  # noqa: PLR0917
     return _same_part(part, sha256)
 
 
+def find_receipt(session: Session, assignment_id: str, kind: PartKind, sha256: str | None = None) -> PartReceipt | None:
+    """Return the receipt of a part that is here, None if none is. Raises UPDATE_CONFLICT if it is not `sha256`."""
+    known = _part(session, assignment_id, kind)
+    return None if known is None else _same_part(known, sha256 or known.sha256)
+
+
 def submit(
     session: Session, device_id: str, assignment_id: str, submission: Submission, now: datetime
 ) -> SubmissionReceipt:
@@ -182,6 +188,30 @@ def reject_update(session: Session, assignment_id: str, code: ErrorCode, reason:
     Raises:
         DomainError: ASSIGNMENT_NOT_FOUND; ILLEGAL_TRANSITION, it was counted or never submitted.
     """
+    _hold_back(session, assignment_id, AssignmentStatus.REJECTED, EventType.UPDATE_REJECTED, code, reason, now)
+
+
+def quarantine_update(session: Session, assignment_id: str, code: ErrorCode, reason: str, now: datetime) -> None:
+    """Keep a submitted update out of its round's result, and say why. Its files stay. Raises as `reject_update`."""
+    _hold_back(session, assignment_id, AssignmentStatus.QUARANTINED, EventType.UPDATE_QUARANTINED, code, reason, now)
+
+
+def outcome(session: Session, device_id: str, assignment_id: str) -> UpdateOutcome:
+    """Return what became of a device's update. Raises DomainError ASSIGNMENT_NOT_FOUND."""
+    row = owned(session, device_id, assignment_id)
+    receipt = None if row.update_sha256 is None else _same_submission(row, row.update_sha256)
+    return UpdateOutcome(assignment_id=row.id, status=row.status, reason=row.reason, receipt=receipt)
+
+
+def _hold_back(  # noqa: PLR0917
+    session: Session,
+    assignment_id: str,
+    to: AssignmentStatus,
+    event: EventType,
+    code: ErrorCode,
+    reason: str,
+    now: datetime,
+) -> None:
     row = session.scalar(
         select(AssignmentRow)
         .where(AssignmentRow.id == assignment_id)
@@ -190,16 +220,16 @@ def reject_update(session: Session, assignment_id: str, code: ErrorCode, reason:
     )
     if row is None:
         raise DomainError(ErrorCode.ASSIGNMENT_NOT_FOUND, f"no assignment {assignment_id!r}", received=assignment_id)
-    if row.status is AssignmentStatus.REJECTED:
+    if row.status is to:
         return
     kept = shorten(f"{code.value}: {reason}")
     if row.status is not AssignmentStatus.SUBMITTED:
-        detail = f"assignment {row.id} is {row.status.value}; only a submitted update can be rejected"
+        detail = f"assignment {row.id} is {row.status.value}; only a submitted update can become {to.value}"
         raise DomainError(ErrorCode.ILLEGAL_TRANSITION, detail, expected="submitted", received=row.status.value)
-    move(session, row, AssignmentStatus.REJECTED, now=now, reason=kept, values={"reason": kept})
+    move(session, row, to, now=now, reason=kept, values={"reason": kept})
     events.append(
         session,
-        EventType.UPDATE_REJECTED,
+        event,
         now,
         run_id=row.run_id,
         round_id=row.round_id,
@@ -227,8 +257,8 @@ def _lock_taking(
     """Lock the assignment and its round, and see that the round still takes it; else mark it late and raise."""
     run, round_row = lock_round(session, owned(session, device_id, assignment_id).round_id)
     row = owned(session, device_id, assignment_id, lock=True)
-    if row.status is AssignmentStatus.REJECTED:
-        detail = f"assignment {row.id} is rejected: {row.reason}"
+    if row.status in (AssignmentStatus.REJECTED, AssignmentStatus.QUARANTINED):
+        detail = f"assignment {row.id} is {row.status.value}: {row.reason}"
         raise DomainError(ErrorCode.ILLEGAL_TRANSITION, detail, received=row.status.value)
     if now >= round_row.deadline_at:
         settle(session, run, round_row, now)

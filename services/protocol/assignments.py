@@ -110,6 +110,29 @@ class PartReceipt(ResponseModel):
     received_at: Timestamp
 
 
+class UpdateOutcome(ResponseModel):
+    """What became of a device's update."""
+
+    assignment_id: str
+    status: AssignmentStatus
+    reason: str | None = Field(default=None, description="Why it is rejected, quarantined, late or lost.")
+    receipt: "SubmissionReceipt | None" = Field(default=None, description="Once it was submitted.")
+
+
+class PartUpload(ResponseModel):
+    """A file that comes in chunks, and how far it has come."""
+
+    assignment_id: str
+    kind: PartKind
+    upload_id: str | None = Field(description="Null once the file is complete.")
+    sha256: Sha256 = Field(description="Of the whole file.")
+    size_bytes: int = Field(description="Of the whole file.")
+    chunk_bytes: int = Field(description="Each chunk has exactly so many bytes, the last one what is left.")
+    received_bytes: int = Field(description="So many are there, durably; the next chunk starts here.")
+    expires_at: Timestamp | None = Field(description="When it is forgotten if nothing more comes; each chunk moves it.")
+    receipt: PartReceipt | None = Field(default=None, description="Once the file is complete.")
+
+
 class SubmissionReceipt(ResponseModel):
     """The server has the update, durably; the device may delete its copy. The same for the same content."""
 

@@ -56,6 +56,7 @@ class ErrorCode(StrEnum):
     WRONG_TENSOR_DTYPE = "wrong_tensor_dtype"
     NON_FINITE_VALUES = "non_finite_values"
     NORM_OUT_OF_RANGE = "norm_out_of_range"
+    NORM_OUTLIER = "norm_outlier"
     LOGITS_MISMATCH = "logits_mismatch"
     NOT_SAFETENSORS = "not_safetensors"
     DIGEST_MISMATCH = "digest_mismatch"
@@ -63,6 +64,8 @@ class ErrorCode(StrEnum):
     TRUNCATED_BODY = "truncated_body"
     BODY_TOO_LARGE = "body_too_large"
     RANGE_NOT_SATISFIABLE = "range_not_satisfiable"
+    UPLOAD_NOT_FOUND = "upload_not_found"
+    UPLOAD_OFFSET_MISMATCH = "upload_offset_mismatch"
     UNKNOWN_STRATEGY = "unknown_strategy"
     MODEL_FOLDER_MISSING = "model_folder_missing"
     DATA_FILE_INVALID = "data_file_invalid"
@@ -115,6 +118,7 @@ HTTP_STATUS: dict[ErrorCode, int] = {
     ErrorCode.WRONG_TENSOR_DTYPE: 422,
     ErrorCode.NON_FINITE_VALUES: 422,
     ErrorCode.NORM_OUT_OF_RANGE: 422,
+    ErrorCode.NORM_OUTLIER: 422,
     ErrorCode.LOGITS_MISMATCH: 422,
     ErrorCode.NOT_SAFETENSORS: 422,
     ErrorCode.DIGEST_MISMATCH: 422,
@@ -122,6 +126,8 @@ HTTP_STATUS: dict[ErrorCode, int] = {
     ErrorCode.TRUNCATED_BODY: 400,
     ErrorCode.BODY_TOO_LARGE: 413,
     ErrorCode.RANGE_NOT_SATISFIABLE: 416,
+    ErrorCode.UPLOAD_NOT_FOUND: 404,
+    ErrorCode.UPLOAD_OFFSET_MISMATCH: 409,
     ErrorCode.UNKNOWN_STRATEGY: 422,
     ErrorCode.MODEL_FOLDER_MISSING: 422,
     ErrorCode.DATA_FILE_INVALID: 422,

@@ -19,6 +19,7 @@ class EventType(StrEnum):
     ASSIGNMENT_STATUS_CHANGED = "assignment.status_changed"
     UPDATE_SUBMITTED = "update.submitted"
     UPDATE_REJECTED = "update.rejected"
+    UPDATE_QUARANTINED = "update.quarantined"
     VERSION_CREATED = "version.created"
     DEVICE_ENROLLED = "device.enrolled"
     DEVICE_STATUS_CHANGED = "device.status_changed"

@@ -235,6 +235,9 @@ class RoundMetrics(ResponseModel):
         default_factory=dict, description="Device -> rank of its delta, where it is not the run's."
     )
     rejected: dict[str, ErrorCode] = Field(default_factory=dict, description="Device -> why its update was refused.")
+    quarantined: dict[str, ErrorCode] = Field(
+        default_factory=dict, description="Device -> why its update was kept and not counted."
+    )
     alignment: AlignmentMetrics | None = Field(default=None, description="The counted devices' reports together.")
     aggregation_errors: dict[str, float] = Field(
         default_factory=dict,

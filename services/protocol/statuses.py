@@ -40,6 +40,7 @@ class AssignmentStatus(StrEnum):
     UPLOADING = "uploading"  # The update is durable on the device and travels.
     SUBMITTED = "submitted"  # Received whole and admitted by its headers; its values are checked at aggregation.
     COUNTED = "counted"  # Part of the published round.
+    QUARANTINED = "quarantined"  # Received, kept and not counted: it is unlike the others; `reason` says how.
     REJECTED = "rejected"  # Refused; `reason` says why.
     LATE = "late"  # It came after the round had closed.
     LOST = "lost"  # Its deadline passed and the device did not deliver.

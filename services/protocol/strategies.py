@@ -160,6 +160,19 @@ class CoPlmsSettings(SettingsModel):
         default=100_000, ge=1, le=MAX_COUNT, description="An update weighs at most so many examples, whatever it says."
     )
     max_update_norm: float = Field(default=1e3, gt=0, description="L2 norm over which a delta is refused.")
+    norm_gate: Literal["off", "quarantine", "reject"] = Field(
+        default="off",
+        description="What becomes of an update whose norm is far from the round's others: nothing; kept, not counted "
+        "and shown; or refused.",
+    )
+    norm_gate_deviations: float = Field(
+        default=6.0,
+        ge=1,
+        description="How far from the median is far, in standard deviations as the median absolute deviation tells.",
+    )
+    norm_gate_min_updates: int = Field(
+        default=5, ge=3, description="With fewer updates no distribution can be told, and nothing is held back."
+    )
     server: ServerTraining = ServerTraining()
 
     @model_validator(mode="after")

@@ -8,14 +8,14 @@ from torch import Tensor
 from assets.tensors import read_tensors, tensors_to_bytes
 from cotuning.adapters import AdapterState, lora_config
 from cotuning.language_model import LanguageModel
-from persistence.blobs import FolderBlobStore, StoredBlob
+from persistence.blobs import BlobStore, StoredBlob
 from protocol.headers import ADAPTER_FORMAT, METADATA_FORMAT, METADATA_PROXY
 from protocol.strategies import LoraSettings
 
 _OPTIMIZER_FORMAT = "cotune-server-optimizer/1"
 
 
-def put_adapter(blobs: FolderBlobStore, state: Mapping[str, Tensor], *, proxy_sha256: str) -> StoredBlob:
+def put_adapter(blobs: BlobStore, state: Mapping[str, Tensor], *, proxy_sha256: str) -> StoredBlob:
     """Store an adapter; equal values give the same file.
 
     Args:
@@ -24,19 +24,21 @@ def put_adapter(blobs: FolderBlobStore, state: Mapping[str, Tensor], *, proxy_sh
     return blobs.put_bytes(tensors_to_bytes(state, {METADATA_FORMAT: ADAPTER_FORMAT, METADATA_PROXY: proxy_sha256}))
 
 
-def get_adapter(blobs: FolderBlobStore, sha256: str) -> AdapterState:
+def get_adapter(blobs: BlobStore, sha256: str) -> AdapterState:
     """Read an adapter that the worker stored."""
-    return read_tensors(blobs.path(sha256))[0]
+    with blobs.local(sha256) as path:
+        return read_tensors(path)[0]
 
 
-def put_optimizer_state(blobs: FolderBlobStore, state: Mapping[str, Tensor]) -> StoredBlob:
+def put_optimizer_state(blobs: BlobStore, state: Mapping[str, Tensor]) -> StoredBlob:
     """Store the state of the server's optimizer, for the round that starts from this one's version."""
     return blobs.put_bytes(tensors_to_bytes(state, {METADATA_FORMAT: _OPTIMIZER_FORMAT}))
 
 
-def get_optimizer_state(blobs: FolderBlobStore, sha256: str) -> AdapterState:
+def get_optimizer_state(blobs: BlobStore, sha256: str) -> AdapterState:
     """Read a state that the worker stored."""
-    return read_tensors(blobs.path(sha256))[0]
+    with blobs.local(sha256) as path:
+        return read_tensors(path)[0]
 
 
 def peft_config(lm: LanguageModel, settings: LoraSettings) -> LoraConfig:

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from sqlalchemy.orm import Session
 
 from assets.errors import TensorFileError
-from assets.tensors import read_tensors
-from cotuning.aggregation import UpdateRefused
+from cotuning.aggregation import UpdateRefused, update_norm
+from cotuning.norm_gate import unusual_norms
 from cotuning.payload import PayloadError
 from cotuning.strategies.aggregation import Aggregate, RoundAggregator
 from persistence import artifacts, results, rounds, updates
@@ -27,7 +27,7 @@ from protocol.runs import AlignmentMetrics
 from protocol.statuses import PartKind, RoundStatus
 from protocol.strategies import CoPlmsSettings, Strategy
 from worker.adapter_files import get_adapter, get_optimizer_state, put_adapter, put_optimizer_state
-from worker.device_logits import LogitsReader, part_path
+from worker.device_logits import LogitsReader, read_part
 from worker.round_metrics import grown
 from worker.row_files import get_rows
 from worker.stage import Finish, Work, utc_now
@@ -53,6 +53,8 @@ def aggregate(work: Work) -> Finish:
     tally, aggregate = _Tally(counted=submitted), None
     if isinstance(settings, CoPlmsSettings):
         tally, aggregate = _combine(work, context, settings, submitted)
+    quarantines = isinstance(settings, CoPlmsSettings) and settings.norm_gate == "quarantine"
+    kept = frozenset({ErrorCode.NORM_OUTLIER} if quarantines else ())
     adapter, state = _store(work, context, aggregate) if aggregate is not None else (None, None)
     metrics = grown(
         context,
@@ -64,7 +66,8 @@ def aggregate(work: Work) -> Finish:
         update_ranks={
             update.device_id: update.adapter_rank for update in tally.counted if update.adapter_rank is not None
         },
-        rejected={update.device_id: code for update, code, _ in tally.refused},
+        rejected={update.device_id: code for update, code, _ in tally.refused if code not in kept},
+        quarantined={update.device_id: code for update, code, _ in tally.refused if code in kept},
         alignment=_together(tally.counted),
         aggregation_errors=aggregate.errors if aggregate is not None else {},
     )
@@ -73,7 +76,8 @@ def aggregate(work: Work) -> Finish:
         now = utc_now()
         lock_round(session, context.round_id)  # before the assignments: the order in which everybody locks
         for update, code, reason in tally.refused:
-            updates.reject_update(session, update.assignment_id, code, reason, now)
+            hold_back = updates.quarantine_update if code in kept else updates.reject_update
+            hold_back(session, update.assignment_id, code, reason, now)
         for blob, kind in ((adapter, "adapter"), (state, "server_optimizer")):
             if blob is not None:
                 artifacts.register(session, blob.sha256, blob.size, kind, context.run_id, now)
@@ -107,16 +111,19 @@ def _combine(
     reader = LogitsReader(work.blobs, proxy, get_rows(work.blobs, context.probe_set_sha256), settings)
     state = context.base_optimizer_sha256
     aggregator = RoundAggregator(shared, settings, get_optimizer_state(work.blobs, state) if state else None)
-    tally = _Tally()
+    tally, unusual = _Tally(), _unusual(work, settings, submitted)
     for update in submitted:
         work.lease.check()
+        if update.assignment_id in unusual:
+            tally.refused.append((update, ErrorCode.NORM_OUTLIER, unusual[update.assignment_id]))
+            continue
         low = _low_coverage(update, settings.min_coverage)
         if low is not None:
             tally.refused.append((update, ErrorCode.COVERAGE_TOO_LOW, low))
             continue
         try:
             reader.read(update)
-            delta, _ = read_tensors(part_path(work.blobs, update, PartKind.ADAPTER_DELTA))
+            delta, _ = read_part(work.blobs, update, PartKind.ADAPTER_DELTA)
             norm = aggregator.add(delta, _weight(update, settings), rank=update.adapter_rank)
         except UpdateRefused as error:
             tally.refused.append((update, ErrorCode(error.code), str(error)))
@@ -128,6 +135,28 @@ def _combine(
             tally.counted.append(update)
             tally.norms[update.device_id] = norm
     return tally, aggregator.result() if tally.counted else None
+
+
+def _unusual(work: Work, settings: CoPlmsSettings, submitted: Sequence[UpdateRecord]) -> dict[str, str]:
+    """Say of which assignments the delta's norm is unlike the others', and how.
+
+    It reads every delta once more, as no sum can be begun before the norms are known. What is no usable delta at all
+    is left to the sum to refuse, and is no part of the distribution.
+    """
+    if settings.norm_gate == "off" or len(submitted) < settings.norm_gate_min_updates:
+        return {}
+    norms: dict[str, float] = {}
+    for update in submitted:
+        work.lease.check()
+        try:
+            norm = update_norm(read_part(work.blobs, update, PartKind.ADAPTER_DELTA)[0])
+        except TensorFileError:
+            continue
+        if norm <= settings.max_update_norm:  # false for NaN
+            norms[update.assignment_id] = norm
+    return unusual_norms(
+        norms, most_deviations=settings.norm_gate_deviations, min_updates=settings.norm_gate_min_updates
+    )
 
 
 def _store(work: Work, context: RoundContext, aggregate: Aggregate) -> tuple[StoredBlob, StoredBlob | None]:

@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
+
+from torch import Tensor
 
 from assets.tensors import read_tensors
 from cotuning.examples import Example
@@ -10,27 +11,28 @@ from cotuning.language_model import LanguageModel
 from cotuning.payload import PayloadRows
 from cotuning.probe_logits import ProbePlaces
 from cotuning.strategies import co_plms
-from persistence.blobs import FolderBlobStore
+from persistence.blobs import BlobStore
 from persistence.updates import UpdateRecord
 from protocol.statuses import PartKind
 from protocol.strategies import CoPlmsSettings
 
 
-def part_path(blobs: FolderBlobStore, update: UpdateRecord, kind: PartKind) -> Path:
-    """Return where a part of an update is.
+def read_part(blobs: BlobStore, update: UpdateRecord, kind: PartKind) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read the tensors and the metadata of a part of an update.
 
     Raises:
+        TensorFileError: not a safetensors file.
         DomainError: ARTIFACT_NOT_FOUND; the store has lost it, which is not the device's fault.
     """
-    blobs.size(update.parts[kind])
-    return blobs.path(update.parts[kind])
+    with blobs.local(update.parts[kind]) as path:
+        return read_tensors(path)
 
 
 @dataclass(frozen=True)
 class LogitsReader:
     """What every device's logits of a round must agree with."""
 
-    blobs: FolderBlobStore
+    blobs: BlobStore
     proxy: LanguageModel
     probe: list[Example]
     settings: CoPlmsSettings
@@ -45,9 +47,9 @@ class LogitsReader:
         Raises:
             PayloadError: they do not belong to this proxy and probe set, or hold impossible values.
             TensorFileError: not a safetensors file.
-            DomainError: ARTIFACT_NOT_FOUND, see `part_path`.
+            DomainError: ARTIFACT_NOT_FOUND, see `read_part`.
         """
-        tensors, metadata = read_tensors(part_path(self.blobs, update, PartKind.LOGITS))
+        tensors, metadata = read_part(self.blobs, update, PartKind.LOGITS)
         return co_plms.parse_logits(
             tensors,
             metadata,

@@ -16,7 +16,7 @@ import torch
 from assets.errors import DeviceError, ModelFolderError
 from assets.models import folder_identity, load_language_model
 from cotuning.language_model import LanguageModel
-from persistence.blobs import FolderBlobStore
+from persistence.blobs import BlobStore
 from protocol.assignments import ModelManifest
 from protocol.errors import DomainError, ErrorCode
 from protocol.runs import ModelLoading
@@ -32,7 +32,7 @@ class ModelCache:
         blobs: Where the proxies' files are.
     """
 
-    def __init__(self, folder: Path, blobs: FolderBlobStore) -> None:
+    def __init__(self, folder: Path, blobs: BlobStore) -> None:
         self._folder = folder
         self._blobs = blobs
         self._llm: tuple[_Identity, LanguageModel] | None = None
@@ -73,7 +73,8 @@ class ModelCache:
         with tempfile.TemporaryDirectory(dir=self._folder, prefix="proxy-") as name:
             folder = Path(name)
             for each in manifest.files:
-                _link_or_copy(self._blobs.path(each.sha256), folder / each.path)
+                with self._blobs.local(each.sha256) as source:
+                    _link_or_copy(source, folder / each.path)
             yield folder
 
 

@@ -23,7 +23,7 @@ from cotuning.proxy_creation import create_proxy
 from cotuning.seeding import derive_seed
 from cotuning.training import TrainingDiverged
 from persistence import artifacts, results, runs
-from persistence.blobs import FolderBlobStore, StoredBlob
+from persistence.blobs import BlobStore, StoredBlob
 from persistence.results import PrepareResult
 from protocol.assignments import ModelFile, ModelManifest
 from protocol.errors import DomainError, ErrorCode
@@ -54,6 +54,8 @@ class _Files:
     adapter: StoredBlob
     llm_adapter: StoredBlob
     probe_set: StoredBlob
+    rows: list[StoredBlob]
+    """What only the worker reads."""
 
 
 def prepare(work: Work) -> Finish:
@@ -85,12 +87,14 @@ def _prepare(work: Work, config: RunCreate, settings: CoPlmsSettings) -> Finish:
         manifest, proxy_files = store_model(work.blobs, fresh_proxy)
         # From now on the one that everybody loads, also here.
         proxy = work.cache.proxy(manifest.sha256)
+    row_files, row_blobs = _store_rows(work.blobs, rows, test_rows)
     files = _Files(
         manifest,
         proxy_files,
         _fresh_adapter(work.blobs, proxy, settings.proxy_lora, manifest, derive_seed(config.seed, "shared_adapter")),
         _fresh_adapter(work.blobs, llm, settings.llm_lora, manifest, derive_seed(config.seed, "llm_adapter")),
         put_rows(work.blobs, rows.probe),
+        row_blobs,
     )
     with watch.measure("evaluation"):  # a fresh adapter changes nothing: the base models are version 0
         models = {"llm": llm, "proxy": proxy}
@@ -101,7 +105,7 @@ def _prepare(work: Work, config: RunCreate, settings: CoPlmsSettings) -> Finish:
         "test": as_json(test),
         "models": {name: _describe(lm) for name, lm in models.items()},
         "distillation": distilled,
-        ROWS: _store_rows(work.blobs, rows, test_rows).as_json(),
+        ROWS: row_files.as_json(),
         "seconds_by_stage": {f"preparing.{part}": seconds for part, seconds in watch.seconds.items()},
         "peak_memory_bytes": {"preparing": peak_memory_bytes()},
     }
@@ -127,6 +131,8 @@ def _finish(work: Work, files: _Files, metrics: dict[str, Any]) -> Finish:
             artifacts.register(session, blob.sha256, blob.size, "proxy_base", run_id, now)
         artifacts.register(session, files.adapter.sha256, files.adapter.size, "adapter", run_id, now)
         artifacts.register(session, files.llm_adapter.sha256, files.llm_adapter.size, "llm_adapter", run_id, now)
+        for blob in files.rows:
+            artifacts.register(session, blob.sha256, blob.size, "rows", run_id, now)
         artifacts.register(session, files.probe_set.sha256, files.probe_set.size, "probe_set", run_id, now)
         results.finish_prepare(session, work.job, work.owner, result, now)
 
@@ -141,7 +147,7 @@ def _describe(lm: LanguageModel) -> dict[str, Any]:
     }
 
 
-def store_model(blobs: FolderBlobStore, lm: LanguageModel) -> tuple[StoredBlob, list[StoredBlob]]:
+def store_model(blobs: BlobStore, lm: LanguageModel) -> tuple[StoredBlob, list[StoredBlob]]:
     """Store a model folder file by file; return its manifest and its files.
 
     The manifest is sorted by name, so equal models have one hash.
@@ -177,12 +183,10 @@ def _read(source: str) -> list[Example]:
         raise DomainError(ErrorCode.DATA_FILE_INVALID, str(error), received=source) from error
 
 
-def _store_rows(blobs: FolderBlobStore, public: PublicRows, test: list[Example]) -> RowFiles:
-    return RowFiles(
-        training=put_rows(blobs, public.training).sha256,
-        validation=put_rows(blobs, public.validation).sha256,
-        test=put_rows(blobs, test).sha256 if test else None,
-    )
+def _store_rows(blobs: BlobStore, public: PublicRows, test: list[Example]) -> tuple[RowFiles, list[StoredBlob]]:
+    stored = [put_rows(blobs, rows) for rows in (public.training, public.validation, *([test] if test else []))]
+    hashes = [blob.sha256 for blob in stored]
+    return RowFiles(hashes[0], hashes[1], hashes[2] if test else None), stored
 
 
 def _make_proxy(llm: LanguageModel, training: list[Example], config: RunCreate) -> LanguageModel:
@@ -250,7 +254,7 @@ def _determined_by(training: list[Example], config: RunCreate) -> list[object]:
 
 
 def _fresh_adapter(
-    blobs: FolderBlobStore, lm: LanguageModel, settings: LoraSettings, manifest: StoredBlob, seed: int
+    blobs: BlobStore, lm: LanguageModel, settings: LoraSettings, manifest: StoredBlob, seed: int
 ) -> StoredBlob:
     state = _asked_for("lora", lambda: fresh_adapter(lm, peft_config(lm, settings), seed=seed))
     return put_adapter(blobs, state, proxy_sha256=manifest.sha256)

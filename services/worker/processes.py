@@ -6,7 +6,7 @@ import celery
 from sqlalchemy.exc import OperationalError
 
 from persistence import schema
-from persistence.blobs import FolderBlobStore
+from persistence.blobs import BlobStore, open_store
 from persistence.database import Database
 from persistence.errors import StorageError
 from protocol.statuses import CONTROL_QUEUE, TRAINING_QUEUE
@@ -24,11 +24,11 @@ def run_trainer(settings: Settings, owner: str, stop: threading.Event) -> int:
     """Do jobs, one at a time, until SIGTERM or SIGINT; return the exit code.
 
     Raises:
-        StorageError: the database or the folder of the blobs cannot be used.
+        StorageError: the database or the blob store cannot be used.
     """
     watch_signals(stop, request_stop)
-    app, database = _connect(settings)
-    runner = JobRunner(settings, database, FolderBlobStore(settings.blobs), owner, stop)
+    app, database, blobs = _connect(settings)
+    runner = JobRunner(settings, database, blobs, owner, stop)
     register_jobs(app, runner)
     return consume(app, TRAINING_QUEUE, settings, node=f"trainer@{owner}")
 
@@ -37,21 +37,22 @@ def run_controller(settings: Settings, owner: str, stop: threading.Event) -> int
     """Sweep every `settings.sweep_seconds` until SIGTERM or SIGINT; return the exit code.
 
     Raises:
-        StorageError: the database cannot be used.
+        StorageError: the database or the blob store cannot be used.
     """
     watch_signals(stop, request_stop)
-    app, database = _connect(settings)
-    register_sweep(app, settings, database)
+    app, database, blobs = _connect(settings)
+    register_sweep(app, settings, database, blobs)
     start_beat(app, settings)
     webhook_sender.start(database, WEBHOOK_SECONDS, stop)
     return consume(app, CONTROL_QUEUE, settings, node=f"controller@{owner}")
 
 
-def _connect(settings: Settings) -> tuple[celery.Celery, Database]:
+def _connect(settings: Settings) -> tuple[celery.Celery, Database, BlobStore]:
     try:
         schema.upgrade(settings.database_url)  # whoever starts first does it, the others wait
     except OperationalError as error:
         reason = str(error.orig).strip().splitlines()
         raise StorageError(f"the database does not answer: {reason[0] if reason else 'no reason given'}") from None
     app = make_app(settings)
-    return app, Database(settings.database_url, dispatch=sender(app))
+    blobs = open_store(settings.blobs, settings.home / "scratch")
+    return app, Database(settings.database_url, dispatch=sender(app), stored=blobs.exists), blobs

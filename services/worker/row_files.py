@@ -8,7 +8,7 @@ from pathlib import Path
 
 from assets.data import examples_to_jsonl, read_examples
 from cotuning.examples import Example
-from persistence.blobs import FolderBlobStore, StoredBlob
+from persistence.blobs import BlobStore, StoredBlob
 from protocol.runs import ModelVersion
 
 ROWS = "rows"
@@ -33,14 +33,15 @@ class RowFiles:
         return cls(**version.metrics[ROWS])
 
 
-def put_rows(blobs: FolderBlobStore, rows: Sequence[Example]) -> StoredBlob:
+def put_rows(blobs: BlobStore, rows: Sequence[Example]) -> StoredBlob:
     """Store rows as JSON lines."""
     return blobs.put_bytes(examples_to_jsonl(rows))
 
 
-def get_rows(blobs: FolderBlobStore, sha256: str) -> list[Example]:
+def get_rows(blobs: BlobStore, sha256: str) -> list[Example]:
     """Read rows that `put_rows` stored, in their order."""
     with tempfile.TemporaryDirectory(prefix="cotune-rows-") as name:
         path = Path(name) / "rows.jsonl"  # the reader goes by the suffix
-        shutil.copyfile(blobs.path(sha256), path)
+        with blobs.local(sha256) as source:
+            shutil.copyfile(source, path)
         return read_examples(path)

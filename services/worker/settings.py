@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from persistence.blobs import S3Address, read_address
 from protocol.queue import embedded_broker_url, queue_folder, queue_name
 from protocol.statuses import TRAINING_QUEUE
 
@@ -21,7 +22,7 @@ class Settings:
     database_url: str
     broker_url: str
     queue_prefix: str
-    blobs: Path
+    blobs: Path | S3Address
     log_format: LogFormat
     torch_threads: int | None
     """Threads of torch's CPU kernels; None leaves torch's own choice."""
@@ -32,6 +33,10 @@ class Settings:
     """A queued job sent so long ago and not claimed is sent again."""
     offline_after_seconds: float
     """A device not heard from for so long is shown as offline."""
+    orphan_sweep_seconds: float = 3600.0
+    """How often the blob store is looked through for what nothing refers to."""
+    orphan_grace_seconds: float = 86_400.0
+    """A file without a reference is left alone for so long. Longer than any stage of a round should be."""
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> "Settings":
@@ -46,13 +51,15 @@ class Settings:
             database_url=environment.get("COTUNE_DATABASE_URL") or f"sqlite:///{home / 'cotune.sqlite3'}",
             broker_url=environment.get("COTUNE_BROKER_URL") or embedded_broker_url(home),
             queue_prefix=environment.get("COTUNE_QUEUE_PREFIX", ""),
-            blobs=Path(environment.get("COTUNE_BLOBS") or home / "blobs").expanduser().absolute(),
+            blobs=read_address(environment, home),
             log_format=_log_format(environment.get("COTUNE_LOG_FORMAT") or "console"),
             torch_threads=_threads(environment.get("COTUNE_TORCH_THREADS")),
             lease_seconds=_seconds(environment, "COTUNE_LEASE_SECONDS", 20.0),
             sweep_seconds=_seconds(environment, "COTUNE_SWEEP_SECONDS", 5.0),
             resend_after_seconds=_seconds(environment, "COTUNE_RESEND_AFTER_SECONDS", 10.0),
             offline_after_seconds=_seconds(environment, "COTUNE_OFFLINE_AFTER_SECONDS", 90.0),
+            orphan_sweep_seconds=_seconds(environment, "COTUNE_ORPHAN_SWEEP_SECONDS", 3600.0),
+            orphan_grace_seconds=_seconds(environment, "COTUNE_ORPHAN_GRACE_SECONDS", 86_400.0, 30 * 86_400),
         )
         queue_folder(settings.broker_url)
         queue_name(TRAINING_QUEUE, settings.queue_prefix)
@@ -81,7 +88,7 @@ def _threads(value: str | None) -> int | None:
     return int(value)
 
 
-def _seconds(environment: Mapping[str, str], name: str, default: float) -> float:
+def _seconds(environment: Mapping[str, str], name: str, default: float, most: int = 86_400) -> float:
     value = environment.get(name)
     if not value:
         return default
@@ -89,8 +96,8 @@ def _seconds(environment: Mapping[str, str], name: str, default: float) -> float
         seconds = float(value)
     except ValueError:
         seconds = float("nan")
-    if not 0.1 <= seconds <= 86_400:
-        raise ValueError(f"{name}: expected seconds from 0.1 to 86400, got {value!r}")
+    if not 0.1 <= seconds <= most:
+        raise ValueError(f"{name}: expected seconds from 0.1 to {most}, got {value!r}")
     return seconds
 
 

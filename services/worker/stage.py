@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from sqlalchemy.orm import Session
 
-from persistence.blobs import FolderBlobStore
+from persistence.blobs import BlobStore
 from persistence.database import Database
 from persistence.jobs import JobRecord
 from worker.leases import Lease
@@ -39,7 +39,7 @@ class Work:
     job: JobRecord
     owner: str
     database: Database
-    blobs: FolderBlobStore
+    blobs: BlobStore
     cache: "ModelCache"
     lease: Lease
     checkpoints: Path | None = None

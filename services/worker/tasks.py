@@ -6,6 +6,7 @@ delivery of the same message therefore finds nothing to do. Torch is imported wh
 """
 
 import threading
+import time
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, assert_never
@@ -14,7 +15,7 @@ import celery
 import structlog
 
 from persistence import jobs
-from persistence.blobs import FolderBlobStore
+from persistence.blobs import BlobStore
 from persistence.database import Database
 from persistence.errors import LeaseLost
 from persistence.jobs import JobRecord
@@ -23,7 +24,7 @@ from protocol.statuses import SWEEP_TASK_NAME, JobKind
 from worker.leases import Abandoned, Lease
 from worker.settings import Settings
 from worker.stage import Finish, Stage, Work, utc_now
-from worker.sweep import sweep
+from worker.sweep import sweep, sweep_store
 
 if TYPE_CHECKING:
     from worker.model_cache import ModelCache
@@ -43,7 +44,7 @@ class JobRunner:
 
     settings: Settings
     database: Database
-    blobs: FolderBlobStore
+    blobs: BlobStore
     owner: str
     """Names this process in leases; unique for each start of a process."""
     stop: threading.Event = field(default_factory=threading.Event)
@@ -172,10 +173,15 @@ def register_jobs(app: celery.Celery, runner: JobRunner) -> None:
         app.task(run_job, name=kind.task_name, acks_late=True, ignore_result=True)
 
 
-def register_sweep(app: celery.Celery, settings: Settings, database: Database) -> None:
-    """Make the sweep known to `app`, by name."""
+def register_sweep(app: celery.Celery, settings: Settings, database: Database, blobs: BlobStore) -> None:
+    """Make the sweep known to `app`, by name. The blob store is swept every `settings.orphan_sweep_seconds`."""
+    store_swept_at: float | None = None
 
     def run_sweep() -> None:
+        nonlocal store_swept_at
         sweep(settings, database, utc_now())
+        if store_swept_at is None or time.monotonic() >= store_swept_at + settings.orphan_sweep_seconds:
+            store_swept_at = time.monotonic()
+            sweep_store(settings, database, blobs, utc_now())
 
     app.task(run_sweep, name=SWEEP_TASK_NAME, ignore_result=True)

@@ -9,6 +9,7 @@ import structlog
 
 from persistence import schema
 from tests.cloud_api.running_api import RunningApi, running_api, settings_in
+from tests.s3_server import address
 
 
 @pytest.fixture(scope="package", autouse=True)
@@ -41,6 +42,18 @@ def api(tmp_path_factory: pytest.TempPathFactory, migrated_file: Path) -> Iterat
     home = tmp_path_factory.mktemp("home")
     shutil.copy(migrated_file, home / "cotune.sqlite3")
     with running_api(settings_in(home)) as running:
+        yield running
+
+
+@pytest.fixture(scope="module", params=["folder", "s3"])
+def store_api(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, migrated_file: Path
+) -> Iterator[RunningApi]:
+    """An API that takes very small chunks, with either kind of blob store."""
+    home = tmp_path_factory.mktemp("home")
+    shutil.copy(migrated_file, home / "cotune.sqlite3")
+    blobs = home / "blobs" if request.param == "folder" else address(request.getfixturevalue("s3"))
+    with running_api(settings_in(home, upload_chunk_bytes=100, blobs=blobs)) as running:
         yield running
 
 

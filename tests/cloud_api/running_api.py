@@ -28,7 +28,7 @@ from cloud_api.settings import Settings
 from persistence import artifacts, jobs, results
 from persistence.blobs import StoredBlob
 from persistence.jobs import JobRecord
-from protocol.assignments import Assignment
+from protocol.assignments import Assignment, PartUpload
 from protocol.headers import (
     ADAPTER_FORMAT,
     CONTENT_DIGEST_HEADER,
@@ -97,6 +97,14 @@ def digest_header(content: bytes) -> dict[str, str]:
     return {CONTENT_DIGEST_HEADER: content_digest(sha256(content).hexdigest())}
 
 
+def offset_header(offset: int) -> dict[str, str]:
+    return {"Upload-Offset": str(offset)}
+
+
+def upload_path(upload: PartUpload) -> str:
+    return f"/v1/assignments/{upload.assignment_id}/parts/{upload.kind.value}/uploads/{upload.upload_id}"
+
+
 @dataclass(frozen=True)
 class DeviceClient:
     """An enrolled device."""
@@ -113,6 +121,28 @@ class DeviceClient:
     def upload(self, assignment: Assignment, kind: str, content: bytes) -> httpx.Response:
         path = f"/v1/assignments/{assignment.assignment_id}/parts/{kind}"
         return self.http.put(path, content=content, headers=digest_header(content))
+
+    def begin(self, assignment: Assignment, kind: str, content: bytes, **changed: str) -> httpx.Response:
+        headers = {"Upload-Length": str(len(content)), "Repr-Digest": content_digest(sha256(content).hexdigest())}
+        path = f"/v1/assignments/{assignment.assignment_id}/parts/{kind}/uploads"
+        return self.http.post(path, headers=headers | {name.replace("_", "-"): text for name, text in changed.items()})
+
+    def send_chunk(self, upload: PartUpload, content: bytes, offset: int | None = None) -> httpx.Response:
+        """Send the chunk of `content`, the whole file, that starts at `offset`."""
+        start = upload.received_bytes if offset is None else offset
+        chunk = content[start : start + upload.chunk_bytes]
+        return self.http.patch(upload_path(upload), content=chunk, headers=digest_header(chunk) | offset_header(start))
+
+    def complete(self, upload: PartUpload) -> httpx.Response:
+        return self.http.post(f"{upload_path(upload)}/completion")
+
+    def upload_in_chunks(self, assignment: Assignment, kind: str, content: bytes) -> httpx.Response:
+        upload = PartUpload.model_validate_json(self.begin(assignment, kind, content).content)
+        while upload.received_bytes < upload.size_bytes:
+            response = self.send_chunk(upload, content)
+            assert response.status_code == 200, response.text
+            upload = PartUpload.model_validate_json(response.content)
+        return self.complete(upload)
 
     def submit(self, assignment: Assignment, parts: Mapping[str, bytes], **changed: Any) -> httpx.Response:
         body = {
@@ -172,7 +202,7 @@ class RunningApi:
         assert response.status_code == 201, response.text
         return Run.model_validate_json(response.content)
 
-    def prepare(self, run: Run, *, with_files: bool = True) -> None:
+    def prepare(self, run: Run, *, with_files: bool = True, tensors: Mapping[str, TensorInfo] = TENSORS) -> None:
         """Do what a worker does for a new run: round 1 is open afterwards."""
         now = datetime.now(UTC)
         if not with_files:
@@ -193,7 +223,7 @@ class RunningApi:
                 adapter_sha256=files["adapter"].sha256,
                 llm_adapter_sha256=files["llm_adapter"].sha256,
                 probe_set_sha256=files["probe_set"].sha256,
-                expected_tensors=TENSORS,
+                expected_tensors=tensors,
             )
             results.finish_prepare(session, job, "worker", result, now)
 
@@ -205,6 +235,10 @@ class RunningApi:
 
     def stored(self, content: bytes) -> bool:
         return self.cloud.blobs.exists(sha256(content).hexdigest())
+
+    def stages(self) -> list[str]:
+        """Uploads that have chunks."""
+        return [name for name, _ in self.cloud.blobs.stages()]
 
     def left_over(self) -> list[Path]:
         """Files of uploads that were begun and not ended."""

@@ -16,6 +16,12 @@ CONTENT = os.urandom(700_001)  # more than two chunks, and not a multiple of one
 
 
 @pytest.fixture(scope="module")
+def api(store_api: RunningApi) -> RunningApi:
+    """With either kind of blob store."""
+    return store_api
+
+
+@pytest.fixture(scope="module")
 def device(api: RunningApi) -> DeviceClient:
     return api.enrol()
 
@@ -110,7 +116,7 @@ def test_an_empty_file(api: RunningApi, device: DeviceClient, run: Run) -> None:
 
 def test_a_file_that_the_store_has_lost(api: RunningApi, device: DeviceClient, run: Run) -> None:
     lost = api.put(b"to be lost", run)
-    api.cloud.blobs.path(lost.sha256).unlink()
+    api.cloud.blobs.remove(lost.sha256)
     assert fetch(device, lost).json()["code"] == ErrorCode.ARTIFACT_NOT_FOUND
 
 

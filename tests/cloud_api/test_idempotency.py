@@ -32,6 +32,8 @@ def test_every_post_takes_the_key() -> None:
     assert len(posts) >= 7
     for route in posts:
         assert isinstance(route, APIRoute)
+        if hasattr(route.endpoint, "repeats_by_content"):
+            continue
         names = {field.alias for each in route.dependant.dependencies for field in each.header_params}
         assert IDEMPOTENCY_KEY_HEADER in names, route.path
 

@@ -84,6 +84,10 @@ def test_deployments_name_their_own_services(tmp_path: Path) -> None:
         ({"COTUNE_BROKER_URL": "amqp://x"}, "amqp://x"),
         ({"COTUNE_QUEUE_PREFIX": "a b"}, "prefix"),
         ({"COTUNE_MAX_LOGITS_BYTES": "0"}, "COTUNE_MAX_LOGITS_BYTES"),
+        ({"COTUNE_UPLOAD_CHUNK_BYTES": "1000"}, "COTUNE_UPLOAD_CHUNK_BYTES.*4194304 to 8388608"),
+        ({"COTUNE_UPLOAD_CHUNK_BYTES": "9" * 5000}, "COTUNE_UPLOAD_CHUNK_BYTES"),
+        ({"COTUNE_LINK_SECONDS": "-1"}, "COTUNE_LINK_SECONDS"),
+        ({"COTUNE_BLOBS": "ftp://x"}, "COTUNE_BLOBS"),
         ({"COTUNE_MAX_ADAPTER_DELTA_BYTES": "10 MB"}, "COTUNE_MAX_ADAPTER_DELTA_BYTES"),
     ],
 )

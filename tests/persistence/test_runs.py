@@ -193,7 +193,7 @@ def test_a_refused_update_is_not_counted_as_had(world: World) -> None:
     world.call(world.finish_aggregation, job, "worker")
     shown = world.run(run.run_id)
     assert (shown.status, shown.error_code) == (RunStatus.FAILED, ErrorCode.TOO_FEW_UPDATES)
-    assert shown.status_reason == "round 1 has 0 usable updates of the 1 it needs; rejected: non_finite_values: NaN"
+    assert shown.status_reason == "round 1 has 0 usable updates of the 1 it needs; not counted: non_finite_values: NaN"
     assert world.round(run.run_id).status is RoundStatus.ABANDONED
     assert world.job_status(job.job_id) is JobStatus.DONE
     assert world.count(JobRow) == 2

@@ -1,5 +1,6 @@
 """The migrations build the schema from nothing, agree with the tables, can be undone, and survive a common start."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -72,6 +73,37 @@ def test_a_migration_can_be_undone(empty_url: str) -> None:
     assert tables(empty_url) == {"alembic_version"}
     schema.upgrade(empty_url)
     assert tables(empty_url) > {"runs"}
+
+
+def test_the_rows_of_runs_prepared_before_are_registered_so_that_no_sweep_takes_them(empty_url: str) -> None:
+    schema.upgrade(empty_url, revision="0002")
+    rows = {"training": "1" * 64, "validation": "2" * 64, "test": None}
+    time = "2026-03-01 12:00:00"
+    engine = connect(empty_url)
+    with engine.begin() as connection:
+        for run_id, metrics in (("run_1", {"rows": rows}), ("run_2", {"rows": rows}), ("run_3", {})):
+            connection.execute(
+                text(
+                    "INSERT INTO runs (id, name, status, config, current_round, created_at)"
+                    " VALUES (:id, 'run', 'running', '{}', 1, :time)"
+                ),
+                {"id": run_id, "time": time},
+            )
+            connection.execute(
+                text(
+                    "INSERT INTO versions (run_id, number, promoted, num_updates, metrics, created_at)"
+                    " VALUES (:id, 0, true, 0, :metrics, :time)"
+                ),
+                {"id": run_id, "metrics": json.dumps(metrics), "time": time},
+            )
+    schema.upgrade(empty_url)
+    with engine.connect() as connection:
+        uses = connection.execute(text("SELECT run_id, sha256, kind FROM run_artifacts ORDER BY run_id, sha256")).all()
+        assert [tuple(each) for each in uses] == [
+            (run_id, sha256, "rows") for run_id in ("run_1", "run_2") for sha256 in ("1" * 64, "2" * 64)
+        ]
+        assert connection.scalar(text("SELECT count(*) FROM artifacts")) == 2
+    engine.dispose()
 
 
 def test_processes_that_start_together_migrate_once(empty_url: str) -> None:

@@ -42,8 +42,9 @@ EXPECTED = {
         accepted: training uploading submitted rejected late lost
         training: uploading submitted rejected late lost
         uploading: submitted rejected late lost
-        submitted: counted rejected
+        submitted: counted quarantined rejected
         counted:
+        quarantined:
         rejected:
         late:
         lost: late

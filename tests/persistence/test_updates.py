@@ -258,3 +258,28 @@ def test_metrics_that_are_not_finite_do_not_break_the_database(world: World) -> 
     receipt = submit(world, assignment, device, submission)
     assert submit(world, assignment, device, submission) == receipt
     assert world.round(run.run_id).devices[0].metrics["losses"] == {"slm": None}
+
+
+def test_a_quarantined_update_keeps_its_files_and_its_receipt_and_is_final(world: World) -> None:
+    device = world.enrol("a")
+    run = world.start_run()
+    assignment = world.deliver(device)
+    receipt = submit(world, assignment, device, submission_of(assignment, device))
+    arguments = (assignment.assignment_id, ErrorCode.NORM_OUTLIER, "far from the others", world.now)
+    world.call(updates.quarantine_update, *arguments)
+    world.call(updates.quarantine_update, *arguments)
+    (shown,) = world.round(run.run_id).devices
+    assert (shown.status, shown.reason) == (AssignmentStatus.QUARANTINED, "norm_outlier: far from the others")
+    assert [event.type for event in world.events()].count(EventType.UPDATE_QUARANTINED) == 1
+    outcome = world.call(updates.outcome, device, assignment.assignment_id)
+    assert (outcome.status, outcome.receipt) == (AssignmentStatus.QUARANTINED, receipt)
+    assert submit(world, assignment, device, submission_of(assignment, device)) == receipt
+    assert world.call(updates.submitted_updates, shown_round(world, run.run_id)) == []
+    with pytest.raises(DomainError, match="quarantined") as caught:
+        world.call(updates.reject_update, *arguments)
+    assert caught.value.code is ErrorCode.ILLEGAL_TRANSITION
+    assert world.count(UpdatePartRow) == 2
+
+
+def shown_round(world: World, run_id: str) -> str:
+    return world.round(run_id).round_id

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from assets.data import examples_to_jsonl
 from assets.models import load_language_model
-from assets.tensors import read_tensors, tensors_to_bytes
+from assets.tensors import tensors_to_bytes
 from cotuning.adapters import adapted, lora_config
 from cotuning.examples import Example
 from cotuning.language_model import LanguageModel
 from cotuning.probe_logits import probe_payload
 from cotuning.strategies import co_plms
 from persistence import assignments, enrolment, events, rounds, runs, updates, versions
-from persistence.blobs import FolderBlobStore
+from persistence.blobs import BlobStore, FolderBlobStore
 from persistence.database import Database, JobMessage
 from protocol.assignments import Assignment, ModelManifest, Part, Submission
 from protocol.devices import DeviceProfile, EnrolmentRequest, EnrolmentTokenCreate
@@ -26,6 +26,7 @@ from protocol.runs import DeviceMetrics, ModelVersion, Round, Run, RunCreate
 from protocol.statuses import AssignmentStatus, PartKind
 from protocol.strategies import CoPlmsSettings
 from tests.tiny_models import tiny_examples, tiny_language_model
+from worker.adapter_files import get_adapter
 from worker.row_files import get_rows
 from worker.settings import Settings
 from worker.stage import utc_now
@@ -66,11 +67,22 @@ def write_rows(path: Path, rows: Sequence[Example]) -> str:
 class Cloud:
     """The server's side in `settings.home`, and devices that speak to its database as the API would."""
 
-    def __init__(self, settings: Settings, *, dispatch: Callable[[JobMessage], None] | None = None) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        dispatch: Callable[[JobMessage], None] | None = None,
+        blobs: BlobStore | None = None,
+    ) -> None:
+        """`blobs`: where the files are; by default the settings' folder."""
         self.settings = settings
         self.sent: list[str] = []
-        self.database = Database(settings.database_url, dispatch or (lambda message: self.sent.append(message.job_id)))
-        self.blobs = FolderBlobStore(settings.blobs)
+        self.blobs: Any = blobs or FolderBlobStore(settings.blobs)
+        self.database = Database(
+            settings.database_url,
+            dispatch or (lambda message: self.sent.append(message.job_id)),
+            stored=self.blobs.exists,
+        )
         self.runner = self.make_runner("worker-1")
 
     def make_runner(self, owner: str) -> JobRunner:
@@ -202,9 +214,10 @@ class Cloud:
             manifest = ModelManifest.model_validate_json(file.read())
         folder.mkdir(exist_ok=True)
         for each in manifest.files:
-            (folder / each.path).write_bytes(self.blobs.path(each.sha256).read_bytes())
+            with self.blobs.open(each.sha256) as source:
+                (folder / each.path).write_bytes(source.read())
         probe = get_rows(self.blobs, assignment.probe_set.sha256)
-        return load_language_model(folder), probe, read_tensors(self.blobs.path(assignment.adapter.sha256))[0]
+        return load_language_model(folder), probe, get_adapter(self.blobs, assignment.adapter.sha256)
 
     def run(self, run_id: str) -> Run:
         return self.read(runs.get_run, run_id)

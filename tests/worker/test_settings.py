@@ -39,6 +39,8 @@ def test_services_are_named_by_the_environment(tmp_path: Path) -> None:
         ("COTUNE_TORCH_THREADS", "0"),
         ("COTUNE_LEASE_SECONDS", "nan"),
         ("COTUNE_SWEEP_SECONDS", "-1"),
+        ("COTUNE_ORPHAN_GRACE_SECONDS", "2592001"),
+        ("COTUNE_BLOBS", "ftp://x"),
         ("COTUNE_LOG_FORMAT", "xml"),
         ("COTUNE_BROKER_URL", "amqp://x"),
         ("COTUNE_QUEUE_PREFIX", "a/b"),

@@ -334,6 +334,39 @@ def test_an_update_of_low_coverage_is_refused_and_ends_nothing_for_the_others(cl
     assert "got 0.41" in (failed.status_reason or "")
 
 
+@pytest.mark.parametrize(
+    ("gate", "status"), [("quarantine", "quarantined"), ("reject", "rejected"), ("off", "counted")]
+)
+def test_an_update_unlike_the_others_is_held_back_with_a_reason_both_can_read(
+    cloud: Cloud, llm: str, gate: str, status: str
+) -> None:
+    devices = cloud.enrol("a", "b", "c", "d", "e")
+    strategy = {"norm_gate": gate, "norm_gate_min_updates": 5, "server": {"steps": 0}, "max_update_norm": 1e6}
+    run = cloud.create_run(llm, strategy=strategy, min_updates=4, grace_seconds=60)
+    cloud.work()
+    assignments = [cloud.take(device) for device in devices]
+    for number, (device, assignment) in enumerate(zip(devices, assignments, strict=True)):
+        update = cloud.untrained_update(assignment, seed=number, scale=1.0 if number == 2 else 1e-3)
+        cloud.deliver(assignment, device, cloud.as_parts(update))
+    cloud.work()
+    shown = {each.device_id: each for each in cloud.round(run.run_id).devices}
+    assert [shown[device].status.value for device in devices] == ["counted", "counted", status, "counted", "counted"]
+    metrics = cloud.round(run.run_id).metrics
+    if gate == "off":
+        assert metrics["num_updates"] == 5
+        return
+    assert metrics["num_updates"] == 4
+    assert metrics[status] == {devices[2]: "norm_outlier"}
+    assert "norm_outlier: expected a norm within" in (shown[devices[2]].reason or "")
+    outcome = cloud.read(updates.outcome, devices[2], assignments[2].assignment_id)
+    assert (outcome.status.value, outcome.reason) == (status, shown[devices[2]].reason)
+    assert outcome.receipt is not None
+    (event,) = [each for each in cloud.events(run.run_id) if each.type == f"update.{status}"]
+    assert event.data["code"] == "norm_outlier"
+    counted = cloud.read(updates.submitted_updates, cloud.round(run.run_id).round_id)
+    assert {update.device_id for update in counted} == set(devices) - {devices[2]}
+
+
 def test_a_version_that_is_worse_is_kept_and_not_promoted(cloud: Cloud, llm: str) -> None:
     (device,) = cloud.enrol("a")
     evaluation = {"validation_rows": 4, "test_rows": 0, "max_new_tokens": 4, "tolerance_bits_per_byte": 0.005}

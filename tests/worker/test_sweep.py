@@ -2,13 +2,13 @@
 
 from datetime import timedelta
 
-from persistence import assignments, devices
+from persistence import assignments, devices, part_uploads
 from protocol.assignments import AssignmentProgress
 from protocol.errors import ErrorCode
-from protocol.statuses import AssignmentStatus, DeviceStatus, RoundStatus, RunStatus
+from protocol.statuses import AssignmentStatus, DeviceStatus, PartKind, RoundStatus, RunStatus
 from tests.worker.cloud import Cloud
 from worker.stage import utc_now
-from worker.sweep import sweep
+from worker.sweep import sweep, sweep_store
 
 
 def _standalone(cloud: Cloud, **values: object) -> str:
@@ -53,3 +53,37 @@ def test_silent_devices_go_offline(cloud: Cloud) -> None:
     for seconds, status in ((limit - 5, DeviceStatus.REGISTERED), (limit + 5, DeviceStatus.OFFLINE)):
         sweep(cloud.settings, cloud.database, utc_now() + timedelta(seconds=seconds))
         assert cloud.read(devices.get_device, device).status is status
+
+
+def test_the_store_is_swept_of_what_nothing_refers_to(cloud: Cloud, llm: str) -> None:
+    (device,) = cloud.enrol("a")
+    run = cloud.create_run(llm)
+    cloud.work()
+    assignment = cloud.take(device)
+    kept = {each.sha256 for each in cloud.blobs.objects()}
+    orphan = cloud.blobs.put_bytes(b"registered by nobody").sha256
+    with cloud.blobs.writer(stage="upl_gone") as writer:
+        writer.write(b"a chunk of a forgotten upload")
+        writer.commit()
+    (cloud.blobs.incoming / "half").write_bytes(b"half")
+    arguments = (assignment.assignment_id, PartKind.LOGITS, "0" * 64, 100, 10)
+    upload, _ = cloud.call(part_uploads.begin, *arguments, utc_now())
+    with cloud.blobs.writer(stage=upload.upload_id) as writer:
+        writer.write(b"a chunk of it")
+        writer.commit()
+
+    sweep_store(cloud.settings, cloud.database, cloud.blobs, utc_now())
+    assert cloud.blobs.exists(orphan), "it may be somebody's who is about to register it"
+    assert {stage for stage, _ in cloud.blobs.stages()} == {"upl_gone", upload.upload_id}
+
+    later = utc_now() + timedelta(seconds=cloud.settings.orphan_grace_seconds + 5)
+    sweep_store(cloud.settings, cloud.database, cloud.blobs, later)
+    assert {each.sha256 for each in cloud.blobs.objects()} == kept
+    assert list(cloud.blobs.stages()) == []
+    assert list(cloud.blobs.incoming.iterdir()) == []
+    cloud.deliver(assignment, device, cloud.as_parts(cloud.untrained_update(assignment)))
+    cloud.work()
+    assert cloud.run(run.run_id).status is RunStatus.COMPLETED
+    sweep_store(cloud.settings, cloud.database, cloud.blobs, later)
+    version = cloud.version(run.run_id, 1)
+    assert cloud.blobs.exists(version.proxy_adapter_sha256 or "")

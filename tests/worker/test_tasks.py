@@ -20,7 +20,7 @@ from worker.tasks import register_jobs, register_sweep, write_result
 def test_every_kind_of_job_is_a_task_by_name_in_its_queue(cloud: Cloud, settings: Settings) -> None:
     app = make_app(settings)
     register_jobs(app, cloud.runner)
-    register_sweep(app, settings, cloud.database)
+    register_sweep(app, settings, cloud.database, cloud.blobs)
     app.finalize()
     assert {name for name in app.tasks if name.startswith("cotune.")} == {
         SWEEP_TASK_NAME,

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Header, Path, Request, Response
 from sqlalchemy.orm import Session
 
-from cloud_api.artifacts.files import REPR_DIGEST_HEADER, Wanted, file_response
+from cloud_api.artifacts.files import Wanted, file_response
 from cloud_api.authentication import Caller, Presented, authenticate_caller
 from cloud_api.dependencies import CloudHere, EitherKey
 from cloud_api.documentation import CALLER, answers
@@ -13,7 +13,7 @@ from cloud_api.strict_json import StrictJsonRoute
 from persistence import artifacts
 from persistence.artifacts import Artifact
 from protocol.errors import ErrorCode
-from protocol.headers import CONTENT_DIGEST_HEADER, content_digest
+from protocol.headers import CONTENT_DIGEST_HEADER, LINKS_FOLLOW, LINKS_HEADER, REPR_DIGEST_HEADER, content_digest
 
 router = APIRouter(prefix="/v1/artifacts", tags=["artifacts"], route_class=StrictJsonRoute)
 
@@ -28,6 +28,14 @@ IfRange = Annotated[
     str | None, Header(description="The `ETag` of the bytes that are there; if it is another file, all of it comes.")
 ]
 IfNoneMatch = Annotated[str | None, Header(description="`ETag`s that the client has; 304 if this is one of them.")]
+
+Links = Annotated[
+    str | None,
+    Header(
+        alias=LINKS_HEADER,
+        description=f"`{LINKS_FOLLOW}`: the client can fetch the file from another host. Without `Authorization`!",
+    ),
+]
 
 DOWNLOAD_ERRORS = (ErrorCode.ARTIFACT_NOT_FOUND, ErrorCode.RANGE_NOT_SATISFIABLE)
 
@@ -57,6 +65,11 @@ DOWNLOADS: dict[int, dict[str, Any]] = {
         "headers": _FILE_HEADERS | {"Content-Range": _TEXT | {"example": "bytes 1048576-4194303/4194304"}},
     },
     304: _NOT_CHANGED,
+    307: {
+        "description": "Where the file is for a short time; only with `Cotune-Links: follow`, and where the operator "
+        "allows it. Whoever has the link can read the file: send it no credential, tell it nobody, check the digest.",
+        "headers": _FILE_HEADERS | {"Location": _TEXT | {"description": "A link to the object store."}},
+    },
 }
 _HEADERS_ONLY: dict[int, dict[str, Any]] = {
     200: {"description": "It is there; the headers say how long it is.", "headers": _FILE_HEADERS},
@@ -80,13 +93,14 @@ async def download(
     range_header: RangeHeader = None,
     if_range: IfRange = None,
     if_none_match: IfNoneMatch = None,
+    links: Links = None,
 ) -> Response:
     """A file by its hash, resumable. Devices get what a run gave them: proxy base, adapter, probe set.
 
     To go on after a cut: `Range: bytes=<what is there>-` with `If-Range: "<sha256>"`.
     """
     caller, artifact = await _find(cloud, presented, sha256)
-    wanted = Wanted(range_header, if_range, if_none_match)
+    wanted = Wanted(range_header, if_range, if_none_match, link=links == LINKS_FOLLOW)
     return await file_response(request, cloud, artifact, wanted, device_id=caller.device_id)
 
 

@@ -16,25 +16,26 @@ from cloud_api.artifacts.ranges import ByteRange, any_matches, parse_range
 from cloud_api.cloud import Cloud
 from persistence import traffic
 from persistence.artifacts import Artifact
-from protocol.headers import CONTENT_DIGEST_HEADER, content_digest
+from protocol.headers import CONTENT_DIGEST_HEADER, REPR_DIGEST_HEADER, content_digest
 
 CHUNK_BYTES = 256 * 1024
-REPR_DIGEST_HEADER = "Repr-Digest"
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """The conditional and range headers of a request, None where absent."""
+    """The conditional and range headers of a request, None where absent, and what the client can do."""
 
     range: str | None = None
     if_range: str | None = None
     if_none_match: str | None = None
+    link: bool = False
+    """The client can fetch the file from another host."""
 
 
 async def file_response(
     request: Request, cloud: Cloud, artifact: Artifact, wanted: Wanted, *, device_id: str | None = None
 ) -> Response:
-    """Return the answer for a file: whole (200), a range (206) or not changed (304).
+    """Return the answer for a file: whole (200), a range (206), not changed (304) or where it is (307).
 
     Args:
         device_id: whose traffic it is; None counts nothing.
@@ -54,6 +55,10 @@ async def file_response(
     }
     if wanted.if_none_match is not None and any_matches(wanted.if_none_match, etag):
         return Response(status_code=304, headers=headers)
+    if wanted.link and (link := await _link(cloud, artifact)) is not None:
+        # Counted as sent whole: what the other host sends is not seen here.
+        await _count(cloud, artifact, device_id, size)
+        return Response(status_code=307, headers=headers | {"Location": link, "Cache-Control": "no-store"})
     part = None
     if wanted.range is not None and wanted.if_range in {None, etag}:
         part = parse_range(wanted.range, size)
@@ -97,11 +102,10 @@ class _FileResponse(Response):
         if scope["method"] == "HEAD":
             await super().__call__(scope, receive, send)
             return
-        file = await run_in_threadpool(self._cloud.blobs.open, self._artifact.sha256)
+        file = await run_in_threadpool(self._cloud.blobs.open, self._artifact.sha256, self._part.start)
         sent = 0
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            await run_in_threadpool(file.seek, self._part.start)
             request = Request(scope, receive)
             while sent < self._part.size and not await request.is_disconnected():
                 chunk = await self._read(file, self._part.size - sent)
@@ -113,7 +117,7 @@ class _FileResponse(Response):
         finally:
             file.close()
             with anyio.CancelScope(shield=True):
-                await self._count(sent)
+                await _count(self._cloud, self._artifact, self._device_id, sent)
 
     @staticmethod
     async def _read(file: BinaryIO, left: int) -> bytes:
@@ -122,9 +126,14 @@ class _FileResponse(Response):
             raise EOFError(f"a stored file is {left} bytes shorter than it was")
         return chunk
 
-    async def _count(self, num_bytes: int) -> None:
-        device_id, artifact = self._device_id, self._artifact
-        if device_id is not None and num_bytes > 0:
-            await self._cloud.transactions.write(
-                lambda session: traffic.add(session, artifact.run_id, device_id, "down", artifact.kind, num_bytes)
-            )
+
+async def _link(cloud: Cloud, artifact: Artifact) -> str | None:
+    seconds = cloud.settings.link_seconds
+    return await run_in_threadpool(cloud.blobs.link, artifact.sha256, seconds) if seconds else None
+
+
+async def _count(cloud: Cloud, artifact: Artifact, device_id: str | None, num_bytes: int) -> None:
+    if device_id is not None and num_bytes > 0:
+        await cloud.transactions.write(
+            lambda session: traffic.add(session, artifact.run_id, device_id, "down", artifact.kind, num_bytes)
+        )

@@ -12,24 +12,24 @@ from cloud_api.documentation import DEVICE, answers
 from cloud_api.strict_json import StrictJsonRoute
 from cloud_api.updates import examples
 from cloud_api.updates.admission import HeaderGate
-from cloud_api.updates.receiving import announced, receive_file
+from cloud_api.updates.receiving import announced, most_bytes, receive_file
 from persistence import assignments, traffic, updates
 from persistence.updates import PartAdmission
-from protocol.assignments import PartReceipt, Submission, SubmissionReceipt
+from protocol.assignments import PartReceipt, Submission, SubmissionReceipt, UpdateOutcome
 from protocol.errors import ErrorCode
 from protocol.headers import CONTENT_DIGEST_HEADER
 from protocol.statuses import PartKind
 
 router = APIRouter(prefix="/v1/assignments/{assignment_id}", tags=["updates"], route_class=StrictJsonRoute)
 
-_UPDATE_ERRORS = (
+UPDATE_ERRORS = (
     ErrorCode.ASSIGNMENT_NOT_FOUND,
     ErrorCode.ROUND_CLOSED,
     ErrorCode.UPDATE_CONFLICT,
     ErrorCode.ILLEGAL_TRANSITION,
     ErrorCode.WRONG_BASE_VERSION,
 )
-_FILE_ERRORS = (
+FILE_ERRORS = (
     ErrorCode.LENGTH_REQUIRED,
     ErrorCode.BODY_TOO_LARGE,
     ErrorCode.TRUNCATED_BODY,
@@ -72,8 +72,8 @@ _PART_REQUEST = {
     responses=answers(
         examples.PART_RECEIPT,
         DEVICE,
-        _UPDATE_ERRORS,
-        _FILE_ERRORS,
+        UPDATE_ERRORS,
+        FILE_ERRORS,
         status=201,
         description="Stored, durably.",
         also={200: {"description": "It was here already; the same receipt.", "model": PartReceipt}},
@@ -99,8 +99,7 @@ async def upload_part(
         return updates.admit_part(session, device_id, assignment_id, kind, cloud.now())
 
     admission = await cloud.write(admit)
-    limit = cloud.settings.upload_limits[kind]
-    body = announced(request, limit if admission.most_bytes is None else min(limit, admission.most_bytes))
+    body = announced(request, most_bytes(cloud, kind, admission))
     blob = await receive_file(request, cloud, body, HeaderGate(kind, admission, body.size_bytes))
     now = cloud.now()
 
@@ -122,7 +121,7 @@ async def upload_part(
     responses=answers(
         examples.RECEIPT,
         DEVICE,
-        _UPDATE_ERRORS,
+        UPDATE_ERRORS,
         ErrorCode.UPDATE_INCOMPLETE,
         status=201,
         description="Received; the device may delete its copy.",
@@ -149,3 +148,13 @@ def submit(
     traffic.add(session, run_id, device_id, "up", "metrics", body_bytes)
     response.status_code = 201 if receipt.received_at == now else 200
     return receipt
+
+
+@router.get(
+    "/submission",
+    summary="Ask what became of an update",
+    responses=answers(examples.OUTCOME, DEVICE, ErrorCode.ASSIGNMENT_NOT_FOUND),
+)
+def outcome(*, session: WriteSession, device_id: DeviceId, assignment_id: AssignmentPath) -> UpdateOutcome:
+    """Counted, quarantined, rejected, late or lost, and why; with its receipt, once it was submitted."""
+    return updates.outcome(session, device_id, assignment_id)

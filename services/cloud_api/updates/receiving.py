@@ -7,6 +7,7 @@ import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 
 from fastapi import Request
 from starlette.concurrency import run_in_threadpool
@@ -15,8 +16,11 @@ from starlette.requests import ClientDisconnect
 from cloud_api.cloud import Cloud
 from cloud_api.updates.admission import HeaderGate
 from persistence.blobs import StoredBlob
+from persistence.part_uploads import ReceivedFile
+from persistence.updates import PartAdmission
 from protocol.errors import DomainError, ErrorCode
 from protocol.headers import CONTENT_DIGEST_HEADER, parse_content_digest
+from protocol.statuses import PartKind
 
 BLOCK_BYTES = 256 * 1024
 """Written and hashed at once, in a thread; small enough for a thousand uploads at a time."""
@@ -30,49 +34,82 @@ class Announced:
     sha256: str
 
 
-def announced(request: Request, limit: int) -> Announced:
-    """Read `Content-Length` and `Content-Digest`, both required.
+def announced(
+    request: Request, limit: int, *, length_header: str = "Content-Length", digest_header: str = CONTENT_DIGEST_HEADER
+) -> Announced:
+    """Read the size and the digest of what will come, both required: of this body, or of a file that comes in chunks.
 
     Raises:
         DomainError: LENGTH_REQUIRED, BODY_TOO_LARGE, or INVALID_FIELD for the digest.
     """
-    length = request.headers.get("Content-Length", "")
+    length = request.headers.get(length_header, "")
     if not (length.isascii() and length.isdigit()):
-        detail = "expected `Content-Length` with the size of the file; chunked uploads are not taken"
+        detail = f"expected `{length_header}` with the size in bytes; a body without its length is not taken"
         raise DomainError(ErrorCode.LENGTH_REQUIRED, detail)
     if len(length) > 18 or int(length) > limit:
-        detail = f"expected at most {limit} bytes, `Content-Length` says {length[:40]}"
+        detail = f"expected at most {limit} bytes, `{length_header}` says {length[:40]}"
         raise DomainError(ErrorCode.BODY_TOO_LARGE, detail, expected=limit, received=length[:40])
-    digest = request.headers.get(CONTENT_DIGEST_HEADER, "")
+    digest = request.headers.get(digest_header, "")
     try:
         return Announced(int(length), parse_content_digest(digest))
     except ValueError as error:
-        detail = f"`{CONTENT_DIGEST_HEADER}`: {error}"
+        detail = f"`{digest_header}`: {error}"
         raise DomainError(
             ErrorCode.INVALID_FIELD, detail, expected="sha-256=:<base64 of 32 bytes>:", received=digest[:120] or None
         ) from None
 
 
-async def receive_file(request: Request, cloud: Cloud, body: Announced, gate: HeaderGate) -> StoredBlob:
+def most_bytes(cloud: Cloud, kind: PartKind, admission: PartAdmission) -> int:
+    """Return the largest size that is taken for a part."""
+    limit = cloud.settings.upload_limits[kind]
+    return limit if admission.most_bytes is None else min(limit, admission.most_bytes)
+
+
+async def receive_file(
+    request: Request, cloud: Cloud, body: Announced, gate: HeaderGate | None, *, stage: str | None = None
+) -> StoredBlob:
     """Store the request's body durably and return what was stored.
+
+    Args:
+        gate: looks at the bytes; None for a chunk that holds nothing of a header.
+        stage: the upload of which the body is a chunk; the gate then need not be passed by its end.
 
     Raises:
         DomainError: TRUNCATED_BODY, DIGEST_MISMATCH, UNAVAILABLE (the disk is full), or what the gate refuses.
     """
-    with await run_in_threadpool(cloud.blobs.writer, body.size_bytes) as writer:
+    with await run_in_threadpool(partial(cloud.blobs.writer, body.size_bytes, stage=stage)) as writer:
 
         def take(block: bytes) -> None:
-            gate.take(block)
+            if gate is not None:
+                gate.take(block)
             writer.write(block)
 
         def finish() -> StoredBlob:
-            gate.finish()
+            if gate is not None and stage is None:
+                gate.finish()
             return writer.commit(body.sha256)
 
         async with aclosing(_blocks(request, body.size_bytes, cloud.settings.upload_idle_seconds)) as blocks:
             async for block in blocks:
                 await run_in_threadpool(take, block)
         return await run_in_threadpool(finish)
+
+
+def assemble(cloud: Cloud, upload_id: str, file: ReceivedFile, gate: HeaderGate) -> StoredBlob:
+    """Put a file together from its chunks. For a thread.
+
+    Raises:
+        DomainError: DIGEST_MISMATCH, what the gate refuses, ARTIFACT_NOT_FOUND (a chunk was lost, or the upload was
+            ended meanwhile), UNAVAILABLE.
+    """
+    with cloud.blobs.writer(file.size_bytes) as writer:
+        for sha256 in file.chunks:
+            with cloud.blobs.open_staged(upload_id, sha256) as chunk:
+                while block := chunk.read(BLOCK_BYTES):
+                    gate.take(block)
+                    writer.write(block)
+        gate.finish()
+        return writer.commit(file.sha256)
 
 
 async def _blocks(request: Request, size_bytes: int, idle_seconds: float) -> AsyncGenerator[bytes]:

@@ -1,0 +1,144 @@
+"""A folder as a blob store.
+
+`<folder>/objects/<first two digits>/<sha256>` holds the files, `<folder>/staged/<upload>/<sha256>` the chunks of
+uploads; `<folder>/incoming/` holds what is still being written. A file is written there, synchronised, renamed, and
+then its folder is synchronised: after a power cut either the old state or the new one is found. Several processes, also
+of several machines, may share the folder.
+"""
+
+import io
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import BinaryIO
+
+from persistence.blobs.interface import BlobStore, StoredObject, check_sha256, check_stage, missing
+from persistence.errors import StorageError
+from protocol.errors import DomainError, ErrorCode
+
+
+class FolderBlobStore(BlobStore):
+    """Files in a folder.
+
+    Raises:
+        StorageError: the folder cannot be made or written to.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self.folder = Path(folder)
+        self.objects_folder = self.folder / "objects"
+        self.staged = self.folder / "staged"
+        super().__init__(self.folder / "incoming")
+        try:
+            self.objects_folder.mkdir(exist_ok=True)
+            self.staged.mkdir(exist_ok=True)
+        except OSError as error:
+            reason = error.strerror or type(error).__name__
+            raise StorageError(
+                f"the blob folder {self.folder} must be a folder that can be written: {reason}"
+            ) from error
+
+    def path(self, sha256: str) -> Path:
+        """Return where a file is or would be. Raises DomainError ARTIFACT_NOT_FOUND for what is not a SHA-256."""
+        check_sha256(sha256)
+        return self.objects_folder / sha256[:2] / sha256
+
+    def stat(self, sha256: str) -> StoredObject | None:
+        """As in `BlobStore`."""
+        return _stat(self.path(sha256))
+
+    def open(self, sha256: str, start: int = 0) -> BinaryIO:
+        """As in `BlobStore`."""
+        file = _open(self.path(sha256), sha256)
+        file.seek(start)
+        return file
+
+    @contextmanager
+    def local(self, sha256: str) -> Iterator[Path]:
+        """The file itself. Its bytes are not read again here: the file system is trusted as the database is."""
+        self.size(sha256)
+        yield self.path(sha256)
+
+    def link(self, sha256: str, seconds: int) -> str | None:
+        """None: a folder serves nobody."""
+        return None
+
+    def remove(self, sha256: str) -> None:
+        """As in `BlobStore`."""
+        self.path(sha256).unlink(missing_ok=True)
+
+    def objects(self) -> Iterator[StoredObject]:
+        """As in `BlobStore`."""
+        for folder in sorted(self.objects_folder.iterdir()):
+            for path in sorted(folder.iterdir()):
+                if (found := _stat(path)) is not None:
+                    yield found
+
+    def open_staged(self, stage: str, sha256: str) -> BinaryIO:
+        """As in `BlobStore`."""
+        check_sha256(sha256)
+        return _open(self._stage(stage) / sha256, sha256)
+
+    def drop_stage(self, stage: str) -> None:
+        """As in `BlobStore`."""
+        shutil.rmtree(self._stage(stage), ignore_errors=True)
+
+    def stages(self) -> Iterator[tuple[str, datetime]]:
+        """As in `BlobStore`. A folder changes with each chunk that is renamed into it."""
+        for folder in sorted(self.staged.iterdir()):
+            try:
+                yield folder.name, datetime.fromtimestamp(folder.stat().st_mtime, UTC)
+            except FileNotFoundError:
+                continue
+
+    def check(self) -> None:
+        """As in `BlobStore`."""
+        if not os.access(self.incoming, os.W_OK | os.X_OK):
+            raise DomainError(ErrorCode.UNAVAILABLE, f"{self.incoming} cannot be written")
+
+    def _adopt(self, file: io.FileIO, path: Path, sha256: str, stage: str | None) -> None:
+        target = self.path(sha256) if stage is None else self._stage(stage) / sha256
+        if target.exists():
+            return
+        if stage is not None:
+            # Not synchronised: a kill loses nothing, and a power cut only chunks that the whole file's hash gives away.
+            target.parent.mkdir(exist_ok=True)
+            os.replace(path, target)
+            return
+        os.fsync(file.fileno())
+        new_folder = not target.parent.is_dir()
+        target.parent.mkdir(exist_ok=True)
+        os.replace(path, target)
+        _synchronise(target.parent)
+        if new_folder:
+            _synchronise(target.parent.parent)
+
+    def _stage(self, stage: str) -> Path:
+        check_stage(stage)
+        return self.staged / stage
+
+
+def _open(path: Path, sha256: str) -> BinaryIO:
+    try:
+        return path.open("rb")
+    except FileNotFoundError:
+        raise missing(sha256) from None
+
+
+def _stat(path: Path) -> StoredObject | None:
+    try:
+        found = path.stat()
+    except FileNotFoundError:
+        return None
+    return StoredObject(path.name, found.st_size, datetime.fromtimestamp(found.st_mtime, UTC))
+
+
+def _synchronise(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,228 @@
+"""Files of an update that come in chunks: what is there, what may come next, and when it is forgotten.
+
+One upload for each part of an assignment, found again by the file's hash: a device that starts anew asks with the same
+words and goes on. A chunk's bytes are staged in the blob store before it is recorded here, so what is recorded is
+there. Of two senders of the same place one is recorded; the other learns that it is the same, or a conflict.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+from sqlalchemy import delete, or_, select
+from sqlalchemy.orm import Session
+
+from persistence import updates
+from persistence.identifiers import new_id
+from persistence.tables import AssignmentRow, PartUploadRow, UploadChunkRow
+from persistence.transitions import UNDELIVERED
+from protocol.assignments import PartReceipt, PartUpload
+from protocol.errors import DomainError, ErrorCode
+from protocol.statuses import PartKind
+
+EXPIRES_AFTER = timedelta(days=1)
+"""An upload of which nothing comes for so long is forgotten."""
+
+
+@dataclass(frozen=True)
+class UploadPlace:
+    """A place in an upload: where a chunk belongs, and how long it must be."""
+
+    size_bytes: int
+    """Of the whole file."""
+    chunk_size: int
+    """Of the chunk at this place."""
+
+
+@dataclass(frozen=True)
+class ReceivedFile:
+    """All of a file's chunks, by the hashes under which they are staged, in order."""
+
+    sha256: str
+    size_bytes: int
+    chunks: Sequence[str]
+
+
+def begin(  # noqa: PLR0917
+    session: Session,
+    assignment_id: str,
+    kind: PartKind,
+    sha256: str,
+    size_bytes: int,
+    chunk_bytes: int,
+    now: datetime,
+) -> tuple[PartUpload, str | None]:
+    """Begin to receive a file, or say how far it has come. For a part that `updates.admit_part` admitted here and now.
+
+    An unfinished upload of another file for the same part is forgotten.
+
+    Returns:
+        The upload, and the id of one that was forgotten: its stage can be dropped after the commit.
+
+    Raises:
+        DomainError: UPDATE_CONFLICT, another file was received for the part.
+    """
+    receipt = updates.find_receipt(session, assignment_id, kind, sha256)
+    if receipt is not None:
+        return complete(receipt, chunk_bytes), None
+    row = session.scalar(
+        select(PartUploadRow).where(PartUploadRow.assignment_id == assignment_id, PartUploadRow.kind == kind)
+    )
+    forgotten = None
+    if row is not None and (row.sha256, row.size_bytes) != (sha256, size_bytes):
+        forgotten = row.id
+        _delete(session, [row.id])
+        row = None
+    if row is None:
+        row = PartUploadRow(
+            id=new_id("upl", now),
+            assignment_id=assignment_id,
+            kind=kind,
+            sha256=sha256,
+            size_bytes=size_bytes,
+            chunk_bytes=chunk_bytes,
+            received_bytes=0,
+            begun_at=now,
+            touched_at=now,
+        )
+        session.add(row)
+    row.touched_at = now
+    session.flush()
+    return _shown(row), forgotten
+
+
+def get(session: Session, assignment_id: str, kind: PartKind, upload_id: str) -> PartUpload:
+    """Return an upload of an assignment that the caller owns. Raises DomainError UPLOAD_NOT_FOUND."""
+    return _shown(_row(session, assignment_id, kind, upload_id))
+
+
+def place(session: Session, assignment_id: str, kind: PartKind, upload_id: str, offset: int) -> UploadPlace:
+    """Say what must come at `offset`: the next chunk, or one that has come before.
+
+    Raises:
+        DomainError: UPLOAD_NOT_FOUND; UPLOAD_OFFSET_MISMATCH, no chunk starts there, or those before it have not come.
+    """
+    row = _row(session, assignment_id, kind, upload_id)
+    if offset > row.received_bytes or offset % row.chunk_bytes or offset >= row.size_bytes:
+        raise _wrong_offset(row, offset)
+    return UploadPlace(row.size_bytes, min(row.chunk_bytes, row.size_bytes - offset))
+
+
+def record_chunk(  # noqa: PLR0917
+    session: Session, assignment_id: str, kind: PartKind, upload_id: str, offset: int, sha256: str, now: datetime
+) -> PartUpload:
+    """Remember that the chunk at `offset` is staged. Again: no change.
+
+    Raises:
+        DomainError: UPLOAD_NOT_FOUND; UPLOAD_OFFSET_MISMATCH; UPDATE_CONFLICT, another chunk came for this place.
+    """
+    row = _row(session, assignment_id, kind, upload_id, lock=True)
+    number = offset // row.chunk_bytes
+    if offset == row.received_bytes:
+        size = min(row.chunk_bytes, row.size_bytes - offset)
+        session.add(UploadChunkRow(upload_id=row.id, number=number, sha256=sha256, size_bytes=size))
+        row.received_bytes += size
+        row.touched_at = now
+        session.flush()
+        return _shown(row)
+    known = session.get(UploadChunkRow, (row.id, number))
+    if known is None:
+        raise _wrong_offset(row, offset)
+    if known.sha256 != sha256:
+        detail = f"the chunk at {offset} was received with SHA-256 {known.sha256}; now {sha256} came"
+        raise DomainError(ErrorCode.UPDATE_CONFLICT, detail, expected=known.sha256, received=sha256)
+    return _shown(row)
+
+
+def received_file(session: Session, assignment_id: str, kind: PartKind, upload_id: str) -> ReceivedFile:
+    """Return the chunks of a file that has come whole.
+
+    Raises:
+        DomainError: UPLOAD_NOT_FOUND; UPLOAD_OFFSET_MISMATCH, some are missing.
+    """
+    row = _row(session, assignment_id, kind, upload_id)
+    if row.received_bytes != row.size_bytes:
+        raise _wrong_offset(row, row.size_bytes)
+    chunks = session.scalars(
+        select(UploadChunkRow.sha256).where(UploadChunkRow.upload_id == row.id).order_by(UploadChunkRow.number)
+    )
+    return ReceivedFile(row.sha256, row.size_bytes, chunks.all())
+
+
+def forget(session: Session, upload_id: str) -> None:
+    """Forget an upload: its file is complete, or wrong. Drop its stage after the commit. Again: no change."""
+    _delete(session, [upload_id])
+
+
+def forget_idle(session: Session, now: datetime) -> list[str]:
+    """Forget the uploads that nobody goes on with, or whose assignment waits for nothing. For the sweep.
+
+    Returns:
+        Their ids: drop their stages after the commit.
+    """
+    ended = AssignmentRow.status.not_in(UNDELIVERED)
+    idle = session.scalars(
+        select(PartUploadRow.id)
+        .join(AssignmentRow, AssignmentRow.id == PartUploadRow.assignment_id)
+        .where(or_(PartUploadRow.touched_at <= now - EXPIRES_AFTER, ended))
+        .order_by(PartUploadRow.id)
+        .with_for_update(of=PartUploadRow, skip_locked=True)
+    ).all()
+    _delete(session, idle)
+    return list(idle)
+
+
+def known_stages(session: Session, upload_ids: Sequence[str]) -> set[str]:
+    """Return which of the uploads are under way."""
+    return set(session.scalars(select(PartUploadRow.id).where(PartUploadRow.id.in_(upload_ids))))
+
+
+def complete(receipt: PartReceipt, chunk_bytes: int) -> PartUpload:
+    """Return what an upload looks like whose file is complete."""
+    return PartUpload(
+        assignment_id=receipt.assignment_id,
+        kind=receipt.kind,
+        upload_id=None,
+        sha256=receipt.sha256,
+        size_bytes=receipt.size_bytes,
+        chunk_bytes=chunk_bytes,
+        received_bytes=receipt.size_bytes,
+        expires_at=None,
+        receipt=receipt,
+    )
+
+
+def _row(session: Session, assignment_id: str, kind: PartKind, upload_id: str, *, lock: bool = False) -> PartUploadRow:
+    query = select(PartUploadRow).where(
+        PartUploadRow.id == upload_id, PartUploadRow.assignment_id == assignment_id, PartUploadRow.kind == kind
+    )
+    if lock:
+        query = query.with_for_update()
+    row = session.scalar(query.execution_options(populate_existing=True))
+    if row is None:
+        detail = f"assignment {assignment_id} has no upload {upload_id!r}; begin again: what is there will be found"
+        raise DomainError(ErrorCode.UPLOAD_NOT_FOUND, detail, received=upload_id)
+    return row
+
+
+def _delete(session: Session, upload_ids: Sequence[str]) -> None:
+    session.execute(delete(UploadChunkRow).where(UploadChunkRow.upload_id.in_(upload_ids)))
+    session.execute(delete(PartUploadRow).where(PartUploadRow.id.in_(upload_ids)))
+
+
+def _wrong_offset(row: PartUploadRow, offset: int) -> DomainError:
+    detail = f"{row.received_bytes} of {row.size_bytes} bytes are there, in chunks of {row.chunk_bytes}; got {offset}"
+    return DomainError(ErrorCode.UPLOAD_OFFSET_MISMATCH, detail, expected=row.received_bytes, received=offset)
+
+
+def _shown(row: PartUploadRow) -> PartUpload:
+    return PartUpload(
+        assignment_id=row.assignment_id,
+        kind=row.kind,
+        upload_id=row.id,
+        sha256=row.sha256,
+        size_bytes=row.size_bytes,
+        chunk_bytes=row.chunk_bytes,
+        received_bytes=row.received_bytes,
+        expires_at=row.touched_at + EXPIRES_AFTER,
+    )
