@@ -5,10 +5,10 @@ from typing import Any, Literal
 
 from alembic import context
 from alembic.autogenerate.api import AutogenContext
-from sqlalchemy import Connection, Enum, pool
+from sqlalchemy import Connection, Enum
 
 from persistence.column_types import FiniteJson, UtcDateTime
-from persistence.database import connect
+from persistence.schema import migration_engine
 from persistence.tables import Table
 
 
@@ -43,5 +43,5 @@ given = context.config.attributes.get("connection")
 if given is not None:
     run(given)
 else:
-    with connect(os.environ["COTUNE_DATABASE_URL"], poolclass=pool.NullPool).begin() as own:
+    with migration_engine(os.environ["COTUNE_DATABASE_URL"]).begin() as own:
         run(own)

@@ -13,15 +13,30 @@ from cloud_api.cloud import Cloud
 from cloud_api.devices import endpoints as devices
 from cloud_api.devices import enrolment_endpoints as enrolment
 from cloud_api.events import endpoints as events
+from cloud_api.federations import endpoints as federations
 from cloud_api.release import VERSION
 from cloud_api.request_boundary import RequestBoundary
 from cloud_api.rounds import endpoints as rounds
 from cloud_api.runs import endpoints as runs
+from cloud_api.runs import move_endpoints as run_moves
 from cloud_api.updates import endpoints as updates
 from cloud_api.versions import endpoints as versions
 
 # Routes are tried in this order: what devices call most comes first.
-SUBJECTS = (assignments, updates, artifacts, devices, enrolment, runs, rounds, versions, events, health)
+SUBJECTS = (
+    assignments,
+    updates,
+    artifacts,
+    devices,
+    enrolment,
+    runs,
+    run_moves,
+    rounds,
+    versions,
+    federations,
+    events,
+    health,
+)
 
 
 def create_app(cloud: Cloud) -> FastAPI:

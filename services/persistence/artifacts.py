@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal, get_args
 
-from sqlalchemy import ColumnElement, exists, select
+from sqlalchemy import ColumnElement, CursorResult, exists, select
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.orm import Session
 
-from persistence.tables import ArtifactRow, AssignmentRow, RunArtifactRow
+from persistence.tables import ArtifactRow, AssignmentRow, RunArtifactRow, Table
 from protocol.assignments import ArtifactRef
 from protocol.errors import DomainError, ErrorCode
 
@@ -34,10 +34,12 @@ class Artifact:
     run_id: str
 
 
-def insert_or_keep(session: Session, table: type[ArtifactRow | RunArtifactRow], values: dict[str, object]) -> None:
-    """Insert a row, or keep the one that is there; two transactions may do it at once."""
+def insert_or_keep(session: Session, table: type[Table], values: dict[str, object]) -> bool:
+    """Insert a row, or keep the one that is there; two transactions may do it at once. Return whether it is new."""
     insert = postgresql_insert if session.get_bind().dialect.name == "postgresql" else sqlite_insert
-    session.execute(insert(table).values(values).on_conflict_do_nothing())
+    result = session.execute(insert(table).values(values).on_conflict_do_nothing())
+    assert isinstance(result, CursorResult)
+    return result.rowcount == 1
 
 
 def register(  # noqa: PLR0917

@@ -6,7 +6,7 @@ from datetime import datetime, timedelta
 from sqlalchemy import CursorResult, select, update
 from sqlalchemy.orm import Session
 
-from persistence import events
+from persistence import events, federations
 from persistence.identifiers import new_id, new_secret, sha256_text
 from persistence.tables import DeviceRow, EnrolmentTokenRow
 from protocol.devices import EnrolmentReceipt, EnrolmentRequest, EnrolmentToken, EnrolmentTokenCreate
@@ -16,7 +16,8 @@ from protocol.statuses import DeviceStatus
 
 
 def create_token(session: Session, request: EnrolmentTokenCreate, now: datetime) -> EnrolmentToken:
-    """Create a token. The secret in the answer is nowhere else."""
+    """Create a token. The secret in the answer is nowhere else. Raises DomainError FEDERATION_NOT_FOUND."""
+    federations.check_names(session, request.federations)
     secret = new_secret()
     row = EnrolmentTokenRow(
         id=new_id("tok", now),
@@ -24,6 +25,7 @@ def create_token(session: Session, request: EnrolmentTokenCreate, now: datetime)
         uses=request.uses,
         used=0,
         note=request.note,
+        federations=request.federations,
         created_at=now,
         expires_at=now + timedelta(seconds=request.expires_in_seconds),
     )
@@ -32,31 +34,33 @@ def create_token(session: Session, request: EnrolmentTokenCreate, now: datetime)
 
 
 def enrol(session: Session, request: EnrolmentRequest, now: datetime) -> EnrolmentReceipt:
-    """Use the token once and register the device.
+    """Use the token once, register the device, and put it into the token's federations.
 
     Raises:
         DomainError: ENROLMENT_TOKEN_UNKNOWN, ENROLMENT_TOKEN_EXPIRED or ENROLMENT_TOKEN_USED.
     """
-    token_id = _use_token(session, sha256_text(request.token), now)
+    token = _use_token(session, sha256_text(request.token), now)
     secret = new_secret()
     device = DeviceRow(
         id=new_id("dev", now),
         name=request.name,
         status=DeviceStatus.REGISTERED,
         credential_sha256=sha256_text(secret),
-        token_id=token_id,
+        token_id=token.id,
         profile=request.profile.model_dump(mode="json"),
         activity="idle",
         enrolled_at=now,
         last_seen_at=now,
     )
     session.add(device)
+    session.flush()
+    federations.join_all(session, token.federations, device.id, now)
     data = {"name": device.name, "status": device.status.value}
     events.append(session, EventType.DEVICE_ENROLLED, now, device_id=device.id, data=data)
     return EnrolmentReceipt(device_id=device.id, credential=f"{device.id}.{secret}", status=device.status)
 
 
-def _use_token(session: Session, token_sha256: str, now: datetime) -> str:
+def _use_token(session: Session, token_sha256: str, now: datetime) -> EnrolmentTokenRow:
     table = EnrolmentTokenRow
     statement = (
         update(table)
@@ -69,7 +73,7 @@ def _use_token(session: Session, token_sha256: str, now: datetime) -> str:
     if row is None:
         raise DomainError(ErrorCode.ENROLMENT_TOKEN_UNKNOWN, "no enrolment token is equal to the one that came")
     if result.rowcount == 1:
-        return row.id
+        return row
     if row.expires_at <= now:
         detail = f"the enrolment token expired at {row.expires_at.isoformat()}; ask the operator for a new one"
         raise DomainError(ErrorCode.ENROLMENT_TOKEN_EXPIRED, detail, received=row.expires_at.isoformat())

@@ -22,8 +22,10 @@ from sqlalchemy import (
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from persistence.column_types import BigInt, FiniteJson, UtcDateTime, status_type
+from protocol.assignments import CountsIn
 from protocol.errors import ErrorCode
 from protocol.events import EventType
+from protocol.federations import DEFAULT_FEDERATION
 from protocol.statuses import AssignmentStatus, DeviceStatus, JobKind, JobStatus, PartKind, RoundStatus, RunStatus
 
 ID = String(64)
@@ -50,6 +52,16 @@ class Table(DeclarativeBase):
     )
 
 
+class FederationRow(Table):
+    """Devices that train together. Its name is its identity."""
+
+    __tablename__ = "federations"
+
+    name: Mapped[str] = mapped_column(ID, primary_key=True)
+    description: Mapped[str] = mapped_column(String(400), default="")
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
 class EnrolmentTokenRow(Table):
     """A token that lets `uses` devices enrol until `expires_at`. Only its hash is kept."""
 
@@ -60,6 +72,7 @@ class EnrolmentTokenRow(Table):
     uses: Mapped[int] = mapped_column(Integer)
     used: Mapped[int] = mapped_column(Integer, default=0)
     note: Mapped[str] = mapped_column(String(200), default="")
+    federations: Mapped[list[str]] = mapped_column(FiniteJson, default=lambda: [DEFAULT_FEDERATION])
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
     expires_at: Mapped[datetime] = mapped_column(UtcDateTime)
 
@@ -82,6 +95,16 @@ class DeviceRow(Table):
     last_seen_at: Mapped[datetime] = mapped_column(UtcDateTime)
 
 
+class FederationDeviceRow(Table):
+    """A device belongs to a federation."""
+
+    __tablename__ = "federation_devices"
+
+    federation: Mapped[str] = mapped_column(ID, ForeignKey("federations.name"), primary_key=True)
+    device_id: Mapped[str] = mapped_column(ID, ForeignKey("devices.id"), primary_key=True, index=True)
+    joined_at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
 class ArtifactRow(Table):
     """A file of the blob store, by content."""
 
@@ -96,10 +119,11 @@ class RunRow(Table):
     """A run. `config` never changes; `proxy_*`, `probe_set_sha256` and `expected_tensors` come from its preparation."""
 
     __tablename__ = "runs"
-    __table_args__ = (Index(None, "status"),)
+    __table_args__ = (Index(None, "status"), Index(None, "federation"))
 
     id: Mapped[str] = mapped_column(ID, primary_key=True)
     name: Mapped[str] = mapped_column(String(64))
+    federation: Mapped[str] = mapped_column(ID, ForeignKey("federations.name"), default=DEFAULT_FEDERATION)
     status: Mapped[RunStatus] = mapped_column(status_type(RunStatus))
     status_reason: Mapped[str | None] = mapped_column(REASON)
     error_code: Mapped[ErrorCode | None] = mapped_column(status_type(ErrorCode))
@@ -111,6 +135,8 @@ class RunRow(Table):
     proxy_manifest_sha256: Mapped[str | None] = mapped_column(SHA256, ForeignKey("artifacts.sha256"))
     probe_set_sha256: Mapped[str | None] = mapped_column(SHA256, ForeignKey("artifacts.sha256"))
     expected_tensors: Mapped[dict[str, Any] | None] = mapped_column(FiniteJson)
+    paused_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    paused_by: Mapped[str | None] = mapped_column(String(200))
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
     finished_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
 
@@ -126,14 +152,15 @@ class RunArtifactRow(Table):
 
 
 class RoundRow(Table):
-    """A round: what it started from, what each stage made, and until when it waits."""
+    """An attempt at a round: what it started from, what each stage made, and until when it waits."""
 
     __tablename__ = "rounds"
-    __table_args__ = (UniqueConstraint("run_id", "number"), Index(None, "status"))
+    __table_args__ = (UniqueConstraint("run_id", "number", "attempt"), Index(None, "status"))
 
     id: Mapped[str] = mapped_column(ID, primary_key=True)
     run_id: Mapped[str] = mapped_column(ID, ForeignKey("runs.id"))
     number: Mapped[int] = mapped_column(Integer)
+    attempt: Mapped[int] = mapped_column(Integer, default=1)
     status: Mapped[RoundStatus] = mapped_column(status_type(RoundStatus))
     status_reason: Mapped[str | None] = mapped_column(REASON)
     base_version: Mapped[int] = mapped_column(Integer)
@@ -146,16 +173,26 @@ class RoundRow(Table):
     metrics: Mapped[dict[str, Any]] = mapped_column(FiniteJson, default=dict)
     opened_at: Mapped[datetime] = mapped_column(UtcDateTime)
     deadline_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    sampling_until: Mapped[datetime | None] = mapped_column(UtcDateTime)
     grace_until: Mapped[datetime | None] = mapped_column(UtcDateTime)
     closed_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     finished_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
 
 
 class AssignmentRow(Table):
-    """One device's share of one round, and its update once submitted."""
+    """One device's share of one round, and its update once submitted.
+
+    `late_use` is what the device was told that becomes of its late update; `used_in_round_id` the later round that has
+    taken it, once.
+    """
 
     __tablename__ = "assignments"
-    __table_args__ = (UniqueConstraint("round_id", "device_id"), Index(None, "device_id", "status"))
+    __table_args__ = (
+        UniqueConstraint("round_id", "device_id"),
+        Index(None, "device_id", "status"),
+        Index(None, "run_id", "status"),
+        Index(None, "used_in_round_id"),
+    )
 
     id: Mapped[str] = mapped_column(ID, primary_key=True)
     run_id: Mapped[str] = mapped_column(ID, ForeignKey("runs.id"))
@@ -170,6 +207,9 @@ class AssignmentRow(Table):
     num_examples: Mapped[int | None] = mapped_column(BigInteger)
     metrics: Mapped[dict[str, Any]] = mapped_column(FiniteJson, default=dict)
     update_sha256: Mapped[str | None] = mapped_column(SHA256)
+    late_use: Mapped[CountsIn | None] = mapped_column(String(16))
+    used_in_round_id: Mapped[str | None] = mapped_column(ID, ForeignKey("rounds.id"))
+    staleness: Mapped[int | None] = mapped_column(Integer)
     offered_at: Mapped[datetime] = mapped_column(UtcDateTime)
     submitted_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
 
@@ -187,7 +227,7 @@ class UpdatePartRow(Table):
 
 
 class VersionRow(Table):
-    """A model version. Number n comes from round n; 0 from the preparation."""
+    """A model version. Number n comes from round n; 0 from the preparation. `parent` is what its round started from."""
 
     __tablename__ = "versions"
 
@@ -198,6 +238,9 @@ class VersionRow(Table):
     proxy_adapter_sha256: Mapped[str | None] = mapped_column(SHA256, ForeignKey("artifacts.sha256"))
     llm_adapter_sha256: Mapped[str | None] = mapped_column(SHA256, ForeignKey("artifacts.sha256"))
     num_updates: Mapped[int] = mapped_column(Integer)
+    parent: Mapped[int | None] = mapped_column(Integer)
+    withdrawn_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    withdrawn_reason: Mapped[str | None] = mapped_column(REASON)
     metrics: Mapped[dict[str, Any]] = mapped_column(FiniteJson, default=dict)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
 
@@ -219,6 +262,7 @@ class JobRow(Table):
     lease_until: Mapped[datetime | None] = mapped_column(UtcDateTime)
     attempts: Mapped[int] = mapped_column(Integer, default=0)
     queued_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    status_since: Mapped[datetime | None] = mapped_column(UtcDateTime)
     sent_at: Mapped[datetime] = mapped_column(UtcDateTime)
     finished_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
 

@@ -3,6 +3,7 @@
 from pydantic import Field
 
 from protocol.base import Name, RequestModel, ResponseModel, Timestamp
+from protocol.federations import DEFAULT_FEDERATION, FederationName
 from protocol.statuses import DeviceStatus
 
 
@@ -12,6 +13,9 @@ class EnrolmentTokenCreate(RequestModel):
     uses: int = Field(default=1, ge=1, le=100_000, description="How many devices may enrol with it.")
     expires_in_seconds: int = Field(default=86_400, ge=60, le=31_536_000)
     note: str = Field(default="", max_length=200, description="For the operator; never shown to devices.")
+    federations: list[FederationName] = Field(
+        default=[DEFAULT_FEDERATION], min_length=1, max_length=32, description="Which its devices will belong to."
+    )
 
 
 class EnrolmentToken(ResponseModel):
@@ -79,5 +83,6 @@ class Device(ResponseModel):
     profile: DeviceProfile
     activity: str
     reason: str | None = None
+    federations: list[str] = Field(default_factory=list)
     enrolled_at: Timestamp
     last_seen_at: Timestamp

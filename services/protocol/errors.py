@@ -33,6 +33,7 @@ class ErrorCode(StrEnum):
     ARTIFACT_NOT_FOUND = "artifact_not_found"
     VERSION_NOT_FOUND = "version_not_found"
     DEVICE_NOT_FOUND = "device_not_found"
+    FEDERATION_NOT_FOUND = "federation_not_found"
     METHOD_NOT_ALLOWED = "method_not_allowed"
     CONFLICT = "conflict"
     NAME_TAKEN = "name_taken"
@@ -59,6 +60,8 @@ class ErrorCode(StrEnum):
     COVERAGE_TOO_LOW = "coverage_too_low"
     NOT_ENOUGH_MEMORY = "not_enough_memory"
     TOO_FEW_UPDATES = "too_few_updates"
+    TOO_FEW_DEVICES = "too_few_devices"
+    VERSION_NOT_PROMOTED = "version_not_promoted"
     JOB_FAILED = "job_failed"
     UNSUPPORTED_PROTOCOL = "unsupported_protocol"
     INTERNAL_ERROR = "internal_error"
@@ -82,6 +85,7 @@ HTTP_STATUS: dict[ErrorCode, int] = {
     ErrorCode.ARTIFACT_NOT_FOUND: 404,
     ErrorCode.VERSION_NOT_FOUND: 404,
     ErrorCode.DEVICE_NOT_FOUND: 404,
+    ErrorCode.FEDERATION_NOT_FOUND: 404,
     ErrorCode.METHOD_NOT_ALLOWED: 405,
     ErrorCode.CONFLICT: 409,
     ErrorCode.NAME_TAKEN: 409,
@@ -108,6 +112,8 @@ HTTP_STATUS: dict[ErrorCode, int] = {
     ErrorCode.COVERAGE_TOO_LOW: 422,
     ErrorCode.NOT_ENOUGH_MEMORY: 422,
     ErrorCode.TOO_FEW_UPDATES: 409,
+    ErrorCode.TOO_FEW_DEVICES: 409,
+    ErrorCode.VERSION_NOT_PROMOTED: 409,
     ErrorCode.JOB_FAILED: 500,
     ErrorCode.UNSUPPORTED_PROTOCOL: 400,
     ErrorCode.INTERNAL_ERROR: 500,

@@ -7,6 +7,9 @@ PROTOCOL_HEADER = "Cotune-Protocol"
 REQUEST_ID_HEADER = "X-Request-ID"
 CONTENT_DIGEST_HEADER = "Content-Digest"
 
+PEFT = "peft"
+"""Key in version 0's metrics: `llm` and `proxy` -> the `adapter_config.json` with which peft loads their adapters."""
+
 ADAPTER_FORMAT = "cotune-adapter/1"
 """Value of the metadata key `format` in adapter and delta files."""
 

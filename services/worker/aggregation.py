@@ -1,8 +1,8 @@
 """Aggregates a round's updates: theta_bar from theta_t and the devices' deltas (docs/method.md, step 4).
 
-Updates are read one by one, in the order of the device ids, so memory does not grow with their number and a repeated
-aggregation gives the same bytes. The API has admitted each by its header; here its values are looked at. One that is
-refused is not counted, and its device and the operator can read why.
+Updates are read one by one, late ones of earlier rounds first, each in the order of the device ids, so memory does not
+grow with their number and a repeated aggregation gives the same bytes. The API has admitted each by its header; here
+its values are looked at. One that is refused is not counted, and its device and the operator can read why.
 """
 
 import time
@@ -15,6 +15,7 @@ from assets.errors import TensorFileError
 from assets.tensors import read_tensors
 from cotuning.aggregation import UpdateRefused, update_norm
 from cotuning.payload import PayloadError
+from cotuning.staleness import staleness_discount
 from cotuning.strategies.aggregation import Aggregate, RoundAggregator
 from persistence import artifacts, results, rounds, updates
 from persistence.blobs import StoredBlob
@@ -61,6 +62,7 @@ def aggregate(work: Work) -> Finish:
         num_updates=len(tally.counted),
         num_examples=sum(_weight(update, settings) for update in tally.counted),
         update_norms=tally.norms,
+        late_updates={u.assignment_id: u.staleness for u in tally.counted if u.staleness is not None},
         rejected={update.device_id: code for update, code, _ in tally.refused},
         alignment=_together(tally.counted),
         aggregation_errors=aggregate.errors if aggregate is not None else {},
@@ -114,7 +116,8 @@ def _combine(
         try:
             reader.read(update)
             delta, _ = read_tensors(part_path(work.blobs, update, PartKind.ADAPTER_DELTA))
-            aggregator.add(delta, _weight(update, settings))
+            discount = staleness_discount(update.staleness or 0, context.config.staleness_exponent)
+            aggregator.add(delta, _weight(update, settings) * discount)
         except UpdateRefused as error:
             tally.refused.append((update, ErrorCode(error.code), str(error)))
         except PayloadError as error:

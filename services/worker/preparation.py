@@ -32,11 +32,12 @@ from persistence.blobs import FolderBlobStore, StoredBlob
 from persistence.results import PrepareResult
 from protocol.assignments import ModelFile, ModelManifest
 from protocol.errors import DomainError, ErrorCode
+from protocol.headers import PEFT
 from protocol.runs import RunCreate
 from protocol.safetensors_header import read_header
 from protocol.statuses import RunStatus
 from protocol.strategies import CoPlmsSettings, LoraSettings
-from worker.adapter_files import peft_config, put_adapter
+from worker.adapter_files import described_config, peft_config, put_adapter
 from worker.memory_check import check_memory
 from worker.model_cache import load_model
 from worker.public_rows import PublicRows, in_hashed_order, split_public_rows
@@ -107,6 +108,10 @@ def _prepare(work: Work, config: RunCreate, settings: CoPlmsSettings) -> Finish:
         "validation": as_json(validation),
         "test": as_json(test),
         "models": {name: _describe(lm) for name, lm in models.items()},
+        PEFT: {
+            "llm": described_config(peft_config(llm, settings.llm_lora)),
+            "proxy": described_config(peft_config(proxy, settings.proxy_lora)),
+        },
         "distillation": distilled,
         ROWS: _store_rows(work.blobs, rows, test_rows).as_json(),
         "seconds_by_stage": {f"preparing.{part}": seconds for part, seconds in watch.seconds.items()},

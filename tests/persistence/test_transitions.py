@@ -24,7 +24,7 @@ EXPECTED = {
         running: paused completed failed stopped
         paused: running failed stopped
         completed:
-        failed:
+        failed: pending running
         stopped:
     """,
     RoundRow: """
@@ -42,10 +42,10 @@ EXPECTED = {
         accepted: training uploading submitted rejected late lost
         training: uploading submitted rejected late lost
         uploading: submitted rejected late lost
-        submitted: counted rejected
+        submitted: counted rejected late
         counted:
         rejected:
-        late:
+        late: counted rejected
         lost: late
     """,
     DeviceRow: """
@@ -58,7 +58,7 @@ EXPECTED = {
         queued: claimed failed
         claimed: queued done failed
         done:
-        failed:
+        failed: queued
     """,
 }
 STATUSES: dict[type[Movable], type[StrEnum]] = {

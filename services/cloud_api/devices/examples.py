@@ -40,6 +40,7 @@ DEVICE = Device(
     status=DeviceStatus.REGISTERED,
     profile=PROFILE,
     activity="idle",
+    federations=["default"],
     enrolled_at=TIME,
     last_seen_at=TIME,
 )
