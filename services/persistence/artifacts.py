@@ -37,7 +37,8 @@ class Artifact:
 def insert_or_keep(session: Session, table: type[Table], values: dict[str, object]) -> bool:
     """Insert a row, or keep the one that is there; two transactions may do it at once. Return whether it is new."""
     insert = postgresql_insert if session.get_bind().dialect.name == "postgresql" else sqlite_insert
-    result = session.execute(insert(table).values(values).on_conflict_do_nothing())
+    statement = insert(table).values(values).on_conflict_do_nothing()
+    result = session.execute(statement, execution_options={"preserve_rowcount": True})
     assert isinstance(result, CursorResult)
     return result.rowcount == 1
 

@@ -160,8 +160,8 @@ def _federations(session: Session, rows: Sequence[FederationRow]) -> list[Federa
         .group_by(FederationDeviceRow.federation)
     )
     runs = select(RunRow.federation, func.count()).where(RunRow.federation.in_(names)).group_by(RunRow.federation)
-    num_devices = dict(session.execute(members).tuples())
-    num_runs = dict(session.execute(runs).tuples())
+    num_devices = dict(session.execute(members).all())
+    num_runs = dict(session.execute(runs).all())
     return [
         Federation(
             name=row.name,
