@@ -175,7 +175,7 @@ def submitted_updates(session: Session, round_id: str) -> list[UpdateRecord]:
     for assignment_id, kind, sha256 in stored:
         parts[assignment_id][kind] = sha256
     return [
-        UpdateRecord(row.id, row.device_id, row.num_examples or 0, parts[row.id], row.metrics, row.staleness)
+        UpdateRecord(row.id, row.device_id, row.num_examples or 0, parts[row.id], row.metrics, staleness=row.staleness)
         for row in rows
     ]
 

@@ -244,3 +244,54 @@ def test_federations_are_created_and_joined_once_and_not_deleted_under_a_run(wor
         assert isinstance(answers[1], Run) is not deleted
     with world.database.reading() as session:
         assert session.get(FederationRow, "default") is not None
+
+
+def test_everything_at_once_leaves_one_round_and_counts_no_update_twice(world: World) -> None:
+    """Operators, two devices of which one is slow, the sweep and a worker on one run; no deadlock, no other error."""
+    quick, slow = world.enrol_many("quick", "slow")
+    settings = {"grace_seconds": 0, "late_updates": "next_round", "max_staleness": 9, "rounds": 500}
+    run = world.start_run(device_ids=[quick, slow], **settings)
+    unexpected: list[BaseException] = []
+
+    def repeat(action: Action) -> Action:
+        def loop() -> None:
+            for _ in range(12):
+                try:
+                    action()
+                except DomainError as error:
+                    if error.code in (ErrorCode.UNAVAILABLE, ErrorCode.INTERNAL_ERROR):
+                        unexpected.append(error)
+
+        return loop
+
+    def work(device: str) -> None:
+        assignment = world.poll(device)
+        if assignment is not None:
+            world.upload(assignment, device)
+            world.submit(assignment, device)
+
+    def sweep() -> None:
+        world.call(rounds.close_due_rounds, world.now)
+        world.call(rounds.mark_lost_assignments, world.now)
+
+    def serve() -> None:
+        job = world.claim(world.sent[-1])
+        if job is not None:
+            finish = {"aggregate_round": world.finish_aggregation, "co_tune_round": world.finish_co_tuning}
+            world.call(finish.get(job.kind, world.finish_evaluation), job, "worker")
+
+    def hold() -> None:
+        pause(world, run)()
+        resume(world, run)()
+
+    def break_and_mend() -> None:
+        fail(world, run)()
+        retry(world, run)()
+
+    actions: list[Action] = [lambda: work(quick), lambda: work(slow), sweep, serve, serve, hold, break_and_mend]
+    answers = world.race([repeat(action) for action in [*actions, roll_back(world, run, 0)]])
+    assert answers == [None] * len(answers)
+    assert unexpected == []
+    assert rounds_open(world, run) <= 1
+    counted = [event.data["assignment_id"] for event in world.events(run.run_id) if event.data.get("to") == "counted"]
+    assert len(counted) == len(set(counted))
