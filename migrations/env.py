@@ -5,11 +5,12 @@ from typing import Any, Literal
 
 from alembic import context
 from alembic.autogenerate.api import AutogenContext
-from sqlalchemy import Connection, Enum, pool
+from sqlalchemy import Connection, Enum
 
+from persistence import operator_tables, tables  # noqa: F401 - so that the metadata has every table
 from persistence.column_types import FiniteJson, UtcDateTime
-from persistence.database import connect
-from persistence.tables import Table
+from persistence.schema import migration_engine
+from persistence.table_base import Table
 
 
 def render_plainly(kind: str, item: Any, _context: AutogenContext) -> str | Literal[False]:
@@ -43,5 +44,5 @@ given = context.config.attributes.get("connection")
 if given is not None:
     run(given)
 else:
-    with connect(os.environ["COTUNE_DATABASE_URL"], poolclass=pool.NullPool).begin() as own:
+    with migration_engine(os.environ["COTUNE_DATABASE_URL"]).begin() as own:
         run(own)

@@ -1,13 +1,13 @@
 """Uploads in chunks: what has come of each; and the worker's rows as artifacts, so that no sweep takes them.
 
-Revision: 0005; after: 0003.
+Revision: 0005; after: 0004.
 """
 
 import sqlalchemy as sa
 from alembic import op
 
 revision = "0005"
-down_revision = "0003"
+down_revision = "0004"
 branch_labels = None
 depends_on = None
 

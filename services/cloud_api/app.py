@@ -15,12 +15,14 @@ from cloud_api.cloud import Cloud
 from cloud_api.devices import endpoints as devices
 from cloud_api.devices import enrolment_endpoints as enrolment
 from cloud_api.events import endpoints as events
+from cloud_api.federations import endpoints as federations
 from cloud_api.operators import endpoints as operators
 from cloud_api.rate_limits import AddressLimit
 from cloud_api.release import VERSION
 from cloud_api.request_boundary import RequestBoundary
 from cloud_api.rounds import endpoints as rounds
 from cloud_api.runs import endpoints as runs
+from cloud_api.runs import move_endpoints as run_moves
 from cloud_api.updates import chunk_endpoints as chunks
 from cloud_api.updates import endpoints as updates
 from cloud_api.versions import endpoints as versions
@@ -35,8 +37,10 @@ SUBJECTS = (
     devices,
     enrolment,
     runs,
+    run_moves,
     rounds,
     versions,
+    federations,
     events,
     webhooks,
     operators,

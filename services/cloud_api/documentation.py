@@ -22,6 +22,7 @@ TAGS = {
     "assignments": "A device's share of a round: asking for it, telling how it goes, refusing it.",
     "updates": "What a device hands in: its parts as safetensors files, then the submission.",
     "artifacts": "Files by their SHA-256: proxy base, adapters, probe set. Ranges, ETags, digests.",
+    "federations": "Which devices train together. A run belongs to one; a device may belong to several.",
     "runs": "Training jobs.",
     "rounds": "The rounds of a run, with each device's share.",
     "versions": "The model versions that rounds leave, and their adapters.",

@@ -47,7 +47,7 @@ def topics(event: Event) -> Iterator[str]:
             yield WORK
         case EventType.ASSIGNMENT_STATUS_CHANGED if event.data.get("to") in _FREES_A_PLACE:
             yield WORK
-        case EventType.DEVICE_STATUS_CHANGED:
+        case EventType.DEVICE_STATUS_CHANGED | EventType.FEDERATION_DEVICE_ADDED:
             yield WORK
 
 

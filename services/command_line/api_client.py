@@ -118,10 +118,28 @@ class ApiClient:
         body = {"reason": reason} if reason else {}
         return self._call("POST", f"/v1/runs/{_segment(run_id)}/stop", Run, json=body)
 
+    def pause_run(self, run_id: str, reason: str | None = None) -> Run:
+        """Hold a run."""
+        body = {"reason": reason} if reason else {}
+        return self._call("POST", f"/v1/runs/{_segment(run_id)}/pause", Run, json=body)
+
+    def resume_run(self, run_id: str) -> Run:
+        """Let a paused run go on."""
+        return self._call("POST", f"/v1/runs/{_segment(run_id)}/resume", Run)
+
+    def retry_run(self, run_id: str) -> Run:
+        """Open the round of a failed run again."""
+        return self._call("POST", f"/v1/runs/{_segment(run_id)}/retry", Run)
+
+    def roll_back_run(self, run_id: str, version: int, reason: str | None = None) -> Run:
+        """Let the next round start from an earlier version."""
+        body = {"version": version} | ({"reason": reason} if reason else {})
+        return self._call("POST", f"/v1/runs/{_segment(run_id)}/rollback", Run, json=body)
+
     def list_rounds(self, run_id: str) -> list[Round]:
         """Every round of a run, oldest first."""
         rounds = self._all(f"/v1/runs/{_segment(run_id)}/rounds", Round)
-        return sorted(rounds, key=lambda each: each.number)
+        return sorted(rounds, key=lambda each: (each.number, each.attempt))
 
     def get_round(self, run_id: str, number: int) -> Round:
         """One round with its devices."""

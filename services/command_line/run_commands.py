@@ -1,7 +1,8 @@
-"""`cotune run`: create, see and stop runs."""
+"""`cotune run`: create, see, hold, retry, roll back and stop runs."""
 
 import time
 import tomllib
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,10 +13,10 @@ from command_line.connection import Format, Server, connect
 from command_line.errors import BadInput, RunFailed, TimedOut
 from command_line.output import OutputFormat, bytes_text, console, print_json, print_table
 from command_line.watching import RunWatch, changes
-from protocol.runs import Round, RoundDevice, Run
+from protocol.runs import Round, RoundDevice, Run, Waiting
 from protocol.statuses import RunStatus
 
-app = typer.Typer(no_args_is_help=True, help="Create, see, watch and stop runs. A run is one training job.")
+app = typer.Typer(no_args_is_help=True, help="Create, see, watch, pause, resume, retry, roll back and stop runs.")
 
 RunId = Annotated[str, typer.Argument(metavar="RUN", help="The run's id, as `cotune run list` shows it.")]
 FINISHED = frozenset({RunStatus.COMPLETED, RunStatus.FAILED, RunStatus.STOPPED})
@@ -104,11 +105,46 @@ def stop(
 ) -> None:
     """End a run. Its unfinished round is abandoned; published versions stay."""
     with connect(server) as client:
-        run = client.stop_run(run_id, reason or None)
-    if output is OutputFormat.JSON:
-        print_json(run)
-    else:
-        _describe(run)
+        _show(client.stop_run(run_id, reason or None), output)
+
+
+@app.command("pause")
+def pause(
+    run_id: RunId,
+    reason: Annotated[str, typer.Option(help="Kept with the run until it is resumed.")] = "",
+    server: Server = None,
+    output: Format = OutputFormat.TABLE,
+) -> None:
+    """Hold a run: no round opens, nothing is offered. What devices and workers have, they may finish."""
+    with connect(server) as client:
+        _show(client.pause_run(run_id, reason or None), output)
+
+
+@app.command("resume")
+def resume(run_id: RunId, server: Server = None, output: Format = OutputFormat.TABLE) -> None:
+    """Let a paused run go on; its deadlines move by the length of the pause."""
+    with connect(server) as client:
+        _show(client.resume_run(run_id), output)
+
+
+@app.command("retry")
+def retry(run_id: RunId, server: Server = None, output: Format = OutputFormat.TABLE) -> None:
+    """Try a failed run again: its round opens as a new attempt from the same version, or it is prepared again."""
+    with connect(server) as client:
+        _show(client.retry_run(run_id), output)
+
+
+@app.command("rollback")
+def roll_back(
+    run_id: RunId,
+    version: Annotated[int, typer.Argument(metavar="VERSION", min=0, help="A promoted version to go on from.")],
+    reason: Annotated[str, typer.Option(help="Kept with the versions that are withdrawn.")] = "",
+    server: Server = None,
+    output: Format = OutputFormat.TABLE,
+) -> None:
+    """Go back to an earlier version: the next round starts from it. Later ones are withdrawn, and stay to be seen."""
+    with connect(server) as client:
+        _show(client.roll_back_run(run_id, version, reason or None), output)
 
 
 def read_config(file: Path) -> dict[str, Any]:
@@ -157,6 +193,13 @@ def _announce(run: Run, output: OutputFormat) -> None:
         console().print(f"Created run [bold]{run.run_id}[/bold] ({run.name})")
 
 
+def _show(run: Run, output: OutputFormat) -> None:
+    if output is OutputFormat.JSON:
+        print_json(run)
+    else:
+        _describe(run)
+
+
 def _describe(run: Run) -> None:
     out = console()
     version = "none yet" if run.latest_version is None else str(run.latest_version)
@@ -165,6 +208,14 @@ def _describe(run: Run) -> None:
     if run.status_reason:
         code = f" [{run.error_code}]" if run.error_code else ""
         out.print(f"why: {run.status_reason}{code}", markup=False)
+    if run.waiting:
+        times = [f"{word} {time:%Y-%m-%d %H:%M:%S}Z" for word, time in _times(run.waiting) if time is not None]
+        by = f", by {run.waiting.by}" if run.waiting.by else ""
+        out.print(f"waits for: {run.waiting.what}{by}{', ' if times else ''}{', '.join(times)}", markup=False)
+
+
+def _times(waiting: Waiting) -> list[tuple[str, datetime | None]]:
+    return [("since", waiting.since), ("until", waiting.until)]
 
 
 def _round_row(each: Round, device: RoundDevice) -> list[str]:

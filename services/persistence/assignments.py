@@ -1,17 +1,22 @@
-"""Assignments: a device asks for work, says where it is, or refuses."""
+"""Assignments: a device asks for work, says where it is, or refuses.
+
+New work comes from the runs of the device's federations. Of several, the round that has been open for longest comes
+first, so that no run keeps a device from the others.
+"""
 
 import math
 from collections.abc import Mapping
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import Select, exists, func, select, update
+from sqlalchemy import Select, and_, exists, func, or_, select, update
 from sqlalchemy.orm import Session
 
-from persistence import artifacts, devices
+from persistence import artifacts, devices, late_updates
 from persistence.identifiers import new_id
 from persistence.round_lifecycle import SUBMITTED, lock_round, settle
-from persistence.tables import AssignmentRow, RoundRow, RunRow, shorten
+from persistence.table_base import shorten
+from persistence.tables import AssignmentRow, FederationDeviceRow, RoundRow, RunRow
 from persistence.transitions import TAKES_UPDATES, UNDELIVERED, move
 from protocol.assignments import Assignment, AssignmentProgress, AssignmentRefusal
 from protocol.devices import DeviceProfile
@@ -36,7 +41,7 @@ def work_waits(session: Session, device_id: str, now: datetime) -> bool:
 def next_assignment(
     session: Session, device_id: str, now: datetime, upload_limits: Mapping[PartKind, int]
 ) -> Assignment | None:
-    """Return the device's unfinished assignment, else a new one in the oldest run that has a place, else None.
+    """Return the device's unfinished assignment, else a new one in the oldest round that has a place, else None.
 
     The device counts as seen. Asking twice returns the same assignment: there is one a round and device.
 
@@ -104,8 +109,8 @@ def report_progress(
     first report.
 
     Raises:
-        DomainError: ASSIGNMENT_NOT_FOUND; ROUND_CLOSED, it is too late, and training on is a waste;
-            ILLEGAL_TRANSITION, the assignment was rejected.
+        DomainError: ASSIGNMENT_NOT_FOUND; ROUND_CLOSED, it is too late, a late update will not be taken, and training
+            on is a waste; ILLEGAL_TRANSITION, the assignment was rejected.
     """
     row = owned(session, device_id, assignment_id)
     if row.status in SUBMITTED:
@@ -115,7 +120,11 @@ def report_progress(
         status = start_collecting(session, lock_round(session, row.round_id)[1], now)
     row = owned(session, device_id, assignment_id, lock=True)
     if row.status not in UNDELIVERED or status not in TAKES_UPDATES:
-        raise _not_workable(row, status)
+        if not late_updates.may_still_come(
+            session, session.get_one(RunRow, row.run_id), session.get_one(RoundRow, row.round_id), row
+        ):
+            raise _not_workable(row, status)
+        return row.status
     values = {
         "stage": progress.stage,
         "step": progress.step,
@@ -194,8 +203,10 @@ def _unfinished(device_id: str, now: datetime) -> Select[AssignmentRow, RoundRow
             AssignmentRow.device_id == device_id,
             AssignmentRow.status.in_(UNDELIVERED),
             RoundRow.status.in_(TAKES_UPDATES),
-            RoundRow.deadline_at > now,
-            RunRow.status == RunStatus.RUNNING,
+            # A paused run's clock stands still, and what a device has begun it may finish.
+            or_(
+                and_(RoundRow.deadline_at > now, RunRow.status == RunStatus.RUNNING), RunRow.status == RunStatus.PAUSED
+            ),
         )
         .order_by(AssignmentRow.id)
         .limit(1)
@@ -203,8 +214,11 @@ def _unfinished(device_id: str, now: datetime) -> Select[AssignmentRow, RoundRow
 
 
 def _candidates(session: Session, device_id: str, now: datetime) -> list[str]:
-    """Return the open rounds that the device has no assignment of and is meant for, the oldest run's first."""
+    """Return the open rounds that the device has no assignment of and is meant for, the one opened first at first."""
     taken = exists().where(AssignmentRow.round_id == RoundRow.id, AssignmentRow.device_id == device_id)
+    member = exists().where(
+        FederationDeviceRow.federation == RunRow.federation, FederationDeviceRow.device_id == device_id
+    )
     rows = session.execute(
         select(RoundRow.id, RunRow.device_ids)
         .join(RunRow, RunRow.id == RoundRow.run_id)
@@ -213,9 +227,10 @@ def _candidates(session: Session, device_id: str, now: datetime) -> list[str]:
             RoundRow.deadline_at > now,
             RunRow.status == RunStatus.RUNNING,
             ~taken,
+            member,
             (RunRow.max_updates.is_(None)) | (RunRow.max_updates > _places_taken()),
         )
-        .order_by(RunRow.id)
+        .order_by(RoundRow.opened_at, RoundRow.id)
     )
     return [round_id for round_id, device_ids in rows if device_ids is None or device_id in device_ids]
 

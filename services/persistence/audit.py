@@ -11,7 +11,7 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from persistence.tables import AuditRow
+from persistence.operator_tables import AuditRow
 from protocol.errors import DomainError, ErrorCode
 from protocol.operators import AuditEntry
 from protocol.pages import Page

@@ -5,8 +5,8 @@ from datetime import datetime, timedelta
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from persistence import round_lifecycle
-from persistence.tables import AssignmentRow, DeviceRow, RoundRow
+from persistence import federations, round_lifecycle
+from persistence.tables import AssignmentRow, DeviceRow, FederationDeviceRow, RoundRow
 from persistence.transitions import TAKES_UPDATES, UNDELIVERED, move
 from protocol.devices import Device, DeviceProfile, Heartbeat
 from protocol.errors import DomainError, ErrorCode
@@ -57,22 +57,32 @@ def touch(session: Session, row: DeviceRow, now: datetime) -> None:
 
 def get_device(session: Session, device_id: str) -> Device:
     """Return a device. Raises DomainError DEVICE_NOT_FOUND."""
-    return _device(_row(session, device_id))
+    return _device(session, _row(session, device_id))
 
 
 def list_devices(
-    session: Session, *, cursor: str | None = None, limit: int = 50, status: DeviceStatus | None = None
+    session: Session,
+    *,
+    cursor: str | None = None,
+    limit: int = 50,
+    status: DeviceStatus | None = None,
+    federation: str | None = None,
 ) -> Page[Device]:
-    """Return devices in the order of their enrolment."""
+    """Return devices in the order of their enrolment; of one status or federation, if one is given."""
     query = select(DeviceRow).order_by(DeviceRow.id).limit(limit + 1)
     if cursor is not None:
         query = query.where(DeviceRow.id > cursor)
     if status is not None:
         query = query.where(DeviceRow.status == status)
+    if federation is not None:
+        query = query.join(FederationDeviceRow, FederationDeviceRow.device_id == DeviceRow.id)
+        query = query.where(FederationDeviceRow.federation == federation)
     rows = list(session.scalars(query))
     more = len(rows) > limit
     rows = rows[:limit]
-    return Page[Device](items=[_device(row) for row in rows], next_cursor=rows[-1].id if more else None)
+    belongs = federations.of_devices(session, [row.id for row in rows])
+    items = [_shown(row, belongs[row.id]) for row in rows]
+    return Page[Device](items=items, next_cursor=rows[-1].id if more else None)
 
 
 def revoke_device(session: Session, device_id: str, now: datetime, reason: str = "revoked by an operator") -> Device:
@@ -89,13 +99,13 @@ def revoke_device(session: Session, device_id: str, now: datetime, reason: str =
     locked = [round_lifecycle.lock_round(session, round_id) for _, round_id in sorted(map(tuple, affected))]
     row = _row(session, device_id, lock=True)
     if row.status is DeviceStatus.REVOKED:
-        return _device(row)
+        return _device(session, row)
     move(session, row, DeviceStatus.REVOKED, now=now, reason=reason)
     for run, round_row in locked:
         if round_row.status in TAKES_UPDATES:
             _drop_update(session, round_row.id, device_id, now)
             round_lifecycle.settle(session, run, round_row, now)
-    return _device(row)
+    return _device(session, row)
 
 
 def _drop_update(session: Session, round_id: str, device_id: str, now: datetime) -> None:
@@ -123,7 +133,7 @@ def approve_device(session: Session, device_id: str, now: datetime) -> Device:
     row = _row(session, device_id, lock=True)
     if row.status in (DeviceStatus.PENDING, DeviceStatus.REVOKED):
         move(session, row, DeviceStatus.REGISTERED, now=now, reason="approved by an operator")
-    return _device(row)
+    return _device(session, row)
 
 
 def mark_silent_devices(session: Session, now: datetime, offline_after_seconds: float) -> int:
@@ -153,7 +163,11 @@ def _not_found(device_id: str) -> DomainError:
     return DomainError(ErrorCode.DEVICE_NOT_FOUND, f"no device {device_id!r}", received=device_id)
 
 
-def _device(row: DeviceRow) -> Device:
+def _device(session: Session, row: DeviceRow) -> Device:
+    return _shown(row, federations.of_devices(session, [row.id])[row.id])
+
+
+def _shown(row: DeviceRow, belongs_to: list[str]) -> Device:
     return Device(
         device_id=row.id,
         name=row.name,
@@ -161,6 +175,7 @@ def _device(row: DeviceRow) -> Device:
         profile=DeviceProfile.model_validate(row.profile),
         activity=row.activity,
         reason=row.reason,
+        federations=belongs_to,
         enrolled_at=row.enrolled_at,
         last_seen_at=row.last_seen_at,
         public_key=row.public_key,

@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 from sqlalchemy import CursorResult, select, update
 from sqlalchemy.orm import Session
 
-from persistence import events
+from persistence import events, federations
 from persistence.identifiers import new_id, new_secret, sha256_text
 from persistence.tables import DeviceRow, EnrolmentTokenRow
 from protocol.devices import (
@@ -40,7 +40,8 @@ class DeviceIdentity:
 
 
 def create_token(session: Session, request: EnrolmentTokenCreate, now: datetime) -> EnrolmentToken:
-    """Create a token. The secret in the answer is nowhere else."""
+    """Create a token. The secret in the answer is nowhere else. Raises DomainError FEDERATION_NOT_FOUND."""
+    federations.check_names(session, request.federations)
     secret = new_secret()
     row = EnrolmentTokenRow(
         id=new_id("tok", now),
@@ -49,6 +50,7 @@ def create_token(session: Session, request: EnrolmentTokenCreate, now: datetime)
         used=0,
         note=request.note,
         approval=request.approval,
+        federations=request.federations,
         created_at=now,
         expires_at=now + timedelta(seconds=request.expires_in_seconds),
     )
@@ -87,7 +89,7 @@ def revoke_token(session: Session, token_id: str, now: datetime) -> EnrolmentTok
 
 
 def enrol(session: Session, request: EnrolmentRequest, now: datetime) -> EnrolmentReceipt:
-    """Use the token once and register the device; it waits as `pending` if the token asks for approval.
+    """Use the token once and register the device in its federations; it waits as `pending` where that is asked for.
 
     Raises:
         DomainError: ENROLMENT_TOKEN_UNKNOWN, ENROLMENT_TOKEN_REVOKED, ENROLMENT_TOKEN_EXPIRED or ENROLMENT_TOKEN_USED.
@@ -107,6 +109,8 @@ def enrol(session: Session, request: EnrolmentRequest, now: datetime) -> Enrolme
         last_seen_at=now,
     )
     session.add(device)
+    session.flush()
+    federations.join_all(session, token.federations, device.id, now)
     data = {"name": device.name, "status": device.status.value}
     events.append(session, EventType.DEVICE_ENROLLED, now, device_id=device.id, data=data)
     return EnrolmentReceipt(device_id=device.id, credential=f"{device.id}.{secret}", status=device.status)

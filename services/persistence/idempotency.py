@@ -18,7 +18,7 @@ from sqlalchemy import CursorResult, delete, update
 from sqlalchemy.orm import Session
 
 from persistence.inserting import insert_or_keep
-from persistence.tables import IdempotentAnswerRow
+from persistence.operator_tables import IdempotentAnswerRow
 from protocol.errors import DomainError, ErrorCode
 
 _REPLAYED = "cotune_replayed"

@@ -9,7 +9,7 @@ from sqlalchemy.dialects.sqlite import Insert as SqliteInsert
 from sqlalchemy.dialects.sqlite import insert as sqlite_insert
 from sqlalchemy.orm import Session
 
-from persistence.tables import Table
+from persistence.table_base import Table
 
 
 def insert_into(session: Session, table: type[Table]) -> PostgresqlInsert | SqliteInsert:

@@ -8,6 +8,7 @@ the job is queued again. The queue may lose or double messages; both are harmles
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import Any
 
 from sqlalchemy import CursorResult, and_, select, update
 from sqlalchemy.orm import Session
@@ -17,7 +18,8 @@ from persistence.database import JobMessage, queue_message
 from persistence.errors import LeaseLost
 from persistence.identifiers import new_id
 from persistence.run_endings import end_run, lock_run
-from persistence.tables import JobRow, RunRow, shorten
+from persistence.table_base import shorten
+from persistence.tables import JobRow, RunRow
 from persistence.transitions import UNFINISHED_JOB, UNFINISHED_RUN, move
 from protocol.errors import ErrorCode
 from protocol.events import EventType
@@ -50,6 +52,7 @@ def queue(session: Session, kind: JobKind, run_id: str, round_id: str | None, no
         attempts=0,
         queued_at=now,
         sent_at=now,
+        status_since=now,
     )
     session.add(job)
     session.flush()
@@ -75,7 +78,8 @@ def claim(session: Session, job_id: str, owner: str, lease_seconds: float, now: 
             return None
         if not _requeue_expired(session, run, job, now):
             return None
-    values = {"owner": owner, "lease_until": now + timedelta(seconds=lease_seconds), "attempts": job.attempts + 1}
+    lease_until = now + timedelta(seconds=lease_seconds)
+    values = {"owner": owner, "lease_until": lease_until, "attempts": job.attempts + 1, "status_since": now}
     move(session, job, JobStatus.CLAIMED, now=now, values=values)
     if job.kind is JobKind.PREPARE_RUN and run.status is RunStatus.PENDING:
         move(session, run, RunStatus.PREPARING, now=now)
@@ -182,7 +186,8 @@ def _lock(session: Session, job_id: str) -> tuple[RunRow, JobRow] | None:
 
 def _back_to_queue(session: Session, job: JobRow, reason: str, now: datetime, *, attempts: int) -> None:
     """Queue a locked, claimed job again. The sweep sends it, a little later: what failed may fail again."""
-    values = {"owner": None, "lease_until": None, "sent_at": now, "attempts": attempts, "reason": shorten(reason)}
+    values: dict[str, Any] = {"owner": None, "lease_until": None, "sent_at": now, "status_since": now}
+    values |= {"attempts": attempts, "reason": shorten(reason)}
     move(session, job, JobStatus.QUEUED, now=now, reason=reason, values=values)
 
 
@@ -193,7 +198,7 @@ def _requeue_expired(session: Session, run: RunRow, job: JobRow, now: datetime) 
         _fail_for_good(session, run, job, code=ErrorCode.JOB_FAILED, reason=reason, now=now)
         return False
     reason = f"the lease of {job.owner} ran out at {job.lease_until:%H:%M:%S}Z"
-    values = {"owner": None, "lease_until": None, "reason": reason}
+    values = {"owner": None, "lease_until": None, "reason": reason, "status_since": now}
     move(session, job, JobStatus.QUEUED, now=now, reason=reason, values=values)
     return True
 

@@ -6,7 +6,7 @@ from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
 from persistence.identifiers import new_id, new_secret, sha256_text
-from persistence.tables import OperatorKeyRow
+from persistence.operator_tables import OperatorKeyRow
 from protocol.errors import DomainError, ErrorCode
 from protocol.operators import OperatorKey, OperatorKeyCreate, OperatorKeyCreated
 from protocol.pages import Page

@@ -14,10 +14,11 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from persistence import events, jobs
+from persistence import events, jobs, late_updates
 from persistence.errors import LeaseLost
 from persistence.jobs import JobRecord, held_or_lost, lock_job
-from persistence.round_lifecycle import fail_for_too_few, lock_round, open_round
+from persistence.round_lifecycle import fail_for_too_few, lock_round
+from persistence.round_opening import open_next_round
 from persistence.run_endings import lock_run
 from persistence.tables import AssignmentRow, JobRow, RoundRow, RunRow, VersionRow
 from persistence.transitions import move
@@ -73,15 +74,7 @@ def finish_prepare(session: Session, job: JobRecord, owner: str, result: Prepare
     )
     _add_version(session, version, now)
     move(session, run, RunStatus.RUNNING, now=now)
-    open_round(
-        session,
-        run,
-        number=1,
-        base_version=0,
-        adapter_sha256=result.adapter_sha256,
-        llm_adapter_sha256=result.llm_adapter_sha256,
-        now=now,
-    )
+    open_next_round(session, run, now)
     _finish_job(session, row, now)
 
 
@@ -98,8 +91,8 @@ def finish_aggregation(  # noqa: PLR0917
 ) -> None:
     """Store the aggregate, mark the updates in it counted, and go on to co-tuning.
 
-    Updates were refused before with `updates.reject_update`. With fewer left than `min_updates` the round is abandoned
-    and the run fails: TOO_FEW_UPDATES.
+    Updates were refused before with `updates.reject_update`. With fewer of its own left than `min_updates` the round is
+    abandoned and the run fails, TOO_FEW_UPDATES; late updates of earlier rounds come on top.
 
     Args:
         adapter_sha256: theta_bar; None for a strategy without a proxy.
@@ -116,13 +109,15 @@ def finish_aggregation(  # noqa: PLR0917
         return
     run, round_row, row = held
     _finish_job(session, row, now)
-    _count(session, round_row, counted, now)
+    rows = _lock_updates(session, round_row, counted)
     needed = RunCreate.model_validate(run.config).min_updates
-    if len(counted) < needed:
+    own = sum(row.id in counted and row.used_in_round_id is None for row in rows)
+    if own < needed:
         rejected = _describe_rejected(session, round_row)
-        reason = f"round {round_row.number} has {len(counted)} usable updates of the {needed} it needs{rejected}"
+        reason = f"round {round_row.number} has {own} usable updates of the {needed} it needs{rejected}"
         fail_for_too_few(session, run, reason, now)
         return
+    _count(session, round_row, rows, counted, now)
     values = {"aggregated_adapter_sha256": adapter_sha256, "server_optimizer_sha256": server_optimizer_sha256}
     _next_stage(session, round_row, RoundStatus.CO_TUNING, values=values, metrics=metrics, now=now)
     jobs.queue(session, JobKind.CO_TUNE_ROUND, run.id, round_row.id, now)
@@ -170,7 +165,7 @@ def finish_evaluation(  # noqa: PLR0917
     num_updates = session.scalar(
         select(func.count())
         .select_from(AssignmentRow)
-        .where(AssignmentRow.round_id == round_row.id, AssignmentRow.status == AssignmentStatus.COUNTED)
+        .where(late_updates.in_round(round_row.id), AssignmentRow.status == AssignmentStatus.COUNTED)
     )
     version = VersionRow(
         run_id=run.id,
@@ -180,6 +175,7 @@ def finish_evaluation(  # noqa: PLR0917
         proxy_adapter_sha256=round_row.candidate_adapter_sha256,
         llm_adapter_sha256=round_row.candidate_llm_adapter_sha256,
         num_updates=num_updates,
+        parent=round_row.base_version,
         metrics=dict(metrics),
         created_at=now,
     )
@@ -189,33 +185,8 @@ def finish_evaluation(  # noqa: PLR0917
     _next_stage(session, round_row, RoundStatus.PUBLISHED, values=values, metrics=metrics, now=now, reason=verdict)
     if promoted:
         run.latest_version = version.number
-    _next_round(session, run, round_row, now)
-
-
-def _next_round(session: Session, run: RunRow, finished: RoundRow, now: datetime) -> None:
-    rounds = RunCreate.model_validate(run.config).rounds
-    if finished.number >= rounds:
-        reason = f"all {rounds} rounds are done"
-        move(
-            session,
-            run,
-            RunStatus.COMPLETED,
-            now=now,
-            reason=reason,
-            values={"finished_at": now, "status_reason": reason},
-        )
-        return
-    session.flush()
-    base = session.get_one(VersionRow, (run.id, run.latest_version))
-    open_round(
-        session,
-        run,
-        number=finished.number + 1,
-        base_version=base.number,
-        adapter_sha256=base.proxy_adapter_sha256,
-        llm_adapter_sha256=base.llm_adapter_sha256,
-        now=now,
-    )
+    if run.status is RunStatus.RUNNING:  # a paused one opens the next round when it is resumed
+        open_next_round(session, run, now)
 
 
 def _hold(session: Session, job: JobRecord, owner: str) -> tuple[RunRow, RoundRow, JobRow] | None:
@@ -264,10 +235,10 @@ def _add_version(session: Session, version: VersionRow, now: datetime) -> None:
     events.append(session, EventType.VERSION_CREATED, now, run_id=version.run_id, round_id=version.round_id, data=data)
 
 
-def _count(session: Session, round_row: RoundRow, counted: Sequence[str], now: datetime) -> None:
+def _lock_updates(session: Session, round_row: RoundRow, counted: Sequence[str]) -> Sequence[AssignmentRow]:
     rows = session.scalars(
         select(AssignmentRow)
-        .where(AssignmentRow.round_id == round_row.id)
+        .where(late_updates.in_round(round_row.id))
         .order_by(AssignmentRow.id)
         .with_for_update(key_share=True)
         .execution_options(populate_existing=True)
@@ -275,12 +246,23 @@ def _count(session: Session, round_row: RoundRow, counted: Sequence[str], now: d
     if unknown := sorted(set(counted) - {row.id for row in rows}):
         detail = f"round {round_row.number} has no assignments {', '.join(unknown)}"
         raise DomainError(ErrorCode.ASSIGNMENT_NOT_FOUND, detail, received=unknown)
+    return rows
+
+
+def _count(
+    session: Session, round_row: RoundRow, rows: Sequence[AssignmentRow], counted: Sequence[str], now: datetime
+) -> None:
     for row in rows:
         if row.id in counted:
-            move(session, row, AssignmentStatus.COUNTED, now=now)
-        elif row.status is AssignmentStatus.SUBMITTED:
+            late = row.used_in_round_id is not None
+            move(session, row, AssignmentStatus.COUNTED, now=now, reason=_late_reason(round_row, row) if late else None)
+        elif late_updates.is_to_count(row, round_row.id):
             reason = "the worker did not use it"
             move(session, row, AssignmentStatus.REJECTED, now=now, reason=reason, values={"reason": reason})
+
+
+def _late_reason(round_row: RoundRow, row: AssignmentRow) -> str:
+    return f"late, counted in round {round_row.number} with a base {row.staleness} versions old"
 
 
 def _describe_rejected(session: Session, round_row: RoundRow) -> str:

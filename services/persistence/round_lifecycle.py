@@ -1,8 +1,9 @@
-"""How a round opens, and when it closes for updates.
+"""When a round closes for updates.
 
 A round is aggregated once it has `min_updates`, and either everybody has answered, or `max_updates` came, or the grace
 for stragglers is over; or at its deadline with what it has. At the deadline with less it is abandoned and its run
-fails, and says who was missing: a run never waits for ever.
+fails, and says who was missing; where a sampling deadline is set, it fails or pauses already when too few devices have
+taken the round by then. A run never waits for ever. While it is paused none of this happens.
 """
 
 from dataclasses import dataclass
@@ -11,13 +12,12 @@ from datetime import datetime, timedelta
 from sqlalchemy import exists, func, select
 from sqlalchemy.orm import Session
 
-from persistence import events, jobs
-from persistence.identifiers import new_id
+from persistence import jobs, late_updates
+from persistence.pausing import pause
 from persistence.run_endings import end_run, lock_run
-from persistence.tables import AssignmentRow, DeviceRow, RoundRow, RunRow
+from persistence.tables import AssignmentRow, DeviceRow, FederationDeviceRow, RoundRow, RunRow
 from persistence.transitions import TAKES_UPDATES, UNDELIVERED, move
 from protocol.errors import DomainError, ErrorCode
-from protocol.events import EventType
 from protocol.runs import RunCreate
 from protocol.statuses import AssignmentStatus, DeviceStatus, JobKind, RoundStatus, RunStatus
 
@@ -32,38 +32,6 @@ class Tally:
 
     submitted: int
     working: int
-
-
-def open_round(
-    session: Session,
-    run: RunRow,
-    *,
-    number: int,
-    base_version: int,
-    adapter_sha256: str | None,
-    llm_adapter_sha256: str | None,
-    now: datetime,
-) -> RoundRow:
-    """Open a round of a locked run, from a version's adapters."""
-    config = RunCreate.model_validate(run.config)
-    row = RoundRow(
-        id=new_id("rnd", now),
-        run_id=run.id,
-        number=number,
-        status=RoundStatus.OPEN,
-        base_version=base_version,
-        base_adapter_sha256=adapter_sha256,
-        base_llm_adapter_sha256=llm_adapter_sha256,
-        metrics={},
-        opened_at=now,
-        deadline_at=now + timedelta(seconds=config.round_deadline_seconds),
-    )
-    session.add(row)
-    run.current_round = number
-    session.flush()
-    data = {"number": number, "base_version": base_version, "deadline_at": row.deadline_at.isoformat()}
-    events.append(session, EventType.ROUND_OPENED, now, run_id=run.id, round_id=row.id, data=data)
-    return row
 
 
 def lock_round(session: Session, round_id: str) -> tuple[RunRow, RoundRow]:
@@ -96,6 +64,8 @@ def settle(session: Session, run: RunRow, row: RoundRow, now: datetime) -> None:
             row.grace_until = min(row.deadline_at, now + timedelta(seconds=config.grace_seconds))
         if _nobody_is_waited_for(session, run, row, tally, now):
             _close(session, run, row, tally, now)
+    elif row.sampling_until is not None and now >= row.sampling_until and not _sampled(row, tally, config):
+        _too_few_devices(session, run, row, tally, config, now)
     elif now >= row.deadline_at:
         when = f"at its deadline, {row.deadline_at:%Y-%m-%d %H:%M:%S}Z,"
         _give_up(session, run, row, needed=config.min_updates, when=when, now=now)
@@ -104,6 +74,26 @@ def settle(session: Session, run: RunRow, row: RoundRow, now: datetime) -> None:
         if possible < config.min_updates:
             when = "and no other device of the run can still send one:"
             _give_up(session, run, row, needed=config.min_updates, when=when, now=now)
+
+
+def _sampled(row: RoundRow, tally: Tally, config: RunCreate) -> bool:
+    """Return whether enough devices had taken the round at its sampling deadline, which is then done with."""
+    enough = tally.submitted + tally.working >= config.min_updates
+    if enough:
+        row.sampling_until = None
+    return enough
+
+
+def _too_few_devices(  # noqa: PLR0917
+    session: Session, run: RunRow, row: RoundRow, tally: Tally, config: RunCreate, now: datetime
+) -> None:
+    have = tally.submitted + tally.working
+    when = f"{row.sampling_until:%Y-%m-%d %H:%M:%S}Z"
+    reason = f"{have} of the {config.min_updates} devices that round {row.number} needs had taken it by {when}"
+    if config.too_few_devices == "pause":
+        pause(session, run, by="the sampling deadline", reason=reason, now=now)
+    else:
+        fail_for_too_few(session, run, reason, now, code=ErrorCode.TOO_FEW_DEVICES)
 
 
 def _nobody_is_waited_for(session: Session, run: RunRow, row: RoundRow, tally: Tally, now: datetime) -> bool:
@@ -128,11 +118,14 @@ def _count(session: Session, row: RoundRow) -> Tally:
 def _may_still_join(session: Session, run: RunRow, row: RoundRow, tally: Tally) -> int:
     """Count the devices without an assignment that may still take one, as far as `max_updates` leaves room.
 
-    They are the run's `device_ids` unless revoked, or without such a list all that are registered now. It looks at
-    every device, so it is asked only when the answer decides something.
+    They are the run's `device_ids` unless revoked, or without such a list all of its federation that are registered
+    now. It looks at every device, so it is asked only when the answer decides something.
     """
     assigned = exists().where(AssignmentRow.round_id == row.id, AssignmentRow.device_id == DeviceRow.id)
-    absent = select(func.count()).select_from(DeviceRow).where(~assigned)
+    member = exists().where(
+        FederationDeviceRow.federation == run.federation, FederationDeviceRow.device_id == DeviceRow.id
+    )
+    absent = select(func.count()).select_from(DeviceRow).where(~assigned, member)
     if run.device_ids is None:
         absent = absent.where(DeviceRow.status == DeviceStatus.REGISTERED)
     else:
@@ -147,6 +140,8 @@ def _close(session: Session, run: RunRow, row: RoundRow, tally: Tally, now: date
     reason = f"{tally.submitted} {'update' if tally.submitted == 1 else 'updates'}"
     if tally.working:
         reason += f"; {tally.working} at work {'was' if tally.working == 1 else 'were'} not waited for"
+    if late := late_updates.take(session, run, row):
+        reason += f"; and {late} late {'one' if late == 1 else 'ones'} of earlier rounds"
     move(session, row, RoundStatus.AGGREGATING, now=now, reason=reason, values={"closed_at": now})
     jobs.queue(session, JobKind.AGGREGATE_ROUND, run.id, row.id, now)
 
@@ -160,14 +155,16 @@ def _give_up(session: Session, run: RunRow, row: RoundRow, *, needed: int, when:
     fail_for_too_few(session, run, reason, now)
 
 
-def fail_for_too_few(session: Session, run: RunRow, reason: str, now: datetime) -> None:
-    """End a locked run whose round cannot get the updates it needs."""
+def fail_for_too_few(
+    session: Session, run: RunRow, reason: str, now: datetime, *, code: ErrorCode = ErrorCode.TOO_FEW_UPDATES
+) -> None:
+    """End a locked run whose round cannot get the devices or updates it needs."""
     end_run(
         session,
         run,
         to=RunStatus.FAILED,
         round_to=RoundStatus.ABANDONED,
-        code=ErrorCode.TOO_FEW_UPDATES,
+        code=code,
         reason=reason,
         now=now,
     )

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import func, or_, select
-from sqlalchemy.orm import Session
+from sqlalchemy import func, or_, select, tuple_
+from sqlalchemy.orm import Session, aliased
 
 from persistence import waiting
 from persistence.round_lifecycle import lock_round, settle
@@ -15,7 +15,7 @@ from persistence.transitions import TAKES_UPDATES, UNDELIVERED, move
 from protocol.errors import DomainError, ErrorCode
 from protocol.pages import Page
 from protocol.runs import Round, RoundDevice, RunCreate
-from protocol.statuses import AssignmentStatus, DeviceStatus
+from protocol.statuses import AssignmentStatus, DeviceStatus, RoundStatus
 
 
 @dataclass(frozen=True)
@@ -40,31 +40,50 @@ class RoundContext:
     metrics: dict[str, Any]
 
 
-def get_round(session: Session, run_id: str, number: int) -> Round:
-    """Return a round of a run. Raises DomainError RUN_NOT_FOUND or ROUND_NOT_FOUND."""
+def get_round(
+    session: Session, run_id: str, number: int, *, attempt: int | None = None, now: datetime | None = None
+) -> Round:
+    """Return a round of a run: an attempt at it, or the newest one.
+
+    Args:
+        now: without it, a worker whose lease has run out is taken for one that works.
+
+    Raises:
+        DomainError: RUN_NOT_FOUND or ROUND_NOT_FOUND.
+    """
     run = find_run(session, run_id)
-    row = session.scalar(
-        select(RoundRow)
-        .where(RoundRow.run_id == run_id, RoundRow.number == min(number, 2**31 - 1))
-        .execution_options(populate_existing=True)
-    )
+    query = select(RoundRow).where(RoundRow.run_id == run_id, RoundRow.number == min(number, 2**31 - 1))
+    if attempt is not None:
+        query = query.where(RoundRow.attempt == min(attempt, 2**31 - 1))
+    newest = query.order_by(RoundRow.attempt.desc()).limit(1).execution_options(populate_existing=True)
+    row = session.scalar(newest)
     if row is None:
-        detail = f"run {run_id} has rounds 1 to {run.current_round}, not {number}"
+        which = f"{number}" if attempt is None else f"attempt {attempt} at {number}"
+        detail = f"run {run_id} has rounds 1 to {run.current_round}, not {which}"
         raise DomainError(ErrorCode.ROUND_NOT_FOUND, detail, received=number)
-    return _round(session, run, row)
+    return _round(session, run, row, now)
 
 
-def list_rounds(session: Session, run_id: str, *, cursor: str | None = None, limit: int = 50) -> Page[Round]:
-    """Return a run's rounds, the newest first. Raises DomainError RUN_NOT_FOUND or INVALID_FIELD (the cursor)."""
+def list_rounds(
+    session: Session, run_id: str, *, cursor: str | None = None, limit: int = 50, now: datetime | None = None
+) -> Page[Round]:
+    """Return each attempt at a run's rounds, the newest first.
+
+    Raises:
+        DomainError: RUN_NOT_FOUND or INVALID_FIELD (the cursor).
+    """
     run = find_run(session, run_id)
-    query = select(RoundRow).where(RoundRow.run_id == run_id).order_by(RoundRow.number.desc()).limit(limit + 1)
+    query = select(RoundRow).where(RoundRow.run_id == run_id)
     if cursor is not None:
-        query = query.where(RoundRow.number < number_cursor(cursor))
+        number, _, attempt = cursor.partition(".")
+        before = tuple_(RoundRow.number, RoundRow.attempt) < (number_cursor(number), number_cursor(attempt))
+        query = query.where(before)
+    query = query.order_by(RoundRow.number.desc(), RoundRow.attempt.desc()).limit(limit + 1)
     rows = list(session.scalars(query.execution_options(populate_existing=True)))
     more = len(rows) > limit
     rows = rows[:limit]
-    items = [_round(session, run, row) for row in rows]
-    return Page[Round](items=items, next_cursor=str(rows[-1].number) if more else None)
+    items = [_round(session, run, row, now) for row in rows]
+    return Page[Round](items=items, next_cursor=f"{rows[-1].number}.{rows[-1].attempt}" if more else None)
 
 
 def number_cursor(cursor: str) -> int:
@@ -86,7 +105,11 @@ def get_context(session: Session, round_id: str) -> RoundContext:
     if found is None:
         raise DomainError(ErrorCode.ROUND_NOT_FOUND, f"no round {round_id!r}", received=round_id)
     row, run = found
-    made_base = (RoundRow.run_id == run.id, RoundRow.number == row.base_version)  # version 0 was made by no round
+    made_base = (  # version 0 was made by no round, and of several attempts only one was published
+        RoundRow.run_id == run.id,
+        RoundRow.number == row.base_version,
+        RoundRow.status == RoundStatus.PUBLISHED,
+    )
     return RoundContext(
         round_id=row.id,
         run_id=run.id,
@@ -143,22 +166,27 @@ def mark_lost_assignments(session: Session, now: datetime) -> int:
     return len(rows)
 
 
-def _round(session: Session, run: RunRow, row: RoundRow) -> Round:
+def _round(session: Session, run: RunRow, row: RoundRow, now: datetime | None) -> Round:
+    used_in = aliased(RoundRow)
     devices = session.execute(
-        select(AssignmentRow, DeviceRow.name)
+        select(AssignmentRow, DeviceRow.name, used_in.number)
         .join(DeviceRow, DeviceRow.id == AssignmentRow.device_id)
+        .outerjoin(used_in, used_in.id == AssignmentRow.used_in_round_id)
         .where(AssignmentRow.round_id == row.id)
         .order_by(AssignmentRow.device_id)
         .execution_options(populate_existing=True)
     )
+    reason, waits = waiting.of_round(session, run, row, now)
     return Round(
         round_id=row.id,
         run_id=row.run_id,
         number=row.number,
+        attempt=row.attempt,
         status=row.status,
-        status_reason=waiting.round_reason(session, run, row),
+        status_reason=reason,
+        waiting=waits,
         base_version=row.base_version,
-        devices=[_device(assignment, name) for assignment, name in devices],
+        devices=[_device(assignment, name, later) for assignment, name, later in devices],
         metrics=row.metrics,
         opened_at=row.opened_at,
         deadline_at=row.deadline_at,
@@ -166,7 +194,7 @@ def _round(session: Session, run: RunRow, row: RoundRow) -> Round:
     )
 
 
-def _device(row: AssignmentRow, name: str) -> RoundDevice:
+def _device(row: AssignmentRow, name: str, used_in_round: int | None) -> RoundDevice:
     return RoundDevice(
         assignment_id=row.id,
         device_id=row.device_id,
@@ -181,4 +209,7 @@ def _device(row: AssignmentRow, name: str) -> RoundDevice:
         metrics=row.metrics,
         offered_at=row.offered_at,
         submitted_at=row.submitted_at,
+        late=row.late_use is not None,
+        used_in_round=used_in_round,
+        staleness=row.staleness,
     )

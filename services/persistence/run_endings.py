@@ -1,4 +1,4 @@
-"""How a run ends before its last round: one function, so that nothing of it stays behind."""
+"""How a run, or one attempt at a round, ends before its time: one function, so that nothing of it stays behind."""
 
 from datetime import datetime
 from typing import TypeVar
@@ -6,7 +6,9 @@ from typing import TypeVar
 from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
 
-from persistence.tables import AssignmentRow, JobRow, RoundRow, RunRow, shorten
+from persistence import late_updates
+from persistence.table_base import shorten
+from persistence.tables import AssignmentRow, JobRow, RoundRow, RunRow
 from persistence.transitions import UNDELIVERED, UNFINISHED_JOB, UNFINISHED_ROUND, move
 from protocol.errors import DomainError, ErrorCode
 from protocol.statuses import AssignmentStatus, JobStatus, RoundStatus, RunStatus
@@ -44,26 +46,43 @@ def end_run(
 ) -> None:
     """Move a locked run to `failed` or `stopped`, its unfinished round to `round_to`, and drop its jobs.
 
-    A worker that still computes for it finds its lease gone. Updates that were not counted are marked, with the reason.
+    A worker that still computes for it finds its lease gone. Updates that were not counted are marked, with the reason;
+    a failed run that uses late updates keeps them for the round that a retry opens.
     """
     reason = shorten(reason) or ""
-    values = {"status_reason": reason, "error_code": code, "finished_at": now}
+    values = {"status_reason": reason, "error_code": code, "finished_at": now, "paused_at": None, "paused_by": None}
     move(session, run, to, now=now, reason=reason, values=values)
+    why = f"the run ended ({to.value}): {reason}"
+    keep = to is RunStatus.FAILED and late_updates.are_used(run)
+    end_unfinished_round(session, run, to=round_to, reason=reason, why=why, keep_updates=keep, now=now)
+
+
+def end_unfinished_round(
+    session: Session, run: RunRow, *, to: RoundStatus, reason: str, why: str, keep_updates: bool, now: datetime
+) -> None:
+    """Move a locked run's unfinished round to `to`, end its assignments and drop the run's jobs.
+
+    Args:
+        reason: of the round.
+        why: of its assignments and jobs.
+        keep_updates: whether submitted updates may still be used by a later round (`late`), or not (`rejected`).
+    """
     rounds = select(RoundRow).where(RoundRow.run_id == run.id, RoundRow.status.in_(UNFINISHED_ROUND))
     for row in session.scalars(_locked(rounds)).all():
         values = {"status_reason": reason, "finished_at": now}
-        move(session, row, round_to, now=now, reason=reason, values=values)
+        move(session, row, to, now=now, reason=reason, values=values)
+        late_updates.give_back(session, row)
     left = UNDELIVERED | {AssignmentStatus.SUBMITTED}
     assignments = select(AssignmentRow).where(AssignmentRow.run_id == run.id, AssignmentRow.status.in_(left))
     for assignment in session.scalars(_locked(assignments.order_by(AssignmentRow.id))).all():
-        submitted = assignment.status is AssignmentStatus.SUBMITTED
-        status = AssignmentStatus.REJECTED if submitted else AssignmentStatus.LOST
-        why = shorten(f"the run ended ({to.value}): {reason}")
-        move(session, assignment, status, now=now, reason=why, values={"reason": why})
+        submitted = AssignmentStatus.LATE if keep_updates else AssignmentStatus.REJECTED
+        status = submitted if assignment.status is AssignmentStatus.SUBMITTED else AssignmentStatus.LOST
+        told = shorten(why)
+        move(session, assignment, status, now=now, reason=told, values={"reason": told})
     jobs = select(JobRow).where(JobRow.run_id == run.id, JobRow.status.in_(UNFINISHED_JOB))
     for job in session.scalars(_locked(jobs.order_by(JobRow.id))).all():
         values = {"reason": reason, "finished_at": now, "owner": None, "lease_until": None}
-        move(session, job, JobStatus.FAILED, now=now, reason=f"the run ended ({to.value})", values=values)
+        move(session, job, JobStatus.FAILED, now=now, reason=shorten(why), values=values)
 
 
 def _locked(query: Select[Row]) -> Select[Row]:

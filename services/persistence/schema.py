@@ -2,17 +2,19 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, func, pool, select
+from sqlalchemy import Connection, Engine, event, func, pool, select
 from sqlalchemy.orm import Session
 
 from persistence.database import connect
 from persistence.errors import StorageError
 
+_CHECK = "PRAGMA foreign_key_check"
 _SCHEMA_LOCK = 0x736368656D61  # "schema"; any number that no other lock of the database uses.
 
 
@@ -28,16 +30,34 @@ def upgrade(url: str, *, migrations: Path | None = None, revision: str = "head")
         revision: where to stop.
 
     Raises:
-        StorageError: the folder of the migrations is not there.
+        StorageError: the folder of the migrations is not there, or they would leave a row that names none.
     """
     config = alembic_config(migrations)
-    engine = connect(url, poolclass=pool.NullPool)
+    engine = migration_engine(url)
     # On SQLite the transaction is the lock: it begins with BEGIN IMMEDIATE.
     with engine.begin() as connection:
         if connection.dialect.name == "postgresql":
             connection.execute(select(func.pg_advisory_xact_lock(_SCHEMA_LOCK)))
         config.attributes["connection"] = connection
         command.upgrade(config, revision)
+        if connection.dialect.name == "sqlite" and (broken := connection.exec_driver_sql(_CHECK).all()):
+            raise StorageError(f"after the migrations {len(broken)} rows name rows that are not there: {broken[:3]}")
+
+
+def migration_engine(url: str) -> Engine:
+    """Return an engine for migrations.
+
+    SQLite alters a table by copying and dropping it, which its foreign keys would forbid as soon as there are rows; so
+    they are off, and `upgrade` checks them at the end.
+    """
+    engine = connect(url, poolclass=pool.NullPool)
+    if engine.dialect.name == "sqlite":
+        event.listen(engine, "connect", _without_foreign_keys)
+    return engine
+
+
+def _without_foreign_keys(connection: Any, _record: Any) -> None:
+    connection.execute("PRAGMA foreign_keys = OFF")
 
 
 def is_current(session: Session, *, migrations: Path | None = None) -> bool:

@@ -1,4 +1,6 @@
-"""The tables. Written once here, built by `migrations/`; a test keeps the two equal.
+"""The tables of what is trained; `persistence.operator_tables` holds those of who may look and who is told.
+
+Written once, built by `migrations/`; a test keeps the two equal.
 
 A status is never assigned: `persistence.transitions.move` changes it, and the listener at the end of this file refuses
 anything else. There are no relationships: every query says what it joins.
@@ -13,43 +15,30 @@ from sqlalchemy import (
     ForeignKey,
     Index,
     Integer,
-    LargeBinary,
-    MetaData,
     String,
     UniqueConstraint,
     event,
     inspect,
 )
-from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+from sqlalchemy.orm import Mapped, mapped_column
 
 from persistence.column_types import BigInt, FiniteJson, UtcDateTime, status_type
+from persistence.table_base import ID, REASON, SHA256, Table
+from protocol.assignments import CountsIn
 from protocol.errors import ErrorCode
 from protocol.events import EventType
-from protocol.operators import OperatorRole
+from protocol.federations import DEFAULT_FEDERATION
 from protocol.statuses import AssignmentStatus, DeviceStatus, JobKind, JobStatus, PartKind, RoundStatus, RunStatus
 
-ID = String(64)
-SHA256 = String(64)
-REASON = String(2000)
-"""Longest reason that is kept, characters; `shorten` cuts to it."""
 
+class FederationRow(Table):
+    """Devices that train together. Its name is its identity."""
 
-def shorten(reason: str | None) -> str | None:
-    """Cut a reason to what the column holds: PostgreSQL refuses longer text, SQLite does not."""
-    return reason if reason is None or len(reason) <= 2000 else reason[:1999] + "…"
+    __tablename__ = "federations"
 
-
-class Table(DeclarativeBase):
-    """Base of every table; constraint names follow from it, so that migrations can name them."""
-
-    metadata = MetaData(
-        naming_convention={
-            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
-            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
-            "fk": "fk_%(table_name)s_%(column_0_N_name)s_%(referred_table_name)s",
-            "pk": "pk_%(table_name)s",
-        }
-    )
+    name: Mapped[str] = mapped_column(ID, primary_key=True)
+    description: Mapped[str] = mapped_column(String(400), default="")
+    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
 
 
 class EnrolmentTokenRow(Table):
@@ -63,6 +52,7 @@ class EnrolmentTokenRow(Table):
     used: Mapped[int] = mapped_column(Integer, default=0)
     note: Mapped[str] = mapped_column(String(200), default="")
     approval: Mapped[bool] = mapped_column(Boolean, default=False)
+    federations: Mapped[list[str]] = mapped_column(FiniteJson, default=lambda: [DEFAULT_FEDERATION])
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
     expires_at: Mapped[datetime] = mapped_column(UtcDateTime)
     revoked_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
@@ -88,6 +78,16 @@ class DeviceRow(Table):
     last_seen_at: Mapped[datetime] = mapped_column(UtcDateTime)
 
 
+class FederationDeviceRow(Table):
+    """A device belongs to a federation."""
+
+    __tablename__ = "federation_devices"
+
+    federation: Mapped[str] = mapped_column(ID, ForeignKey("federations.name"), primary_key=True)
+    device_id: Mapped[str] = mapped_column(ID, ForeignKey("devices.id"), primary_key=True, index=True)
+    joined_at: Mapped[datetime] = mapped_column(UtcDateTime)
+
+
 class ArtifactRow(Table):
     """A file of the blob store, by content."""
 
@@ -102,10 +102,11 @@ class RunRow(Table):
     """A run. `config` never changes; `proxy_*`, `probe_set_sha256` and `expected_tensors` come from its preparation."""
 
     __tablename__ = "runs"
-    __table_args__ = (Index(None, "status"),)
+    __table_args__ = (Index(None, "status"), Index(None, "federation"))
 
     id: Mapped[str] = mapped_column(ID, primary_key=True)
     name: Mapped[str] = mapped_column(String(64))
+    federation: Mapped[str] = mapped_column(ID, ForeignKey("federations.name"), default=DEFAULT_FEDERATION)
     status: Mapped[RunStatus] = mapped_column(status_type(RunStatus))
     status_reason: Mapped[str | None] = mapped_column(REASON)
     error_code: Mapped[ErrorCode | None] = mapped_column(status_type(ErrorCode))
@@ -117,6 +118,8 @@ class RunRow(Table):
     proxy_manifest_sha256: Mapped[str | None] = mapped_column(SHA256, ForeignKey("artifacts.sha256"))
     probe_set_sha256: Mapped[str | None] = mapped_column(SHA256, ForeignKey("artifacts.sha256"))
     expected_tensors: Mapped[dict[str, Any] | None] = mapped_column(FiniteJson)
+    paused_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    paused_by: Mapped[str | None] = mapped_column(String(200))
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
     finished_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
 
@@ -132,14 +135,15 @@ class RunArtifactRow(Table):
 
 
 class RoundRow(Table):
-    """A round: what it started from, what each stage made, and until when it waits."""
+    """An attempt at a round: what it started from, what each stage made, and until when it waits."""
 
     __tablename__ = "rounds"
-    __table_args__ = (UniqueConstraint("run_id", "number"), Index(None, "status"))
+    __table_args__ = (UniqueConstraint("run_id", "number", "attempt"), Index(None, "status"))
 
     id: Mapped[str] = mapped_column(ID, primary_key=True)
     run_id: Mapped[str] = mapped_column(ID, ForeignKey("runs.id"))
     number: Mapped[int] = mapped_column(Integer)
+    attempt: Mapped[int] = mapped_column(Integer, default=1)
     status: Mapped[RoundStatus] = mapped_column(status_type(RoundStatus))
     status_reason: Mapped[str | None] = mapped_column(REASON)
     base_version: Mapped[int] = mapped_column(Integer)
@@ -152,16 +156,26 @@ class RoundRow(Table):
     metrics: Mapped[dict[str, Any]] = mapped_column(FiniteJson, default=dict)
     opened_at: Mapped[datetime] = mapped_column(UtcDateTime)
     deadline_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    sampling_until: Mapped[datetime | None] = mapped_column(UtcDateTime)
     grace_until: Mapped[datetime | None] = mapped_column(UtcDateTime)
     closed_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     finished_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
 
 
 class AssignmentRow(Table):
-    """One device's share of one round, and its update once submitted."""
+    """One device's share of one round, and its update once submitted.
+
+    `late_use` is what the device was told that becomes of its late update; `used_in_round_id` the later round that has
+    taken it, once.
+    """
 
     __tablename__ = "assignments"
-    __table_args__ = (UniqueConstraint("round_id", "device_id"), Index(None, "device_id", "status"))
+    __table_args__ = (
+        UniqueConstraint("round_id", "device_id"),
+        Index(None, "device_id", "status"),
+        Index(None, "run_id", "status"),
+        Index(None, "used_in_round_id"),
+    )
 
     id: Mapped[str] = mapped_column(ID, primary_key=True)
     run_id: Mapped[str] = mapped_column(ID, ForeignKey("runs.id"))
@@ -177,6 +191,9 @@ class AssignmentRow(Table):
     num_examples: Mapped[int | None] = mapped_column(BigInteger)
     metrics: Mapped[dict[str, Any]] = mapped_column(FiniteJson, default=dict)
     update_sha256: Mapped[str | None] = mapped_column(SHA256)
+    late_use: Mapped[CountsIn | None] = mapped_column(String(16))
+    used_in_round_id: Mapped[str | None] = mapped_column(ID, ForeignKey("rounds.id"))
+    staleness: Mapped[int | None] = mapped_column(Integer)
     offered_at: Mapped[datetime] = mapped_column(UtcDateTime)
     submitted_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
 
@@ -222,7 +239,7 @@ class UploadChunkRow(Table):
 
 
 class VersionRow(Table):
-    """A model version. Number n comes from round n; 0 from the preparation."""
+    """A model version. Number n comes from round n; 0 from the preparation. `parent` is what its round started from."""
 
     __tablename__ = "versions"
 
@@ -233,6 +250,9 @@ class VersionRow(Table):
     proxy_adapter_sha256: Mapped[str | None] = mapped_column(SHA256, ForeignKey("artifacts.sha256"))
     llm_adapter_sha256: Mapped[str | None] = mapped_column(SHA256, ForeignKey("artifacts.sha256"))
     num_updates: Mapped[int] = mapped_column(Integer)
+    parent: Mapped[int | None] = mapped_column(Integer)
+    withdrawn_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
+    withdrawn_reason: Mapped[str | None] = mapped_column(REASON)
     metrics: Mapped[dict[str, Any]] = mapped_column(FiniteJson, default=dict)
     created_at: Mapped[datetime] = mapped_column(UtcDateTime)
 
@@ -254,6 +274,7 @@ class JobRow(Table):
     lease_until: Mapped[datetime | None] = mapped_column(UtcDateTime)
     attempts: Mapped[int] = mapped_column(Integer, default=0)
     queued_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    status_since: Mapped[datetime | None] = mapped_column(UtcDateTime)
     sent_at: Mapped[datetime] = mapped_column(UtcDateTime)
     finished_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
 
@@ -273,44 +294,6 @@ class EventRow(Table):
     data: Mapped[dict[str, Any]] = mapped_column(FiniteJson, default=dict)
 
 
-class IdempotentAnswerRow(Table):
-    """What a POST with an `Idempotency-Key` was answered: written in the transaction of what it did."""
-
-    __tablename__ = "idempotent_answers"
-
-    id: Mapped[str] = mapped_column(SHA256, primary_key=True)
-    """SHA-256 over who called and the key."""
-    request_sha256: Mapped[str] = mapped_column(SHA256)
-    status: Mapped[int | None] = mapped_column(Integer)
-    sealed_answer: Mapped[bytes | None] = mapped_column(LargeBinary)
-    """Encrypted with a key that only who repeats the request can make: an answer may hold a credential."""
-    created_at: Mapped[datetime] = mapped_column(UtcDateTime, index=True)
-
-
-class WebhookRow(Table):
-    """An address that is told of events, and up to which one it was."""
-
-    __tablename__ = "webhooks"
-    __table_args__ = (Index(None, "active", "due_at"),)
-
-    id: Mapped[str] = mapped_column(ID, primary_key=True)
-    url: Mapped[str] = mapped_column(String(2000))
-    secret: Mapped[str] = mapped_column(String(200))
-    """In the clear: every delivery is signed with it."""
-    types: Mapped[list[str] | None] = mapped_column(FiniteJson)
-    run_id: Mapped[str | None] = mapped_column(ID, ForeignKey("runs.id"))
-    note: Mapped[str] = mapped_column(String(200), default="")
-    active: Mapped[bool] = mapped_column(Boolean)
-    sequence: Mapped[int] = mapped_column(BigInteger)
-    failures: Mapped[int] = mapped_column(Integer, default=0)
-    failing_since: Mapped[datetime | None] = mapped_column(UtcDateTime)
-    last_error: Mapped[str | None] = mapped_column(REASON)
-    due_at: Mapped[datetime] = mapped_column(UtcDateTime)
-    """Not before then is it tried. A sender that has claimed it moves this on, so that no other takes it."""
-    delivered_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
-    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
-
-
 class TrafficRow(Table):
     """Bytes of bodies between one device and the cloud for one run."""
 
@@ -323,39 +306,6 @@ class TrafficRow(Table):
     num_bytes: Mapped[int] = mapped_column(BigInteger)
 
 
-class OperatorKeyRow(Table):
-    """An operator's API key. Only its hash is kept, and its first characters to tell it from others."""
-
-    __tablename__ = "operator_keys"
-
-    id: Mapped[str] = mapped_column(ID, primary_key=True)
-    name: Mapped[str] = mapped_column(String(64))
-    role: Mapped[OperatorRole] = mapped_column(status_type(OperatorRole))
-    prefix: Mapped[str] = mapped_column(String(16))
-    key_sha256: Mapped[str] = mapped_column(SHA256, unique=True)
-    created_at: Mapped[datetime] = mapped_column(UtcDateTime)
-    created_by: Mapped[str] = mapped_column(ID)
-    expires_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
-    revoked_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
-
-
-class AuditRow(Table):
-    """The append-only trail of what operators did. No row is ever changed or removed."""
-
-    __tablename__ = "audit"
-    __table_args__ = (Index(None, "key_id", "sequence"), Index(None, "subject", "sequence"))
-
-    sequence: Mapped[int] = mapped_column(BigInt, primary_key=True)
-    time: Mapped[datetime] = mapped_column(UtcDateTime)
-    key_id: Mapped[str] = mapped_column(ID)
-    name: Mapped[str] = mapped_column(String(64))
-    action: Mapped[str] = mapped_column(String(64))
-    subject: Mapped[str | None] = mapped_column(String(200))
-    outcome: Mapped[str] = mapped_column(String(64))
-    request_id: Mapped[str] = mapped_column(String(64))
-    data: Mapped[dict[str, Any]] = mapped_column(FiniteJson, default=dict)
-
-
 def _refuse_assignment_to_status(row: Table, value: object, old: object, _initiator: object) -> None:
     if inspect(row).persistent:
         raise AttributeError(f"a status is changed by transitions.move, not by assignment ({old} to {value})")
@@ -363,11 +313,3 @@ def _refuse_assignment_to_status(row: Table, value: object, old: object, _initia
 
 for _table in (DeviceRow, RunRow, RoundRow, AssignmentRow, JobRow):
     event.listen(_table.status, "set", _refuse_assignment_to_status)
-
-
-def _refuse_change(_mapper: object, _connection: object, row: AuditRow) -> None:
-    raise AttributeError(f"the audit trail is append-only: entry {row.sequence} cannot be changed or removed")
-
-
-for _change in ("before_update", "before_delete"):
-    event.listen(AuditRow, _change, _refuse_change)

@@ -30,7 +30,7 @@ RUN_MOVES: Moves[RunStatus] = {
     RunStatus.RUNNING: frozenset({RunStatus.PAUSED, RunStatus.COMPLETED} | _RUN_ENDS),
     RunStatus.PAUSED: frozenset({RunStatus.RUNNING} | _RUN_ENDS),
     RunStatus.COMPLETED: frozenset(),
-    RunStatus.FAILED: frozenset(),
+    RunStatus.FAILED: frozenset({RunStatus.PENDING, RunStatus.RUNNING}),  # An operator retries it.
     RunStatus.STOPPED: frozenset(),
 }
 
@@ -61,12 +61,21 @@ ASSIGNMENT_MOVES: Moves[AssignmentStatus] = {
         for place, status in enumerate(_ON_THE_WAY[:-1])
     },
     AssignmentStatus.SUBMITTED: frozenset(
-        {AssignmentStatus.COUNTED, AssignmentStatus.QUARANTINED, AssignmentStatus.REJECTED}
+        # Late: kept from a failed round.
+        {
+            AssignmentStatus.COUNTED,
+            AssignmentStatus.QUARANTINED,
+            AssignmentStatus.REJECTED,
+            AssignmentStatus.LATE,
+        }
     ),
     AssignmentStatus.COUNTED: frozenset(),
     AssignmentStatus.QUARANTINED: frozenset(),
     AssignmentStatus.REJECTED: frozenset(),
-    AssignmentStatus.LATE: frozenset(),
+    # By a later round.
+    AssignmentStatus.LATE: frozenset(
+        {AssignmentStatus.COUNTED, AssignmentStatus.QUARANTINED, AssignmentStatus.REJECTED}
+    ),
     AssignmentStatus.LOST: frozenset({AssignmentStatus.LATE}),  # Given up, and then it came after all.
 }
 
@@ -81,7 +90,7 @@ JOB_MOVES: Moves[JobStatus] = {
     JobStatus.QUEUED: frozenset({JobStatus.CLAIMED, JobStatus.FAILED}),
     JobStatus.CLAIMED: frozenset({JobStatus.QUEUED, JobStatus.DONE, JobStatus.FAILED}),
     JobStatus.DONE: frozenset(),
-    JobStatus.FAILED: frozenset(),
+    JobStatus.FAILED: frozenset({JobStatus.QUEUED}),  # A preparation that an operator retries.
 }
 
 MOVES: dict[type[Movable], Mapping[Any, frozenset[Any]]] = {
@@ -92,9 +101,9 @@ MOVES: dict[type[Movable], Mapping[Any, frozenset[Any]]] = {
     JobRow: JOB_MOVES,
 }
 
-UNFINISHED_RUN = frozenset(status for status, moves in RUN_MOVES.items() if moves)
+UNFINISHED_RUN = frozenset(RunStatus) - {RunStatus.COMPLETED, RunStatus.FAILED, RunStatus.STOPPED}
 UNFINISHED_ROUND = frozenset(status for status, moves in ROUND_MOVES.items() if moves)
-UNFINISHED_JOB = frozenset(status for status, moves in JOB_MOVES.items() if moves)
+UNFINISHED_JOB = frozenset({JobStatus.QUEUED, JobStatus.CLAIMED})
 TAKES_UPDATES = frozenset({RoundStatus.OPEN, RoundStatus.COLLECTING})
 """A round in one of these offers assignments and accepts updates."""
 

@@ -11,14 +11,15 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import select
+from sqlalchemy import and_, or_, select
 from sqlalchemy.orm import Session
 
-from persistence import artifacts, events
+from persistence import artifacts, events, late_updates
 from persistence.assignments import owned, start_collecting
 from persistence.errors import RoundClosed
 from persistence.round_lifecycle import SUBMITTED, lock_round, settle
-from persistence.tables import AssignmentRow, RoundRow, RunRow, UpdatePartRow, shorten
+from persistence.table_base import shorten
+from persistence.tables import AssignmentRow, RoundRow, RunRow, UpdatePartRow
 from persistence.transitions import TAKES_UPDATES, UNDELIVERED, move
 from protocol.adapter_shapes import tensors_at_rank
 from protocol.assignments import PartReceipt, Submission, SubmissionReceipt, UpdateOutcome
@@ -33,7 +34,10 @@ from protocol.strategies import STRATEGIES, CoPlmsSettings
 
 @dataclass(frozen=True)
 class UpdateRecord:
-    """A submitted update, as the worker reads it. `parts` maps a kind to the SHA-256 of its file."""
+    """A submitted update, as the worker reads it. `parts` maps a kind to the SHA-256 of its file.
+
+    `staleness` is set of a late one that was trained for an earlier round: how many versions its base is old.
+    """
 
     assignment_id: str
     device_id: str
@@ -42,6 +46,7 @@ class UpdateRecord:
     metrics: dict[str, Any]
     adapter_rank: int | None
     """Of its delta; None: the run's."""
+    staleness: int | None = None
 
 
 @dataclass(frozen=True)
@@ -146,8 +151,12 @@ def submit(
         "update_sha256": digest,
         "submitted_at": now,
     }
-    move(session, row, AssignmentStatus.SUBMITTED, now=now, values=values)
-    data = {"assignment_id": row.id, "update_sha256": digest, "num_examples": submission.num_examples}
+    late = row.status is AssignmentStatus.LATE
+    if late:
+        late_updates.keep(session, run, row, values, now)
+    else:
+        move(session, row, AssignmentStatus.SUBMITTED, now=now, values=values)
+    data = {"assignment_id": row.id, "update_sha256": digest, "num_examples": submission.num_examples, "late": late}
     events.append(
         session, EventType.UPDATE_SUBMITTED, now, run_id=run.id, round_id=row.round_id, device_id=device_id, data=data
     )
@@ -156,28 +165,38 @@ def submit(
 
 
 def submitted_updates(session: Session, round_id: str) -> list[UpdateRecord]:
-    """Return the round's updates, submitted or already counted, in the order of the device ids.
+    """Return the round's updates, submitted or already counted, and the late ones that it took, which come first.
 
-    The order is part of the result: a mean of floats depends on it in its last bits, and a stage that is done again
-    must give the same bytes.
+    Each in the order of the device ids. The order is part of the result: a mean of floats depends on it in its last
+    bits, and a stage that is done again must give the same bytes.
     """
+    taken = and_(AssignmentRow.used_in_round_id == round_id, AssignmentRow.status == AssignmentStatus.LATE)
+    here = and_(late_updates.in_round(round_id), or_(AssignmentRow.status.in_(SUBMITTED), taken))
     rows = session.scalars(
         select(AssignmentRow)
-        .where(AssignmentRow.round_id == round_id, AssignmentRow.status.in_(SUBMITTED))
-        .order_by(AssignmentRow.device_id)
+        .where(here)
+        .order_by(AssignmentRow.used_in_round_id.is_(None), AssignmentRow.device_id, AssignmentRow.id)
         .execution_options(populate_existing=True)
     ).all()
     parts: dict[str, dict[PartKind, str]] = {row.id: {} for row in rows}
     stored = session.execute(
         select(UpdatePartRow.assignment_id, UpdatePartRow.kind, UpdatePartRow.sha256)
         .join(AssignmentRow, AssignmentRow.id == UpdatePartRow.assignment_id)
-        .where(AssignmentRow.round_id == round_id, AssignmentRow.status.in_(SUBMITTED))
+        .where(here)
         .order_by(UpdatePartRow.kind)
     )
     for assignment_id, kind, sha256 in stored:
         parts[assignment_id][kind] = sha256
     return [
-        UpdateRecord(row.id, row.device_id, row.num_examples or 0, parts[row.id], row.metrics, row.adapter_rank)
+        UpdateRecord(
+            row.id,
+            row.device_id,
+            row.num_examples or 0,
+            parts[row.id],
+            row.metrics,
+            row.adapter_rank,
+            staleness=row.staleness,
+        )
         for row in rows
     ]
 
@@ -223,7 +242,7 @@ def _hold_back(  # noqa: PLR0917
     if row.status is to:
         return
     kept = shorten(f"{code.value}: {reason}")
-    if row.status is not AssignmentStatus.SUBMITTED:
+    if row.status is not AssignmentStatus.SUBMITTED and row.used_in_round_id is None:
         detail = f"assignment {row.id} is {row.status.value}; only a submitted update can become {to.value}"
         raise DomainError(ErrorCode.ILLEGAL_TRANSITION, detail, expected="submitted", received=row.status.value)
     move(session, row, to, now=now, reason=kept, values={"reason": kept})
@@ -254,7 +273,10 @@ def _tensors(run: RunRow, adapter_rank: int | None = None) -> dict[str, TensorIn
 def _lock_taking(
     session: Session, device_id: str, assignment_id: str, now: datetime
 ) -> tuple[RunRow, RoundRow, AssignmentRow]:
-    """Lock the assignment and its round, and see that the round still takes it; else mark it late and raise."""
+    """Lock the assignment and its round, and see that the round still takes it.
+
+    Else it is marked late; and refused, unless the run keeps late updates.
+    """
     run, round_row = lock_round(session, owned(session, device_id, assignment_id).round_id)
     row = owned(session, device_id, assignment_id, lock=True)
     if row.status in (AssignmentStatus.REJECTED, AssignmentStatus.QUARANTINED):
@@ -267,8 +289,12 @@ def _lock_taking(
     if taking or row.status in SUBMITTED:
         return run, round_row, row
     detail = f"round {round_row.number} is {round_row.status.value} and takes no more updates"
+    refused = late_updates.refusal(session, run, round_row)
+    detail += "" if refused is None else f": {refused}"
     if row.status is not AssignmentStatus.LATE:
         move(session, row, AssignmentStatus.LATE, now=now, reason=detail, values={"reason": detail})
+    if refused is None:
+        return run, round_row, row
     raise RoundClosed(detail, received=round_row.status.value)
 
 
@@ -313,7 +339,11 @@ def _same_submission(row: AssignmentRow, digest: str) -> SubmissionReceipt:
         detail = f"update {row.update_sha256} was received for this assignment; now {digest} came"
         raise DomainError(ErrorCode.UPDATE_CONFLICT, detail, expected=row.update_sha256, received=digest)
     return SubmissionReceipt(
-        assignment_id=row.id, round_id=row.round_id, update_sha256=digest, received_at=row.submitted_at
+        assignment_id=row.id,
+        round_id=row.round_id,
+        update_sha256=digest,
+        received_at=row.submitted_at,
+        counts_in=row.late_use or "this_round",
     )
 
 

@@ -15,8 +15,10 @@ from sqlalchemy.orm import Session
 
 from persistence import events
 from persistence.identifiers import new_id
+from persistence.operator_tables import WebhookRow
 from persistence.run_endings import run_not_found
-from persistence.tables import RunRow, WebhookRow, shorten
+from persistence.table_base import shorten
+from persistence.tables import RunRow
 from protocol.errors import DomainError, ErrorCode
 from protocol.events import Event, EventType
 from protocol.pages import Page

@@ -9,6 +9,9 @@ from protocol.runs import DeviceMetrics, EvaluationSettings
 from protocol.statuses import AssignmentStatus, PartKind
 from protocol.strategies import Strategy
 
+CountsIn = Literal["this_round", "later_round", "no_round"]
+"""What becomes of a submitted update."""
+
 
 class ArtifactRef(ResponseModel):
     """A file to fetch from `/v1/artifacts/{sha256}`."""
@@ -140,3 +143,8 @@ class SubmissionReceipt(ResponseModel):
     round_id: str
     update_sha256: Sha256 = Field(description="Hash of the submission's canonical JSON: the update's identity.")
     received_at: Timestamp
+    counts_in: CountsIn = Field(
+        default="this_round",
+        description="`later_round`: it came late, and the next round that closes uses it if it is not too old by then; "
+        "`no_round`: it came late and is only kept.",
+    )

@@ -5,6 +5,7 @@ from typing import Annotated
 from pydantic import Field, StringConstraints
 
 from protocol.base import Name, RequestModel, ResponseModel, Timestamp
+from protocol.federations import DEFAULT_FEDERATION, FederationName
 from protocol.statuses import DeviceStatus
 
 PublicKey = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9+/]{42}[AEIMQUYcgkosw048]=$")]
@@ -18,6 +19,9 @@ class EnrolmentTokenCreate(RequestModel):
     expires_in_seconds: int = Field(default=86_400, ge=60, le=31_536_000)
     note: str = Field(default="", max_length=200, description="For the operator; never shown to devices.")
     approval: bool = Field(default=False, description="Whether its devices wait until an operator approves them.")
+    federations: list[FederationName] = Field(
+        default=[DEFAULT_FEDERATION], min_length=1, max_length=32, description="Which its devices will belong to."
+    )
 
 
 class EnrolmentToken(ResponseModel):
@@ -113,6 +117,7 @@ class Device(ResponseModel):
     profile: DeviceProfile
     activity: str
     reason: str | None = None
+    federations: list[str] = Field(default_factory=list)
     enrolled_at: Timestamp
     last_seen_at: Timestamp
     public_key: str | None = Field(default=None, description="Ed25519, base64; null: its requests are not signed.")

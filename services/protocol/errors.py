@@ -42,6 +42,7 @@ class ErrorCode(StrEnum):
     WEBHOOK_NOT_FOUND = "webhook_not_found"
     ENROLMENT_TOKEN_NOT_FOUND = "enrolment_token_not_found"
     OPERATOR_KEY_NOT_FOUND = "operator_key_not_found"
+    FEDERATION_NOT_FOUND = "federation_not_found"
     METHOD_NOT_ALLOWED = "method_not_allowed"
     CONFLICT = "conflict"
     NAME_TAKEN = "name_taken"
@@ -72,6 +73,8 @@ class ErrorCode(StrEnum):
     COVERAGE_TOO_LOW = "coverage_too_low"
     NOT_ENOUGH_MEMORY = "not_enough_memory"
     TOO_FEW_UPDATES = "too_few_updates"
+    TOO_FEW_DEVICES = "too_few_devices"
+    VERSION_NOT_PROMOTED = "version_not_promoted"
     JOB_FAILED = "job_failed"
     UNSUPPORTED_PROTOCOL = "unsupported_protocol"
     INTERNAL_ERROR = "internal_error"
@@ -104,6 +107,7 @@ HTTP_STATUS: dict[ErrorCode, int] = {
     ErrorCode.WEBHOOK_NOT_FOUND: 404,
     ErrorCode.ENROLMENT_TOKEN_NOT_FOUND: 404,
     ErrorCode.OPERATOR_KEY_NOT_FOUND: 404,
+    ErrorCode.FEDERATION_NOT_FOUND: 404,
     ErrorCode.METHOD_NOT_ALLOWED: 405,
     ErrorCode.CONFLICT: 409,
     ErrorCode.NAME_TAKEN: 409,
@@ -134,6 +138,8 @@ HTTP_STATUS: dict[ErrorCode, int] = {
     ErrorCode.COVERAGE_TOO_LOW: 422,
     ErrorCode.NOT_ENOUGH_MEMORY: 422,
     ErrorCode.TOO_FEW_UPDATES: 409,
+    ErrorCode.TOO_FEW_DEVICES: 409,
+    ErrorCode.VERSION_NOT_PROMOTED: 409,
     ErrorCode.JOB_FAILED: 500,
     ErrorCode.UNSUPPORTED_PROTOCOL: 400,
     ErrorCode.INTERNAL_ERROR: 500,

@@ -13,6 +13,7 @@ class EventType(StrEnum):
 
     RUN_CREATED = "run.created"
     RUN_STATUS_CHANGED = "run.status_changed"
+    RUN_ROLLED_BACK = "run.rolled_back"
     ROUND_OPENED = "round.opened"
     ROUND_STATUS_CHANGED = "round.status_changed"
     ROUND_METRICS = "round.metrics"
@@ -21,6 +22,10 @@ class EventType(StrEnum):
     UPDATE_REJECTED = "update.rejected"
     UPDATE_QUARANTINED = "update.quarantined"
     VERSION_CREATED = "version.created"
+    FEDERATION_CREATED = "federation.created"
+    FEDERATION_DELETED = "federation.deleted"
+    FEDERATION_DEVICE_ADDED = "federation.device_added"
+    FEDERATION_DEVICE_REMOVED = "federation.device_removed"
     DEVICE_ENROLLED = "device.enrolled"
     DEVICE_STATUS_CHANGED = "device.status_changed"
     JOB_QUEUED = "job.queued"

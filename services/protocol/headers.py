@@ -21,6 +21,9 @@ LINKS_HEADER = "Cotune-Links"
 LINKS_FOLLOW = "follow"
 """Value of `Cotune-Links`: the client can fetch a file from another host, without its credential."""
 
+PEFT = "peft"
+"""Key in version 0's metrics: `llm` and `proxy` -> the `adapter_config.json` with which peft loads their adapters."""
+
 ADAPTER_FORMAT = "cotune-adapter/1"
 """Value of the metadata key `format` in adapter and delta files."""
 

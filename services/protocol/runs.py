@@ -2,11 +2,12 @@
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from protocol.base import MAX_COUNT, Name, RequestModel, ResponseModel, SettingsModel, Sha256, Timestamp
 from protocol.errors import ErrorCode
-from protocol.statuses import AssignmentStatus, RoundStatus, RunStatus
+from protocol.federations import DEFAULT_FEDERATION, FederationName
+from protocol.statuses import AssignmentStatus, RoundStatus, RunStatus, WaitingFor
 from protocol.strategies import STRATEGIES, Strategy
 
 
@@ -122,7 +123,33 @@ class RunCreate(SettingsModel):
     round_deadline_seconds: float = Field(
         default=3600.0, gt=0, le=31_536_000, description="From the round's opening to its closing."
     )
+    sampling_deadline_seconds: float | None = Field(
+        default=None,
+        gt=0,
+        le=31_536_000,
+        description="From the round's opening until `min_updates` devices must have taken it. Default: no such limit.",
+    )
+    too_few_devices: Literal["fail", "pause"] = Field(
+        default="fail", description="What becomes of the run when they have not."
+    )
+    late_updates: Literal["discard", "keep", "next_round"] = Field(
+        default="discard",
+        description="An update that comes after its round has closed is refused, stored and not used, or used once, by "
+        "the next round that closes.",
+    )
+    max_staleness: int = Field(
+        default=1, ge=0, le=1000, description="A late update is used if its base is at most so many versions old."
+    )
+    staleness_exponent: float = Field(
+        default=0.5, ge=0, le=100, description="a in (1+k)^-a, by which an update k versions old weighs less."
+    )
     device_ids: list[str] | None = Field(default=None, description="Only these devices; default: all registered.")
+    federation: FederationName = Field(default=DEFAULT_FEDERATION, description="Only its devices take part.")
+    licence: str | None = Field(
+        default=None,
+        max_length=64,
+        description="For the model card: the licence under which the adapters are passed on.",
+    )
     seed: int = Field(default=0, ge=0, lt=2**31)
 
     @model_validator(mode="after")
@@ -132,6 +159,19 @@ class RunCreate(SettingsModel):
             raise ValueError(f"strategy `{self.strategy.name}` needs `llm` and `public_data`")
         if self.max_updates is not None and self.max_updates < self.min_updates:
             raise ValueError(f"`max_updates` ({self.max_updates}) is less than `min_updates` ({self.min_updates})")
+        sampling = self.sampling_deadline_seconds
+        if sampling is not None and sampling >= self.round_deadline_seconds:
+            raise ValueError(
+                f"`sampling_deadline_seconds` ({sampling:g}) must be less than `round_deadline_seconds` "
+                f"({self.round_deadline_seconds:g})"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _late_updates_can_be_added(self) -> "RunCreate":
+        # A delta is added to a later adapter, which means something only while A and B keep their basis.
+        if self.late_updates == "next_round" and getattr(self.strategy, "aggregation", None) != "fedavg":
+            raise ValueError("`late_updates` next_round needs strategy `co_plms` with `aggregation` fedavg")
         return self
 
 
@@ -139,6 +179,32 @@ class RunStop(RequestModel):
     """End a run."""
 
     reason: str = Field(default="stopped by an operator", min_length=1, max_length=400)
+
+
+class RunPause(RequestModel):
+    """Hold a run."""
+
+    reason: str = Field(default="paused by an operator", min_length=1, max_length=400)
+
+
+class RunRollback(RequestModel):
+    """Go on from an earlier version."""
+
+    version: int = Field(ge=0, le=2**31 - 1, description="A promoted version; what came after it is withdrawn.")
+    reason: str = Field(default="rolled back by an operator", min_length=1, max_length=400)
+
+
+class Waiting(ResponseModel):
+    """What a run or a round waits for."""
+
+    model_config = ConfigDict(serialize_by_alias=True, validate_by_name=True, validate_by_alias=True)
+
+    what: WaitingFor = Field(alias="for")
+    since: Timestamp | None = None
+    until: Timestamp | None = Field(
+        default=None, description="When the wait ends by itself at the latest: a deadline, or a worker's lease."
+    )
+    by: str | None = Field(default=None, description="Who paused it.")
 
 
 class Scores(ResponseModel):
@@ -157,10 +223,12 @@ class Run(ResponseModel):
     name: str
     status: RunStatus
     status_reason: str | None = Field(default=None, description="Why it is in this status, or what it waits for.")
+    waiting: Waiting | None = Field(default=None, description="What it waits for, since when and until when.")
     error_code: ErrorCode | None = None
     config: RunCreate
     current_round: int = Field(description="Number of the newest round; 0 before the first.")
     latest_version: int | None = Field(default=None, description="The newest promoted model version.")
+    federation: str = DEFAULT_FEDERATION
     created_at: Timestamp
     finished_at: Timestamp | None = None
 
@@ -181,6 +249,9 @@ class RoundDevice(ResponseModel):
     metrics: dict[str, Any] = Field(default_factory=dict, description="A `DeviceMetrics` once submitted.")
     offered_at: Timestamp
     submitted_at: Timestamp | None = None
+    late: bool = Field(default=False, description="It was submitted after the round had closed.")
+    used_in_round: int | None = Field(default=None, description="Number of the later round that took it, if one did.")
+    staleness: int | None = Field(default=None, description="How many versions old its base was in that round.")
 
 
 class Round(ResponseModel):
@@ -189,8 +260,10 @@ class Round(ResponseModel):
     round_id: str
     run_id: str
     number: int
+    attempt: int = Field(default=1, description="2 and more: the round was opened again after it had failed.")
     status: RoundStatus
     status_reason: str | None = None
+    waiting: Waiting | None = None
     base_version: int
     devices: list[RoundDevice]
     metrics: dict[str, Any] = Field(default_factory=dict, description="A `RoundMetrics`, growing by stage.")
@@ -234,6 +307,9 @@ class RoundMetrics(ResponseModel):
     update_ranks: dict[str, int] = Field(
         default_factory=dict, description="Device -> rank of its delta, where it is not the run's."
     )
+    late_updates: dict[str, int] = Field(
+        default_factory=dict, description="Assignment of a late update that was counted -> how many versions old."
+    )
     rejected: dict[str, ErrorCode] = Field(default_factory=dict, description="Device -> why its update was refused.")
     quarantined: dict[str, ErrorCode] = Field(
         default_factory=dict, description="Device -> why its update was kept and not counted."
@@ -257,6 +333,18 @@ class RoundMetrics(ResponseModel):
     )
 
 
+class VersionStep(ResponseModel):
+    """One version on the way from version 0: the round that made it, and how many updates went into it."""
+
+    number: int
+    parent: int | None = Field(description="The version that its round started from; null for version 0.")
+    round_id: str | None
+    round_number: int | None
+    attempt: int | None
+    num_updates: int
+    num_late_updates: int = Field(default=0, description="Of these, how many were trained for an earlier round.")
+
+
 class ModelVersion(ResponseModel):
     """A published pair of adapters: the proxy's theta and the LLM's omega."""
 
@@ -267,6 +355,12 @@ class ModelVersion(ResponseModel):
     proxy_adapter_sha256: Sha256 | None
     llm_adapter_sha256: Sha256 | None
     num_updates: int
+    parent: int | None = Field(default=None, description="The version that its round started from.")
+    lineage: list[VersionStep] = Field(
+        default_factory=list, description="This version and its ancestors down to version 0; not in lists."
+    )
+    withdrawn_at: Timestamp | None = Field(default=None, description="When a rollback to an earlier version passed it.")
+    withdrawn_reason: str | None = None
     metrics: dict[str, Any] = Field(
         default_factory=dict, description="`validation` and, where measured, `test`: model name -> Scores."
     )

@@ -14,7 +14,7 @@ class RunStatus(StrEnum):
     RUNNING = "running"  # Rounds are being played.
     PAUSED = "paused"  # An operator holds it: no new round opens, no assignment is offered.
     COMPLETED = "completed"  # The last round was published.
-    FAILED = "failed"  # It cannot go on; `error_code` and `status_reason` say why.
+    FAILED = "failed"  # It cannot go on by itself; `error_code` and `status_reason` say why. An operator may retry it.
     STOPPED = "stopped"  # An operator ended it.
 
 
@@ -39,10 +39,10 @@ class AssignmentStatus(StrEnum):
     TRAINING = "training"  # The device trains.
     UPLOADING = "uploading"  # The update is durable on the device and travels.
     SUBMITTED = "submitted"  # Received whole and admitted by its headers; its values are checked at aggregation.
-    COUNTED = "counted"  # Part of the published round.
+    COUNTED = "counted"  # Part of a round's aggregate; of one round only.
     QUARANTINED = "quarantined"  # Received, kept and not counted: it is unlike the others; `reason` says how.
     REJECTED = "rejected"  # Refused; `reason` says why.
-    LATE = "late"  # It came after the round had closed.
+    LATE = "late"  # It came after the round had closed, or its round failed; a later round may count it.
     LOST = "lost"  # Its deadline passed and the device did not deliver.
 
 
@@ -76,6 +76,22 @@ class JobKind(StrEnum):
     def task_name(self) -> str:
         """The name under which the Celery task is registered, for example `cotune.prepare_run`."""
         return f"cotune.{self.value}"
+
+
+class WaitingFor(StrEnum):
+    """What a run waits for."""
+
+    WORKER = "worker"  # A job is queued and no worker has taken it.
+    QUEUE = "queue"  # A job is queued behind other jobs that workers do.
+    LOST_WORKER = "lost_worker"  # The worker's lease ran out; the sweep gives the job to another one.
+    PREPARATION = "preparation"  # A worker prepares the run.
+    AGGREGATION = "aggregation"  # A worker averages the round's updates.
+    CO_TUNING = "co_tuning"  # A worker lets the LLM and the proxy teach each other.
+    EVALUATION = "evaluation"  # A worker measures the round's candidate.
+    DEVICES = "devices"  # Fewer devices than `min_updates` have taken the round.
+    UPDATES = "updates"  # Enough devices have taken it; they train.
+    STRAGGLERS = "stragglers"  # `min_updates` came; the rest may still come in their grace.
+    OPERATOR = "operator"  # It is paused.
 
 
 SWEEP_TASK_NAME = "cotune.sweep"

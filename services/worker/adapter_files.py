@@ -1,6 +1,7 @@
 """Adapters as files of the blob store: how the worker writes and reads theta, omega and the devices' deltas."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from peft import LoraConfig
 from torch import Tensor
@@ -12,6 +13,7 @@ from persistence.blobs import BlobStore, StoredBlob
 from protocol.headers import ADAPTER_FORMAT, METADATA_FORMAT, METADATA_PROXY
 from protocol.strategies import LoraSettings
 
+_SAID = ("task_type", "r", "lora_alpha", "lora_dropout", "target_modules", "fan_in_fan_out", "bias")
 _OPTIMIZER_FORMAT = "cotune-server-optimizer/1"
 
 
@@ -50,3 +52,19 @@ def peft_config(lm: LanguageModel, settings: LoraSettings) -> LoraConfig:
         dropout=settings.dropout,
         target_modules=settings.target_modules,
     )
+
+
+def described_config(config: LoraConfig) -> dict[str, Any]:
+    """Return what a peft config says in JSON's types, for inference and of no model yet: an `adapter_config.json`.
+
+    Only what has been in peft since its first releases, so that an older one than ours reads it too.
+    """
+    plain: dict[str, Any] = config.to_dict()
+    said = {name: plain[name] for name in _SAID}
+    modules = said["target_modules"]
+    return said | {
+        "peft_type": "LORA",
+        "target_modules": modules if isinstance(modules, str) else sorted(modules),
+        "inference_mode": True,
+        "base_model_name_or_path": None,
+    }

@@ -1,8 +1,8 @@
 """Aggregates a round's updates: theta_bar from theta_t and the devices' deltas (docs/method.md, step 4).
 
-Updates are read one by one, in the order of the device ids, so memory does not grow with their number and a repeated
-aggregation gives the same bytes. The API has admitted each by its header; here its values are looked at. One that is
-refused is not counted, and its device and the operator can read why.
+Updates are read one by one, late ones of earlier rounds first, each in the order of the device ids, so memory does not
+grow with their number and a repeated aggregation gives the same bytes. The API has admitted each by its header; here
+its values are looked at. One that is refused is not counted, and its device and the operator can read why.
 """
 
 import time
@@ -15,6 +15,7 @@ from assets.errors import TensorFileError
 from cotuning.aggregation import UpdateRefused, update_norm
 from cotuning.norm_gate import unusual_norms
 from cotuning.payload import PayloadError
+from cotuning.staleness import staleness_discount
 from cotuning.strategies.aggregation import Aggregate, RoundAggregator
 from persistence import artifacts, results, rounds, updates
 from persistence.blobs import StoredBlob
@@ -66,6 +67,7 @@ def aggregate(work: Work) -> Finish:
         update_ranks={
             update.device_id: update.adapter_rank for update in tally.counted if update.adapter_rank is not None
         },
+        late_updates={u.assignment_id: u.staleness for u in tally.counted if u.staleness is not None},
         rejected={update.device_id: code for update, code, _ in tally.refused if code not in kept},
         quarantined={update.device_id: code for update, code, _ in tally.refused if code in kept},
         alignment=_together(tally.counted),
@@ -124,7 +126,8 @@ def _combine(
         try:
             reader.read(update)
             delta, _ = read_part(work.blobs, update, PartKind.ADAPTER_DELTA)
-            norm = aggregator.add(delta, _weight(update, settings), rank=update.adapter_rank)
+            discount = staleness_discount(update.staleness or 0, context.config.staleness_exponent)
+            norm = aggregator.add(delta, _weight(update, settings) * discount, rank=update.adapter_rank)
         except UpdateRefused as error:
             tally.refused.append((update, ErrorCode(error.code), str(error)))
         except PayloadError as error:

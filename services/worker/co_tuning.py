@@ -38,7 +38,9 @@ def co_tune(work: Work) -> Finish:
     assert work.job.round_id is not None
     with work.database.reading() as session:
         context = rounds.get_context(session, work.job.round_id)
-        counted = updates.submitted_updates(session, work.job.round_id)
+        everything = updates.submitted_updates(session, work.job.round_id)
+        # A late update's logits are of an older proxy, and its device may have sent newer ones.
+        counted = [update for update in everything if update.staleness is None]
         rows = None
         if isinstance(context.config.strategy, CoPlmsSettings):
             rows = RowFiles.of(versions.get_version(session, context.run_id, 0))

@@ -27,10 +27,11 @@ from persistence.blobs import BlobStore, StoredBlob
 from persistence.results import PrepareResult
 from protocol.assignments import ModelFile, ModelManifest
 from protocol.errors import DomainError, ErrorCode
+from protocol.headers import PEFT
 from protocol.runs import RunCreate
 from protocol.safetensors_header import read_header
 from protocol.strategies import CoPlmsSettings, LoraSettings
-from worker.adapter_files import peft_config, put_adapter
+from worker.adapter_files import described_config, peft_config, put_adapter
 from worker.checkpoints import PREPARATION, drop_outdated, forget_when_stored, open_checkpoints
 from worker.memory_check import check_memory
 from worker.model_cache import load_model
@@ -104,6 +105,10 @@ def _prepare(work: Work, config: RunCreate, settings: CoPlmsSettings) -> Finish:
         "validation": as_json(validation),
         "test": as_json(test),
         "models": {name: _describe(lm) for name, lm in models.items()},
+        PEFT: {
+            "llm": described_config(peft_config(llm, settings.llm_lora)),
+            "proxy": described_config(peft_config(proxy, settings.proxy_lora)),
+        },
         "distillation": distilled,
         ROWS: row_files.as_json(),
         "seconds_by_stage": {f"preparing.{part}": seconds for part, seconds in watch.seconds.items()},

@@ -68,7 +68,9 @@ def code_of(response: httpx.Response) -> str:
     "authorization", [None, "Bearer wrong", f"Bearer {KEY}x", f"Basic {KEY}", "Bearer", "Bearer dev_0.x", "Bearer \xff"]
 )
 def test_without_a_valid_credential(api: RunningApi, method: str, path: str, authorization: str | None) -> None:
-    headers = {"Authorization": authorization.encode("latin-1")} if authorization else {}
+    headers = {"Upload-Offset": b"0"}
+    if authorization:
+        headers["Authorization"] = authorization.encode("latin-1")
     response = api.client(None).request(method, path, headers=headers)
     assert response.status_code == 401
     assert response.headers["WWW-Authenticate"].startswith("Bearer")
@@ -84,7 +86,7 @@ def test_a_device_may_not_call_what_is_the_operators(device: DeviceClient, metho
 
 @pytest.mark.parametrize(("method", "path"), DEVICE_CALLS)
 def test_an_operator_is_no_device(api: RunningApi, method: str, path: str) -> None:
-    response = api.operator.request(method, path)
+    response = api.operator.request(method, path, headers={"Upload-Offset": "0"})
     assert (response.status_code, code_of(response)) == (403, ErrorCode.FORBIDDEN)
 
 

@@ -25,7 +25,10 @@ def generated(fresh_api: RunningApi, tmp_path: Path, monkeypatch: pytest.MonkeyP
     document = tmp_path / "openapi.json"
     document.write_text(fresh_api.client(None).get("/openapi.json").text)
     config = tmp_path / "config.yml"
-    config.write_text("post_hooks: []\n")
+    config.write_text(
+        "post_hooks: []\ncontent_type_overrides:\n  application/x-tar: application/octet-stream\n"
+        "  text/markdown: text/plain\n"
+    )
     program = Path(sys.executable).parent / "openapi-python-client"
     command = [program, "generate", "--path", document, "--config", config, "--meta", "none"]
     command += ["--output-path", tmp_path / PACKAGE, "--fail-on-warning"]

@@ -11,7 +11,8 @@ from sqlalchemy import func, select
 
 from cloud_api.app import SUBJECTS
 from persistence.idempotency import KEPT, forget_old
-from persistence.tables import DeviceRow, EnrolmentTokenRow, IdempotentAnswerRow, RunRow
+from persistence.operator_tables import IdempotentAnswerRow
+from persistence.tables import DeviceRow, EnrolmentTokenRow, RunRow
 from protocol.headers import IDEMPOTENCY_KEY_HEADER, IDEMPOTENCY_REPLAYED_HEADER
 from tests.cloud_api.running_api import PROFILE, RunningApi
 

@@ -105,7 +105,9 @@ def test_rounds_and_versions_of_a_run(api: RunningApi) -> None:
     refused(api.operator.get(f"{path}/rounds/{10**30}"), ErrorCode.ROUND_NOT_FOUND, 404)
     refused(api.operator.get(f"{path}/rounds/0"), ErrorCode.INVALID_FIELD, 422)
     versions = api.operator.get(f"{path}/versions").json()["items"]
-    assert versions == [api.operator.get(f"{path}/versions/0").json()]
+    shown = api.operator.get(f"{path}/versions/0").json()
+    assert [step["number"] for step in shown["lineage"]] == [0]
+    assert versions == [shown | {"lineage": []}]
     refused(api.operator.get(f"{path}/versions/1"), ErrorCode.VERSION_NOT_FOUND, 404)
     for name in ("proxy", "llm"):
         file = api.operator.get(f"{path}/versions/0/adapters/{name}")

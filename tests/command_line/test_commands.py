@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx
@@ -11,7 +12,10 @@ from command_line.api_client import ApiClient
 from command_line.errors import NotAuthorised
 from command_line.exit_codes import ExitCode
 from command_line.ports import free_port
+from persistence import jobs, results, runs
+from persistence.database import Database
 from protocol.devices import EnrolmentTokenCreate
+from protocol.errors import ErrorCode
 from tests.cloud_api.running_api import PROFILE
 from tests.command_line.conftest import Cotune, RunningApi
 
@@ -121,6 +125,33 @@ def test_a_run_is_created_listed_shown_and_stopped(connected: Cotune, tmp_path: 
     assert "stopped" in stopped.out
     assert "wrong data" in stopped.out
     assert json.loads(connected("run", "show", run_id, "--format", "json").out)["status"] == "stopped"
+
+
+def test_a_run_is_held_failed_retried_and_rolled_back(connected: Cotune, api: RunningApi, tmp_path: Path) -> None:
+    run_id = create(connected, tmp_path, "moved")
+    refused = connected("run", "pause", run_id)
+    assert refused.code == ExitCode.BAD_INPUT
+    assert "pending" in refused.err
+    database = Database(f"sqlite:///{api.home / 'cotune.sqlite3'}")
+    with database.transaction() as session:
+        job_id = jobs.due_for_sending(session, datetime.now(UTC), 0)[-1].job_id
+        job = jobs.claim(session, job_id, "worker", 60, datetime.now(UTC))
+        assert job is not None
+        assert job.run_id == run_id
+        results.finish_prepare(session, job, "worker", results.PrepareResult(), datetime.now(UTC))
+    paused = connected("run", "pause", run_id, "--reason", "the worker is needed")
+    assert "why: the worker is needed" in paused.out
+    assert "waits for: operator, by an operator, since" in paused.out
+    assert "waits for: devices, since" in connected("run", "resume", run_id).out
+    assert "version 7" in connected("run", "rollback", run_id, "7").err
+    back = connected("run", "rollback", run_id, "0", "--reason", "worse", "--format", "json")
+    assert json.loads(back.out)["latest_version"] == 0
+    assert "only a failed run can be retried" in connected("run", "retry", run_id).err
+    with database.transaction() as session:
+        runs.fail_run(session, run_id, ErrorCode.JOB_FAILED, "no memory", datetime.now(UTC))
+    assert "running, round 1 of 2" in connected("run", "retry", run_id).out
+    database.dispose()
+    connected("run", "stop", run_id)
 
 
 def test_watching_a_stopped_run_ends_in_1(connected: Cotune, tmp_path: Path) -> None:

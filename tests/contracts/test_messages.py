@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from protocol import assignments, devices, errors, events, health, operators, pages, runs, webhooks
+from protocol import assignments, devices, errors, events, federations, health, operators, pages, runs, webhooks
 from protocol.base import RequestModel, ResponseModel
 from protocol.headers import ADAPTER_FORMAT, METADATA_BASE, METADATA_FORMAT
 from protocol.pages import Page
@@ -25,6 +25,7 @@ PART_OF_OTHERS = {
     # Only ever inside another message, whose example holds one.
     "ArtifactRef", "ModelFile", "Part", "DeviceProfile", "FieldProblem", "ModelLoading", "ProxySettings",
     "EvaluationSettings", "Scores", "RoundDevice", "AlignmentMetrics", "DeviceMetrics", "Page",
+    "Waiting", "VersionStep",
 }  # fmt: skip
 
 
@@ -71,7 +72,7 @@ def test_a_recorded_message_is_read_without_loss(path: Path) -> None:
 
 
 def test_every_message_has_an_example() -> None:
-    modules = [assignments, devices, errors, events, health, operators, pages, runs, webhooks]
+    modules = [assignments, devices, errors, events, federations, health, operators, pages, runs, webhooks]
     sent = {
         name
         for module in modules

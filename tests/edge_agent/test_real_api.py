@@ -5,7 +5,7 @@ import shutil
 import stat
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -18,12 +18,14 @@ from assets.tensors import read_tensors
 from edge_agent import __main__, cycle, identity, settings
 from edge_agent.__main__ import build_agent
 from edge_agent.client import CloudClient
-from edge_agent.cycle import Agent, Outcome
+from edge_agent.cycle import Agent, Outcome, RoundFiles, TrainedUpdate
 from edge_agent.errors import CloudUnavailable, NotAuthorised
 from edge_agent.ledger import Ledger
+from edge_agent.local_state import LocalState
 from edge_agent.outbox import OutboxEntry
 from edge_agent.rotation import CredentialRotation
 from persistence import devices, jobs, runs, schema, traffic
+from protocol.assignments import Assignment
 from protocol.devices import Heartbeat
 from protocol.runs import RoundMetrics, Run
 from protocol.statuses import AssignmentStatus, RoundStatus, RunStatus
@@ -188,6 +190,41 @@ def test_a_run_that_is_stopped_cancels_training(whole: Whole) -> None:
     agent = whole.restarted(trainer=lambda: ByteTrainer(during=train))
     assert cycle.run_once(agent) is Outcome.LATE
     assert cycle.run_once(agent, wait_seconds=0) is Outcome.IDLE
+
+
+class _Slow:
+    """Trains for real, but only once the others have played the round to its end."""
+
+    def __init__(self, whole: Whole, others: Callable[[], None]) -> None:
+        self._trainer = whole.agent.trainer()
+        self._others = others
+
+    def train(
+        self, assignment: Assignment, files: RoundFiles, start: LocalState | None, on_progress: OnProgress
+    ) -> TrainedUpdate:
+        self._others()
+        return self._trainer.train(assignment, files, start, on_progress)
+
+
+def test_a_device_whose_round_closed_trains_on_and_counts_in_the_next_one(whole: Whole) -> None:
+    run = whole.create_run(rounds=2, late_updates="next_round")
+    (quick,) = whole.worker.enrol("quick")
+
+    def others() -> None:
+        whole.worker.deliver_untrained(quick, seed=1)
+        whole.work()
+        assert whole.worker.round(run.run_id, 1).status is RoundStatus.PUBLISHED
+
+    agent = whole.restarted(trainer=lambda: _Slow(whole, others))
+    assert cycle.run_once(agent) is Outcome.SUBMITTED
+    assert whole.worker.statuses(run.run_id) == [AssignmentStatus.LATE, AssignmentStatus.COUNTED]
+    whole.worker.deliver_untrained(quick, seed=2)
+    whole.work()
+    assert whole.worker.statuses(run.run_id) == [AssignmentStatus.COUNTED] * 2
+    assert [whole.worker.version(run.run_id, number).num_updates for number in (1, 2)] == [1, 2]
+    state = whole.agent.states.before(run.run_id, 2)
+    assert state is not None
+    assert state.record.round_number == 1
 
 
 def test_an_update_that_is_no_safetensors_file_is_refused_with_a_reason_both_can_read(whole: Whole) -> None:

@@ -4,7 +4,7 @@ import pytest
 from sqlalchemy import select
 
 from persistence import audit, operators
-from persistence.tables import AuditRow, OperatorKeyRow
+from persistence.operator_tables import AuditRow, OperatorKeyRow
 from protocol.errors import DomainError, ErrorCode
 from protocol.operators import OperatorKeyCreate, OperatorRole
 from tests.persistence.world import START, World

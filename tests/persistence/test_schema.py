@@ -15,7 +15,7 @@ from sqlalchemy import inspect, text
 from persistence import schema
 from persistence.database import Database, connect
 from persistence.errors import StorageError
-from persistence.tables import Table
+from persistence.table_base import Table
 
 
 @pytest.fixture(params=["sqlite", pytest.param("postgresql", marks=pytest.mark.services)])
@@ -104,6 +104,44 @@ def test_the_rows_of_runs_prepared_before_are_registered_so_that_no_sweep_takes_
         ]
         assert connection.scalar(text("SELECT count(*) FROM artifacts")) == 2
     engine.dispose()
+
+
+def test_rows_survive_an_upgrade_and_belong_to_the_default_federation(empty_url: str) -> None:
+    """SQLite alters a table by copying it, and rows refer to each other."""
+    schema.upgrade(empty_url, revision="0002")
+    engine = connect(empty_url)
+    time = "2026-03-01 12:00:00"
+    rows = {
+        "enrolment_tokens": {"id": "tok", "token_sha256": "t", "uses": 1, "used": 1, "note": ""}
+        | {"created_at": time, "expires_at": time},
+        "devices": {"id": "dev", "name": "a", "status": "registered", "credential_sha256": "c", "token_id": "tok"}
+        | {"profile": "{}", "activity": "idle", "enrolled_at": time, "last_seen_at": time},
+        "runs": {"id": "run", "name": "r", "status": "running", "config": "{}", "current_round": 1, "created_at": time},
+        "rounds": {"id": "rnd", "run_id": "run", "number": 1, "status": "published", "base_version": 0, "metrics": "{}"}
+        | {"opened_at": time, "deadline_at": time},
+        "assignments": {"id": "asg", "run_id": "run", "round_id": "rnd", "device_id": "dev", "status": "counted"}
+        | {"losses": "{}", "metrics": "{}", "offered_at": time},
+        "versions": {"run_id": "run", "number": 1, "round_id": "rnd", "promoted": True, "num_updates": 1}
+        | {"metrics": "{}", "created_at": time},
+    }
+    with engine.begin() as connection:
+        for table, values in rows.items():
+            columns, names = ", ".join(values), ", ".join(f":{name}" for name in values)
+            connection.execute(text(f"INSERT INTO {table} ({columns}) VALUES ({names})"), values)
+    schema.upgrade(empty_url)
+    with engine.connect() as connection:
+        found = {
+            query: connection.execute(text(query)).all()
+            for query in (
+                "SELECT federation, device_id FROM federation_devices",
+                "SELECT federation FROM runs",
+                "SELECT attempt FROM rounds",
+                "SELECT parent FROM versions",
+                "SELECT id FROM assignments",
+            )
+        }
+    engine.dispose()
+    assert list(found.values()) == [[("default", "dev")], [("default",)], [(1,)], [(0,)], [("asg",)]]
 
 
 def test_processes_that_start_together_migrate_once(empty_url: str) -> None:

@@ -24,7 +24,7 @@ EXPECTED = {
         running: paused completed failed stopped
         paused: running failed stopped
         completed:
-        failed:
+        failed: pending running
         stopped:
     """,
     RoundRow: """
@@ -42,11 +42,11 @@ EXPECTED = {
         accepted: training uploading submitted rejected late lost
         training: uploading submitted rejected late lost
         uploading: submitted rejected late lost
-        submitted: counted quarantined rejected
+        submitted: counted quarantined rejected late
         counted:
         quarantined:
         rejected:
-        late:
+        late: counted quarantined rejected
         lost: late
     """,
     DeviceRow: """
@@ -59,7 +59,7 @@ EXPECTED = {
         queued: claimed failed
         claimed: queued done failed
         done:
-        failed:
+        failed: queued
     """,
 }
 STATUSES: dict[type[Movable], type[StrEnum]] = {

@@ -14,7 +14,8 @@ from persistence import artifacts, assignments, enrolment, events, jobs, results
 from persistence.database import Database
 from persistence.jobs import JobRecord
 from persistence.results import PrepareResult
-from persistence.tables import AssignmentRow, JobRow, RoundRow, Table
+from persistence.table_base import Table
+from persistence.tables import AssignmentRow, JobRow, RoundRow
 from protocol.assignments import Assignment, AssignmentProgress, Part, Submission, SubmissionReceipt
 from protocol.devices import DeviceProfile, EnrolmentRequest, EnrolmentTokenCreate
 from protocol.events import Event

@@ -30,9 +30,10 @@ def list_devices(
     cursor: Cursor = None,
     limit: Limit = 50,
     status: Annotated[DeviceStatus | None, Query(description="Only devices in this status.")] = None,
+    federation: Annotated[str | None, Query(max_length=64, description="Only devices of this federation.")] = None,
 ) -> Page[Device]:
     """Every device in the order of enrolment, page by page."""
-    return devices.list_devices(session, cursor=cursor, limit=limit, status=status)
+    return devices.list_devices(session, cursor=cursor, limit=limit, status=status, federation=federation)
 
 
 @router.get("/me", summary="Show the calling device", responses=answers(examples.DEVICE, DEVICE))

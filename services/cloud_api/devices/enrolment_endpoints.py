@@ -37,7 +37,7 @@ router = APIRouter(prefix="/v1", tags=["enrolment"], route_class=StrictJsonRoute
     status_code=201,
     summary="Create an enrolment token",
     dependencies=[OperatorOnly],
-    responses=answers(examples.TOKEN, OPERATOR, status=201, body=True),
+    responses=answers(examples.TOKEN, OPERATOR, ErrorCode.FEDERATION_NOT_FOUND, status=201, body=True),
 )
 def create_token(
     session: WriteSession,

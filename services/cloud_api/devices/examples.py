@@ -60,6 +60,7 @@ DEVICE = Device(
     status=DeviceStatus.REGISTERED,
     profile=PROFILE,
     activity="idle",
+    federations=["default"],
     enrolled_at=TIME,
     last_seen_at=TIME,
     public_key=PUBLIC_KEY,

@@ -31,6 +31,7 @@ RunPath = Annotated[str, Path(max_length=64, description="The run's id.", exampl
         ErrorCode.MODEL_FOLDER_MISSING,
         ErrorCode.DATA_FILE_INVALID,
         ErrorCode.DEVICE_NOT_FOUND,
+        ErrorCode.FEDERATION_NOT_FOUND,
         status=201,
         body=True,
     ),
@@ -68,19 +69,22 @@ def create_run(
 
 @router.get("", summary="List runs", responses=answers(examples.RUNS, OPERATOR))
 def list_runs(
+    *,
     session: ReadSession,
+    now: Now,
     cursor: Cursor = None,
     limit: Limit = 50,
     status: Annotated[RunStatus | None, Query(description="Only runs in this status.")] = None,
+    federation: Annotated[str | None, Query(max_length=64, description="Only runs of this federation.")] = None,
 ) -> Page[Run]:
     """Every run, the newest first, page by page."""
-    return runs.list_runs(session, cursor=cursor, limit=limit, status=status)
+    return runs.list_runs(session, cursor=cursor, limit=limit, status=status, federation=federation, now=now)
 
 
 @router.get("/{run_id}", summary="Show a run", responses=answers(examples.RUN, OPERATOR, ErrorCode.RUN_NOT_FOUND))
-def show_run(session: ReadSession, run_id: RunPath) -> Run:
-    """One run: its status and why it is in it, what it waits for, its newest round and version."""
-    return runs.get_run(session, run_id)
+def show_run(session: ReadSession, now: Now, run_id: RunPath) -> Run:
+    """One run: its status and why it is in it, what it waits for, since when and until when, its newest version."""
+    return runs.get_run(session, run_id, now)
 
 
 @router.post(

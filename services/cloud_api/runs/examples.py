@@ -1,9 +1,11 @@
 """Runs as the documentation shows them."""
 
+from datetime import timedelta
+
 from cloud_api.devices.examples import TIME
 from protocol.pages import Page
-from protocol.runs import ProxySettings, Run, RunCreate, RunStop, Traffic
-from protocol.statuses import RunStatus
+from protocol.runs import ProxySettings, Run, RunCreate, RunPause, RunRollback, RunStop, Traffic, Waiting
+from protocol.statuses import RunStatus, WaitingFor
 from protocol.strategies import CoPlmsSettings, StandaloneSettings
 
 RUN_ID = "run_0197c0ffee00a1b2c3d4e5f60718"
@@ -24,14 +26,24 @@ RUN = Run(
     name="assistants",
     status=RunStatus.RUNNING,
     status_reason="round 1 waits for 2 more updates",
+    waiting=Waiting(what=WaitingFor.UPDATES, since=TIME, until=TIME + timedelta(hours=1)),
     config=RUN_REQUEST,
     current_round=1,
     latest_version=0,
     created_at=TIME,
 )
 STOPPED = RUN.model_copy(
-    update={"status": RunStatus.STOPPED, "status_reason": "wrong data", "finished_at": TIME, "current_round": 1}
+    update={"status": RunStatus.STOPPED, "status_reason": "wrong data", "waiting": None, "finished_at": TIME}
 )
+PAUSED = RUN.model_copy(
+    update={
+        "status": RunStatus.PAUSED,
+        "status_reason": "the worker is needed elsewhere",
+        "waiting": Waiting(what=WaitingFor.OPERATOR, since=TIME, by="an operator"),
+    }
+)
+PAUSE = RunPause(reason="the worker is needed elsewhere")
+ROLLBACK = RunRollback(version=3, reason="version 4 repeats itself")
 RUNS = Page[Run](items=[RUN], next_cursor=None)
 STOP = RunStop(reason="wrong data")
 TRAFFIC = Traffic(

@@ -1,0 +1,1 @@
+"""Federations: which devices train together."""
