@@ -56,11 +56,11 @@ class BriefMemory(Protocol):
         """Take `cost` tokens from the bucket `key` and return 0, or return in how many seconds it has one."""
         ...
 
-    def first_time(self, key: str, created: int, keep_seconds: int) -> bool:
-        """Return whether `key` was not here in the last `keep_seconds`, and remember it.
+    def first_time(self, device_id: str, nonce: str, created: int, keep_seconds: int) -> bool:
+        """Return whether a device's nonce was not here in the last `keep_seconds`, and remember it.
 
         Args:
-            created: when it was made, seconds since 1970.
+            created: when the request was signed, seconds since 1970.
         """
         ...
 
@@ -78,8 +78,9 @@ class InProcessMemory:
         self._clock = clock
         self._most_kept = most_kept
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
-        self._nonces: OrderedDict[str, tuple[int, float]] = OrderedDict()
-        self._oldest_taken = -1
+        self._nonces: OrderedDict[tuple[str, str], tuple[int, float]] = OrderedDict()
+        self._forgotten: dict[str, int] = {}
+        """Device -> when the newest request was signed whose nonce is no longer known."""
         self._lock = threading.Lock()
 
     def take(self, key: str, rate: Rate, cost: int = 1) -> float:
@@ -94,18 +95,19 @@ class InProcessMemory:
                 self._buckets.popitem(last=False)
             return wait
 
-    def first_time(self, key: str, created: int, keep_seconds: int) -> bool:
-        """As `BriefMemory`. When more came than it keeps, what is as old as the forgotten is not taken any more."""
+    def first_time(self, device_id: str, nonce: str, created: int, keep_seconds: int) -> bool:
+        """As `BriefMemory`. Of a device whose nonce it had to forget early, it takes nothing as old any more."""
+        key = (device_id, nonce)
         with self._lock:
             now = self._clock()
             while self._nonces and next(iter(self._nonces.values()))[1] <= now:
                 self._nonces.popitem(last=False)
-            if key in self._nonces or created <= self._oldest_taken:
+            if key in self._nonces or created <= self._forgotten.get(device_id, -1):
                 return False
             self._nonces[key] = (created, now + keep_seconds)
             if len(self._nonces) > self._most_kept:
-                forgotten, _ = self._nonces.popitem(last=False)[1]
-                self._oldest_taken = max(self._oldest_taken, forgotten)
+                (whose, _), (when, _) = self._nonces.popitem(last=False)
+                self._forgotten[whose] = max(self._forgotten.get(whose, -1), when)
             return True
 
     def close(self) -> None:
@@ -138,11 +140,11 @@ class RedisMemory:
             lambda: self._here.take(key, rate, cost),
         )
 
-    def first_time(self, key: str, created: int, keep_seconds: int) -> bool:
+    def first_time(self, device_id: str, nonce: str, created: int, keep_seconds: int) -> bool:
         """As `BriefMemory`. Remembered here as well, so that losing Redis forgets nothing that this process saw."""
-        if not self._here.first_time(key, created, keep_seconds):
+        if not self._here.first_time(device_id, nonce, created, keep_seconds):
             return False
-        name = f"{self._prefix}nonce:{key}"
+        name = f"{self._prefix}nonce:{device_id}:{nonce}"
         return self._ask(lambda: bool(self._redis.set(name, 1, nx=True, ex=keep_seconds)), lambda: True)
 
     def close(self) -> None:

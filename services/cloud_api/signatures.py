@@ -5,7 +5,6 @@ uploads while they come (`updates.receiving`).
 """
 
 import base64
-import hashlib
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -92,9 +91,8 @@ def verify(
     except (InvalidSignature, ValueError):
         detail = f"the signature is not that of device {device_id} over {', '.join(given.components)} of this request"
         raise DomainError(ErrorCode.SIGNATURE_INVALID, detail) from None
-    # Last, so that only the device itself can spend its nonces. The key is a hash: a nonce may hold any character.
-    nonce = hashlib.sha256(f"{device_id} {given.nonce}".encode()).hexdigest()
-    if not memory.first_time(nonce, given.created, keep_seconds(window_seconds)):
+    # Last, so that only the device itself can spend its nonces.
+    if not memory.first_time(device_id, given.nonce, given.created, keep_seconds(window_seconds)):
         detail = "a request with this nonce was here before; sign each attempt again, with a new nonce"
         raise DomainError(ErrorCode.REQUEST_REPLAYED, detail)
 

@@ -5,7 +5,7 @@ from typing import Annotated
 import typer
 
 from command_line.api_client import ApiClient
-from command_line.folders import certificate_authority, operator_key, server_address
+from command_line.folders import operator_key, server_address, tls_context
 from command_line.output import OutputFormat
 
 Server = Annotated[
@@ -22,4 +22,4 @@ Format = Annotated[OutputFormat, typer.Option("--format", help="`table` for peop
 
 def connect(server: str | None) -> ApiClient:
     """Return a client for `server`, or for the default one, with the operator key of this machine."""
-    return ApiClient(server or server_address(), operator_key(), tls=certificate_authority())
+    return ApiClient(server or server_address(), operator_key(), tls=tls_context())

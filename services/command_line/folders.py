@@ -98,16 +98,30 @@ def server_address(environment: Mapping[str, str] = os.environ) -> str:
         return f"http://127.0.0.1:{DEFAULT_PORT}"
 
 
-def certificate_authority(environment: Mapping[str, str] = os.environ) -> ssl.SSLContext | None:
-    """Return what the API's certificate is checked with, if `COTUNE_CA_FILE` names an authority of one's own.
+def api_scheme(environment: Mapping[str, str] = os.environ) -> str:
+    """Return what an API that is started with this environment speaks: `https` if it names a certificate."""
+    return "https" if environment.get("COTUNE_TLS_CERTIFICATE") else "http"
+
+
+def tls_context(environment: Mapping[str, str] = os.environ) -> ssl.SSLContext | None:
+    """Return what the API's certificate is checked with, and what is shown to an API that asks for one.
+
+    `COTUNE_CA_FILE` names an authority of one's own, `COTUNE_CLIENT_CERTIFICATE` and `COTUNE_CLIENT_KEY` a certificate
+    to show; None: the machine's authorities, and nothing to show.
 
     Raises:
-        BadInput: it cannot be read.
+        BadInput: one of them cannot be read.
     """
-    named = environment.get("COTUNE_CA_FILE")
-    if not named:
+    names = ("COTUNE_CA_FILE", "COTUNE_CLIENT_CERTIFICATE", "COTUNE_CLIENT_KEY")
+    authority, certificate, key = (environment.get(name) or None for name in names)
+    if authority is None and certificate is None:
         return None
     try:
-        return ssl.create_default_context(cafile=named)
+        context = ssl.create_default_context(cafile=authority)
+        if certificate is not None:
+            context.load_cert_chain(certificate, key, password=lambda: "")
     except OSError as error:  # also ssl.SSLError
-        raise BadInput(f"expected a PEM certificate in COTUNE_CA_FILE={named}, got: {error.strerror}") from None
+        raise BadInput(
+            f"expected PEM files in {', '.join(names)}, got {authority}, {certificate}, {key}: {error.strerror}"
+        ) from None
+    return context

@@ -41,12 +41,12 @@ def up(
         logs = folders.prepare(home / "logs", what="the folder for logs", variable="COTUNE_HOME")
         key = _operator_key(home)
         supervisor = Supervisor(logs, notify=out.print, hurry=lambda: state.impatient)
-        address = f"http://{_reachable(host)}:{port}"
+        address = f"{folders.api_scheme()}://{_reachable(host)}:{port}"
         try:
             with supervisor:
                 for spec in cloud_specs(host, port, cloud_environment(home)):
                     supervisor.start(spec)
-                with ApiClient(address, key) as client:
+                with ApiClient(address, key, tls=folders.tls_context()) as client:
                     wait_until_ready(client, supervisor)
                 (home / folders.ADDRESS_FILE).write_text(address + "\n", encoding="ascii")
                 _introduce(out, address, home, logs)

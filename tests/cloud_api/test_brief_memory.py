@@ -71,9 +71,10 @@ def test_a_bucket_gives_no_more_to_many_at_once(memory: BriefMemory) -> None:
 
 def test_a_nonce_is_new_once(memory: BriefMemory) -> None:
     with ThreadPoolExecutor(8) as threads:
-        first = list(threads.map(lambda _: memory.first_time("n", 100, 60), range(40)))
+        first = list(threads.map(lambda _: memory.first_time("dev", "n", 100, 60), range(40)))
     assert first.count(True) == 1
-    assert memory.first_time("m", 100, 60)
+    assert memory.first_time("dev", "m", 100, 60)
+    assert memory.first_time("other", "n", 100, 60)
 
 
 @given(st.lists(st.floats(0, 2), max_size=60), st.floats(0.1, 50), st.integers(1, 20))
@@ -95,16 +96,17 @@ def test_no_window_of_time_gets_more_than_the_burst_and_its_rate(
 def test_this_process_keeps_so_much_and_lets_no_forgotten_nonce_in_again() -> None:
     now = 0.0
     memory = InProcessMemory(lambda: now, most_kept=3)
-    assert all(memory.first_time(f"n{number}", 100 + number, 60) for number in range(5))
+    assert all(memory.first_time("dev", f"n{number}", 100 + number, 60) for number in range(5))
     for number in range(5):
-        assert not memory.first_time(f"n{number}", 100 + number, 60), "forgotten, and taken again"
-    assert not memory.first_time("new", 101, 60)  # As old as what was forgotten: it cannot be told from it.
-    assert memory.first_time("newer", 105, 60)
+        assert not memory.first_time("dev", f"n{number}", 100 + number, 60), "forgotten, and taken again"
+    assert not memory.first_time("dev", "new", 101, 60)  # As old as what was forgotten: it cannot be told from it.
+    assert memory.first_time("dev", "newer", 105, 60)
+    assert memory.first_time("other", "new", 1, 60)  # One that asks much costs no other anything.
     for number in range(10):
         memory.take(f"b{number}", Rate(1, 1))
     assert memory.take("b9", Rate(1, 1)) > 0
     now = 100.0
-    assert memory.first_time("n4", 104, 60)  # Its time is over: the signature's age refuses it, not its nonce.
+    assert memory.first_time("dev", "n4", 104, 60)  # Its time is over: the signature's age refuses it, not its nonce.
 
 
 def test_without_redis_a_process_goes_on_by_itself() -> None:
@@ -112,7 +114,7 @@ def test_without_redis_a_process_goes_on_by_itself() -> None:
     begun = time.monotonic()
     rate = Rate(0.001, 2)
     assert [memory.take("a", rate) == 0 for _ in range(3)] == [True, True, False]
-    assert [memory.first_time("n", 1, 60) for _ in range(2)] == [True, False]
+    assert [memory.first_time("dev", "n", 1, 60) for _ in range(2)] == [True, False]
     assert time.monotonic() - begun < 3
     memory.close()
 
@@ -120,8 +122,8 @@ def test_without_redis_a_process_goes_on_by_itself() -> None:
 @pytest.mark.services
 def test_processes_share_what_redis_keeps(redis_memory: RedisMemory, prefix: str) -> None:
     other = RedisMemory(REDIS, prefix)
-    assert redis_memory.first_time("n", 1, 60)
-    assert not other.first_time("n", 1, 60)
+    assert redis_memory.first_time("dev", "n", 1, 60)
+    assert not other.first_time("dev", "n", 1, 60)
     rate = Rate(0.001, 3)
     both = (redis_memory, other)
     assert [both[number % 2].take("a", rate) == 0 for number in range(4)] == [True, True, True, False]

@@ -14,6 +14,9 @@ from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
 from cloud_api import security
+from command_line import folders
+from command_line.api_client import ApiClient
+from command_line.errors import BadInput
 from edge_agent.client import CloudClient
 from edge_agent.errors import CloudUnavailable
 from edge_agent.ledger import Ledger
@@ -104,6 +107,12 @@ def test_the_api_speaks_tls_and_knows_its_clients(tmp_path: Path, authority: Aut
     with started(tmp_path / "home", tmp_path / "api.log", **environment) as process:
         assert process.url.startswith("https://127.0.0.1:")
         operator_key = (process.home / "operator.key").read_text().strip()
+        shown = {"COTUNE_CA_FILE": authority.certificate, "COTUNE_CLIENT_CERTIFICATE": client_certificate}
+        context = folders.tls_context(
+            {name: str(path) for name, path in (shown | {"COTUNE_CLIENT_KEY": client_key}).items()}
+        )
+        with ApiClient(process.url, operator_key, tls=context) as operator:
+            assert operator.list_devices() == []
         with httpx.Client(base_url=process.url, verify=known, trust_env=False) as http:
             headers = {"Authorization": f"Bearer {operator_key}"}
             token = http.post("/v1/enrolment-tokens", json={}, headers=headers).json()["token"]
@@ -142,6 +151,10 @@ def test_tls_files_that_cannot_be_used_are_told_at_the_start(tmp_path: Path, aut
         with pytest.raises((ValueError, OSError), match=told):
             security.tls(changed)
     assert told in refused(tmp_path, "--port", "0", **changed)
+    with pytest.raises(BadInput, match="COTUNE_CA_FILE"):
+        folders.tls_context({"COTUNE_CA_FILE": key})
+    assert folders.tls_context({}) is None
+    assert [folders.api_scheme(each) for each in ({}, {"COTUNE_TLS_CERTIFICATE": key})] == ["http", "https"]
     problems: list[str] = []
     section = ServerSection.model_validate({"url": "https://x", "ca_file": key})
     assert tls_context(section, problems) is None
