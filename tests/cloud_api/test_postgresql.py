@@ -31,7 +31,7 @@ def postgresql_api(tmp_path: Path) -> Iterator[RunningApi]:
     url = make_url(SERVER).set(database=name).render_as_string(hide_password=False)
     try:
         schema.upgrade(url)
-        with running_api(settings_in(tmp_path, database_url=url)) as running:
+        with running_api(settings_in(tmp_path, database_url=url, upload_chunk_bytes=100)) as running:
             yield running
     finally:
         with server.connect() as connection:
@@ -40,12 +40,12 @@ def postgresql_api(tmp_path: Path) -> Iterator[RunningApi]:
 
 
 def deliver(device: DeviceClient, number: int) -> set[int]:
-    """Wait for the round, hand an update in, and hand it in again."""
+    """Wait for the round, hand an update in, one part in chunks and one at once, and hand it in again."""
     assignment = device.poll(wait_seconds=20)
     assert assignment is not None
     parts = {"adapter_delta": delta_for(assignment, fill=number), "logits": logits(number)}
-    for kind, content in parts.items():
-        assert device.upload(assignment, kind, content).status_code == 201
+    assert device.upload_in_chunks(assignment, "adapter_delta", parts["adapter_delta"]).status_code == 201
+    assert device.upload(assignment, "logits", parts["logits"]).status_code == 201
     return {device.submit(assignment, parts).status_code for _ in range(2)}
 
 
