@@ -7,8 +7,10 @@ from alembic import context
 from alembic.autogenerate.api import AutogenContext
 from sqlalchemy import Connection, Enum, pool
 
+from persistence.addresses import database_address
 from persistence.column_types import FiniteJson, UtcDateTime
 from persistence.database import connect
+from persistence.schema import migration
 from persistence.tables import Table
 
 
@@ -43,5 +45,5 @@ given = context.config.attributes.get("connection")
 if given is not None:
     run(given)
 else:
-    with connect(os.environ["COTUNE_DATABASE_URL"], poolclass=pool.NullPool).begin() as own:
+    with migration(connect(database_address(os.environ, default=""), poolclass=pool.NullPool)) as own:
         run(own)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
 
+from persistence.addresses import database_address
 from protocol.queue import embedded_broker_url, queue_folder, queue_name
 from protocol.statuses import TRAINING_QUEUE, PartKind
 
@@ -27,7 +28,8 @@ class Settings:
 
     home: Path
     """Embedded state: the default place of the database, the queue, the blobs and the operator key."""
-    database_url: str
+    database_url: str = field(repr=False)
+    """May hold a password."""
     broker_url: str
     queue_prefix: str
     blobs: Path
@@ -62,7 +64,7 @@ class Settings:
             prepare_folder(folder)
         return cls(
             home=home,
-            database_url=environment.get("COTUNE_DATABASE_URL") or f"sqlite:///{home / 'cotune.sqlite3'}",
+            database_url=database_address(environment, f"sqlite:///{home / 'cotune.sqlite3'}"),
             broker_url=broker_url,
             queue_prefix=queue_prefix,
             blobs=Path(environment.get("COTUNE_BLOBS") or home / "blobs").expanduser().absolute(),
