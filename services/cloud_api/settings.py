@@ -20,6 +20,7 @@ SHORTEST_KEY = 16
 """Characters. A shorter operator key could be guessed over the network."""
 
 DEFAULT_UPLOAD_BYTES = 512 * 2**20
+MOST_PROCESSES = 64
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,8 @@ class Settings:
     queue_prefix: str
     blobs: Path
     operator_key: str = field(repr=False)
+    processes: int = 1
+    """How many processes serve; each uses one core."""
     log_format: LogFormat = "console"
     log_level: LogLevel = "info"
     upload_limits: Mapping[PartKind, int] = field(default_factory=lambda: dict.fromkeys(PartKind, DEFAULT_UPLOAD_BYTES))
@@ -69,6 +72,7 @@ class Settings:
             queue_prefix=queue_prefix,
             blobs=Path(environment.get("COTUNE_BLOBS") or home / "blobs").expanduser().absolute(),
             operator_key=_operator_key(environment, home),
+            processes=_processes(environment.get("COTUNE_API_PROCESSES")),
             log_format=_choice(environment, "COTUNE_LOG_FORMAT", ("console", "json"), "console"),
             log_level=_choice(environment, "COTUNE_LOG_LEVEL", ("info", "debug", "warning", "error"), "info"),
             upload_limits={kind: _upload_limit(environment, kind) for kind in PartKind},
@@ -147,6 +151,14 @@ def _choice(environment: Mapping[str, str], name: str, choices: tuple[Choice, ..
         if value == choice:
             return choice
     raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
+
+
+def _processes(value: str | None) -> int:
+    if not value:
+        return 1
+    if not value.isdecimal() or not 1 <= int(value) <= MOST_PROCESSES:
+        raise ValueError(f"COTUNE_API_PROCESSES: expected a whole number from 1 to {MOST_PROCESSES}, got {value!r}")
+    return int(value)
 
 
 def _upload_limit(environment: Mapping[str, str], kind: PartKind) -> int:

@@ -51,7 +51,7 @@ def test_a_file_for_an_address_that_takes_none_is_refused(url: str, password_fil
 
 def test_a_file_without_a_password_is_named(tmp_path: Path) -> None:
     (tmp_path / "empty").write_text("\n")
-    with pytest.raises(ValueError, match="expected a password in .*/empty, got an empty file"):
+    with pytest.raises(ValueError, match=r"expected a password in .*/empty, got an empty file"):
         read(URL=POSTGRESQL, PASSWORD_FILE=str(tmp_path / "empty"))
-    with pytest.raises(OSError, match="COTUNE_DATABASE_PASSWORD_FILE.*nothing, got: No such file"):
+    with pytest.raises(OSError, match=r"COTUNE_DATABASE_PASSWORD_FILE.*nothing, got: No such file"):
         read(URL=POSTGRESQL, PASSWORD_FILE=str(tmp_path / "nothing"))
