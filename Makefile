@@ -1,6 +1,6 @@
 # make demo | make test | make check - each makes the environment (.venv) first, once.
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow check format clean environment bench-alignment bench-saml bench-aggregation
+.PHONY: help demo test test-slow compose-test check format clean environment bench-alignment bench-saml bench-aggregation
 
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -9,6 +9,7 @@ help:
 	@echo "make demo                            co-tune an LLM and three small models on this machine"
 	@echo "make demo DATA=<folder> DOMAINS=a,b  the same on your own data"
 	@echo "make test                            run the tests (make test-slow: those that take minutes)"
+	@echo "make compose-test                    docker-compose.yml for real: a demo in it, kills, backup and restore"
 	@echo "make check                           ruff, mypy, import-linter"
 	@echo "make bench-alignment, bench-saml, bench-aggregation   speed, memory and bytes of the method (benchmarks/)"
 	@echo "make clean                           remove .venv and every cache in this folder"
@@ -23,6 +24,10 @@ test: $(STAMP)
 
 test-slow: $(STAMP)
 	$(BIN)/pytest -m slow $(PYTEST_ARGS)
+
+# Docker with compose, or Podman with podman-compose; without either it says so and is skipped.
+compose-test:
+	@python3 scripts/compose_test.py
 
 check: $(STAMP)
 	$(BIN)/ruff check .
