@@ -1,7 +1,7 @@
 """Save and restore what a Cotune cloud remembers: the database, and the files that it names (blobs).
 
     python3 scripts/backup.py save FOLDER                        of the deployment of docker-compose.yml, while it runs
-    python3 scripts/backup.py restore FOLDER                     into one with only `database` running
+    python3 scripts/backup.py restore FOLDER                     into one that is up and empty; then `up` again
     python3 scripts/backup.py save FOLDER --home ~/.local/share/cotune      of `cotune up`, while it runs
     python3 scripts/backup.py restore FOLDER --home ...                     into a home that nothing uses
     python3 scripts/backup.py check FOLDER                       whether every file of the backup is what its name says
@@ -85,14 +85,15 @@ def save_compose(compose: Sequence[str], folder: Path) -> None:
 
 
 def restore_compose(compose: Sequence[str], folder: Path) -> None:
-    """Restore into a deployment of which only the database runs."""
+    """Restore into a deployment that is up and has no run yet. It is left with the cloud stopped: bring it up again."""
     if not (folder / DUMP).is_file():
         raise CannotDo(f"expected {folder / DUMP}, found none")
     check(folder)
-    restore = ["pg_restore", "-U", "cotune", "-d", "cotune", "--clean", "--if-exists", "--single-transaction"]
-    with (folder / DUMP).open("rb") as file:
-        run([*compose, "exec", "-T", "database", *restore], stdin=file)
-    put = [*compose, "run", "--rm", "--no-deps", "-T", "api", "tar", "-C", BLOBS_INSIDE, "-xf", "-"]
+    database = [*compose, "exec", "-T", "database"]
+    runs = run([*database, "psql", "-U", "cotune", "-Atc", "SELECT count(*) FROM runs"], stdout=subprocess.PIPE)
+    if int(runs) != 0:
+        raise CannotDo(f"expected a deployment without runs, this one has {int(runs)}: empty it first, if you mean it")
+    put = [*compose, "exec", "-T", "api", "tar", "-C", BLOBS_INSIDE, "-xf", "-"]
     with subprocess.Popen(put, stdin=subprocess.PIPE) as process:
         assert process.stdin is not None
         with tarfile.open(fileobj=process.stdin, mode="w|") as tar:
@@ -101,6 +102,13 @@ def restore_compose(compose: Sequence[str], folder: Path) -> None:
         process.stdin.close()
     if process.returncode != 0:
         raise CannotDo(f"expected the files to be taken, tar ended with {process.returncode}")
+    run([*compose, "stop", "api", "worker", "controller"])
+    # A new database: the dump may be of an older schema than the one that this release has made.
+    run([*database, "dropdb", "-U", "cotune", "--force", "cotune"])
+    run([*database, "createdb", "-U", "cotune", "cotune"])
+    with (folder / DUMP).open("rb") as file:
+        restore = ["pg_restore", "-U", "cotune", "-d", "cotune", "--single-transaction", "--exit-on-error"]
+        run([*database, *restore], stdin=file)
 
 
 def check(folder: Path) -> int:

@@ -154,7 +154,7 @@ def play(deployment: Deployment, folder: Path) -> None:
     say(engine.run([*save, "check", str(folder / "backup")]).strip())
     engine.down()
     expect(engine.container("database") is None, "nothing left after `down`")
-    engine.up([("database",)])
+    engine.up(STAGES[:4])
     engine.run([*save, "restore", str(folder / "backup"), *compose])
     engine.up(STAGES[:4])
     deployment.trusted = None  # the certificates were wiped too

@@ -29,7 +29,7 @@ STAGES = (
 )
 ONE_SHOT = frozenset({"certificates", "migrate", "demo-seed"})
 UNCHECKED = frozenset({"demo-phone", "demo-tablet", "demo-laptop"})
-IMAGES = {"cotune/api": "cloud_api", "cotune/worker": "worker", "cotune/agent": "edge_agent"}
+IMAGES = {"cotune/api": "cloud_api", "cotune/agent": "edge_agent", "cotune/worker": "worker"}
 BASES = re.compile(r"^\s*image: ((?:postgres|redis|nginx):\S+)$|^ARG PYTHON_IMAGE=(\S+)$", re.MULTILINE)
 
 
