@@ -112,7 +112,7 @@ def main() -> int:
         shutil.rmtree(folder)
         return 0
     try:
-        engine.build()
+        engine.build(folder)
         check_images(engine)
         key = (folder / "secrets" / "operator.key").read_text().strip()
         play(Deployment(engine, port, key, time.monotonic() + LIMIT_SECONDS), folder)

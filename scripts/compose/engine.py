@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -127,12 +126,13 @@ class Engine:
             if names:
                 self.call(kind, "rm", *names, check=False)
 
-    def build(self) -> None:
-        """Build our three images."""
-        for image, folder in IMAGES.items():
+    def build(self, folder: Path) -> None:
+        """Build our three images; `folder` takes a copy of this machine's configuration of pip."""
+        options = build_options(folder, podman=self.podman)
+        for image, service in IMAGES.items():
             name = f"{image}:{self.environment['COTUNE_VERSION']}"
-            file = str(ROOT / "services" / folder / "Dockerfile")
-            self.run([self.program, "build", *build_options(self.podman), "--tag", name, "--file", file, str(ROOT)])
+            file = str(ROOT / "services" / service / "Dockerfile")
+            self.run([self.program, "build", *options, "--tag", name, "--file", file, str(ROOT)])
 
     def image_bytes(self, name: str) -> int:
         """The size of an image as it is unpacked."""
@@ -188,9 +188,9 @@ def prepare_bases(engine: Engine) -> None:
     engine.run(["sh", script, *still])
 
 
-def build_options(podman: bool) -> list[str]:
+def build_options(folder: Path, *, podman: bool) -> list[str]:
     """How a build reaches the package index: as pip does on this machine. Nothing of it stays in an image."""
-    configuration = os.environ.get("COTUNE_PIP_CONFIG") or _pip_configuration()
+    configuration = os.environ.get("COTUNE_PIP_CONFIG") or str(_pip_configuration(folder / "pip.conf"))
     options = ["--secret", f"id=pip_config,src={configuration}"]
     if podman:
         options += ["--network", "host"]
@@ -200,14 +200,14 @@ def build_options(podman: bool) -> list[str]:
     return options
 
 
-def _pip_configuration() -> str:
+def _pip_configuration(path: Path) -> Path:
     listed = subprocess.run(
         [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=False
     ).stdout
     found = dict(re.findall(r"^(?:global|install|:env:)\.([a-z-]+)='(.*)'$", listed, re.MULTILINE))
-    with tempfile.NamedTemporaryFile("w", prefix="cotune-pip-", suffix=".conf", delete=False) as file:
-        file.write("[global]\n" + "".join(f"{name} = {value}\n" for name, value in found.items()))
-    return file.name
+    path.touch(mode=0o600)  # an index's address may hold a password
+    path.write_text("[global]\n" + "".join(f"{name} = {value}\n" for name, value in found.items()))
+    return path
 
 
 def _podman_without_systemd(folder: Path) -> Path:
