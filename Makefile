@@ -1,6 +1,6 @@
 # make demo | make test | make check - each makes the environment (.venv) first, once.
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow fuzz check format clean environment \
+.PHONY: help demo test test-slow fuzz compose-test check format clean environment \
 	bench-alignment bench-saml bench-aggregation bench-large bench-service
 
 BIN := .venv/bin
@@ -11,6 +11,7 @@ help:
 	@echo "make demo DATA=<folder> DOMAINS=a,b  the same on your own data"
 	@echo "make test                            run the tests (make test-slow: those that take minutes)"
 	@echo "make fuzz                            schemathesis on every operation of the API (COTUNE_FUZZ_CASES=60)"
+	@echo "make compose-test                    docker-compose.yml for real: a demo in it, kills, backup and restore"
 	@echo "make check                           ruff, mypy, import-linter"
 	@echo "make bench-alignment, bench-saml, bench-aggregation   speed, memory and bytes of the method (benchmarks/)"
 	@echo "make bench-large                     models of real size on a graphics card; says what it needs where there is none"
@@ -30,6 +31,10 @@ test-slow: $(STAMP)
 
 fuzz: $(STAMP)
 	$(BIN)/pytest -m slow tests/cloud_api/test_fuzz.py $(PYTEST_ARGS)
+
+# Docker with compose, or Podman with podman-compose; without either it says so and is skipped.
+compose-test:
+	@python3 scripts/compose_test.py
 
 check: $(STAMP)
 	$(BIN)/ruff check .

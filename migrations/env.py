@@ -5,11 +5,13 @@ from typing import Any, Literal
 
 from alembic import context
 from alembic.autogenerate.api import AutogenContext
-from sqlalchemy import Connection, Enum
+from sqlalchemy import Connection, Enum, pool
 
 from persistence import operator_tables, tables  # noqa: F401 - so that the metadata has every table
+from persistence.addresses import database_address
 from persistence.column_types import FiniteJson, UtcDateTime
-from persistence.schema import migration_engine
+from persistence.database import connect
+from persistence.schema import migration
 from persistence.table_base import Table
 
 
@@ -44,5 +46,5 @@ given = context.config.attributes.get("connection")
 if given is not None:
     run(given)
 else:
-    with migration_engine(os.environ["COTUNE_DATABASE_URL"]).begin() as own:
+    with migration(connect(database_address(os.environ, default=""), poolclass=pool.NullPool)) as own:
         run(own)

@@ -1,5 +1,7 @@
 """The life of the process: `python -m cloud_api --host 127.0.0.1 --port 8000`.
 
+`--migrate` brings the database's schema up to date and ends; a start without it does so too, before it serves.
+
 Exit codes: 0 stopped as asked, 1 a fault, 2 settings that cannot be used (also: the port is taken, the home folder
 cannot be written, the database does not answer).
 """
@@ -23,6 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m cloud_api", description="Serve Cotune's HTTP API.")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on (default: %(default)s)")
     parser.add_argument("--port", type=_port, default=8000, help="port; 0 takes a free one (default: %(default)s)")
+    parser.add_argument("--migrate", action="store_true", help="only bring the database's schema up to date, and end")
+    parser.add_argument("--socket", type=int, help=argparse.SUPPRESS)  # one of several processes: see `processes`
     options = parser.parse_args(arguments)
 
     from cloud_api import logging
@@ -34,18 +38,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = Settings.from_environment(os.environ)
         logging.configure(settings.log_format, settings.log_level)
-        return _serve(settings, bind(options.host, options.port))
+        if options.socket is not None:
+            return _serve(settings, socket.socket(fileno=options.socket), lifeline=sys.stdin.fileno())
+        if options.migrate:
+            return _migrate(settings)
+        listener = bind(options.host, options.port)
+        _migrate(settings)
+        return _serve_together(settings, listener) if settings.processes > 1 else _serve(settings, listener)
     except (ValueError, OSError, CannotListen, StorageError, DomainError) as error:
         sys.stderr.write(f"cloud_api: {error}\n")
         return EXIT_SETTINGS
 
 
-def _serve(settings: "Settings", listener: socket.socket) -> int:
+def _migrate(settings: "Settings") -> int:
     from sqlalchemy.exc import OperationalError
 
-    from cloud_api.app import create_app
-    from cloud_api.cloud import open_cloud
-    from cloud_api.server import serve
     from persistence import schema
     from persistence.errors import StorageError
 
@@ -54,9 +61,26 @@ def _serve(settings: "Settings", listener: socket.socket) -> int:
     except OperationalError as error:
         reason = str(error.orig).strip().splitlines()
         raise StorageError(f"the database does not answer: {reason[0] if reason else 'no reason given'}") from None
-    cloud = open_cloud(settings)
-    serve(create_app(cloud), cloud, listener)
     return 0
+
+
+def _serve(settings: "Settings", listener: socket.socket, lifeline: int | None = None) -> int:
+    from cloud_api.app import create_app
+    from cloud_api.cloud import open_cloud
+    from cloud_api.server import serve
+
+    cloud = open_cloud(settings)
+    serve(create_app(cloud), cloud, listener, lifeline)
+    return 0
+
+
+def _serve_together(settings: "Settings", listener: socket.socket) -> int:
+    from cloud_api.processes import serve_in_processes
+    from cloud_api.server import BACKLOG, announce
+
+    listener.listen(BACKLOG)  # who connects from now on waits for the first process
+    announce(listener, "https" if settings.tls else "http")
+    return serve_in_processes(settings.processes, listener, hopeless_exit_code=EXIT_SETTINGS)
 
 
 def _port(text: str) -> int:

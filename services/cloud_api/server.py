@@ -1,5 +1,6 @@
 """Runs the application under uvicorn: our socket, our logs, our way to stop."""
 
+import asyncio
 import contextlib
 import errno
 import signal
@@ -15,6 +16,9 @@ from cloud_api.cloud import Cloud
 
 GRACE_SECONDS = 2
 """From the signal to the cut of requests that still run (uploads, downloads); waiting ends at once."""
+
+BACKLOG = 2048
+"""Connections that may wait to be accepted: after a restart every device comes back at once."""
 
 
 class CannotListen(Exception):
@@ -56,20 +60,39 @@ def address_of(listener: socket.socket, scheme: str = "http") -> str:
     return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
-class Server(uvicorn.Server):
-    """Says its address when it is up, and ends what waits before it waits for what runs."""
+def announce(listener: socket.socket, scheme: str) -> None:
+    """Print the address to standard output."""
+    address = address_of(listener, scheme)
+    sys.stdout.write(f"Cotune API on {address}, documentation on {address}/docs\n")
+    sys.stdout.flush()
 
-    def __init__(self, config: uvicorn.Config, cloud: Cloud) -> None:
+
+class Server(uvicorn.Server):
+    """Says its address when it is up, and ends what waits before it waits for what runs.
+
+    Args:
+        lifeline: a descriptor that ends when the parent does, in a process that is one of several
+            (`cloud_api.processes`); that process announces nothing and ends with its parent.
+    """
+
+    def __init__(self, config: uvicorn.Config, cloud: Cloud, lifeline: int | None = None) -> None:
         super().__init__(config)
         self._cloud = cloud
+        self._lifeline = lifeline
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start, then print the address to standard output."""
         await super().startup(sockets)
-        scheme = "https" if self.config.is_ssl else "http"
-        for address in [address_of(listener, scheme) for listener in sockets or []]:
-            sys.stdout.write(f"Cotune API on {address}, documentation on {address}/docs\n")
-        sys.stdout.flush()
+        if self._lifeline is not None:
+            asyncio.get_running_loop().add_reader(self._lifeline, self._end_with_parent)
+            return
+        for listener in sockets or []:
+            announce(listener, "https" if self.config.is_ssl else "http")
+
+    def _end_with_parent(self) -> None:
+        assert self._lifeline is not None
+        asyncio.get_running_loop().remove_reader(self._lifeline)
+        self.should_exit = True
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Wake long polls and event streams, then stop as uvicorn does."""
@@ -79,8 +102,8 @@ class Server(uvicorn.Server):
             await self.lifespan.shutdown()
 
 
-def serve(app: FastAPI, cloud: Cloud, listener: socket.socket) -> None:
-    """Serve until SIGTERM or SIGINT."""
+def serve(app: FastAPI, cloud: Cloud, listener: socket.socket, lifeline: int | None = None) -> None:
+    """Serve until SIGTERM or SIGINT, or until `lifeline` ends (see `Server`)."""
     tls = cloud.settings.tls
     config = uvicorn.Config(
         app,
@@ -98,13 +121,13 @@ def serve(app: FastAPI, cloud: Cloud, listener: socket.socket) -> None:
         ssl_cert_reqs=ssl.CERT_REQUIRED if tls and tls.client_ca else ssl.CERT_NONE,
         timeout_keep_alive=75,  # longer than clients keep a connection, so that they close it, not we in their face
         timeout_graceful_shutdown=GRACE_SECONDS,
-        backlog=2048,
+        backlog=BACKLOG,
     )
     # uvicorn handles both signals while it serves and raises them again at the end: then they are nothing new.
     for each in (signal.SIGTERM, signal.SIGINT):
         signal.signal(each, _already_handled)
     with contextlib.closing(listener):
-        Server(config, cloud).run([listener])
+        Server(config, cloud, lifeline).run([listener])
 
 
 def _already_handled(_signal: int, _frame: FrameType | None) -> None:

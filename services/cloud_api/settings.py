@@ -9,6 +9,7 @@ from typing import Literal, TypeVar
 
 from cloud_api import security
 from cloud_api.security import Rates, Tls
+from persistence.addresses import database_address
 from persistence.blobs import S3Address, read_address
 from protocol.queue import embedded_broker_url, queue_folder, queue_name
 from protocol.statuses import TRAINING_QUEUE, PartKind
@@ -19,6 +20,7 @@ Choice = TypeVar("Choice", bound=str)
 
 KEY_FILE = "operator.key"
 DEFAULT_UPLOAD_BYTES = 512 * 2**20
+MOST_PROCESSES = 64
 SMALLEST_CHUNK = 4 * 2**20
 """Bytes. Smaller ones would cost more requests, larger ones more to send again after a cut."""
 
@@ -29,11 +31,14 @@ class Settings:
 
     home: Path
     """Embedded state: the default place of the database, the queue, the blobs and the operator key."""
-    database_url: str
+    database_url: str = field(repr=False)
+    """May hold a password."""
     broker_url: str
     queue_prefix: str
     blobs: Path | S3Address
     operator_key: str = field(repr=False)
+    processes: int = 1
+    """How many processes serve; each uses one core."""
     log_format: LogFormat = "console"
     log_level: LogLevel = "info"
     upload_limits: Mapping[PartKind, int] = field(default_factory=lambda: dict.fromkeys(PartKind, DEFAULT_UPLOAD_BYTES))
@@ -74,7 +79,7 @@ class Settings:
         broker_url = environment.get("COTUNE_BROKER_URL") or embedded_broker_url(home)
         queue_prefix = environment.get("COTUNE_QUEUE_PREFIX", "")
         queue_name(TRAINING_QUEUE, queue_prefix)
-        database_url = environment.get("COTUNE_DATABASE_URL") or f"sqlite:///{home / 'cotune.sqlite3'}"
+        database_url = database_address(environment, f"sqlite:///{home / 'cotune.sqlite3'}")
         folder = queue_folder(broker_url)
         embedded = folder is not None and database_url.startswith("sqlite")
         if not embedded:
@@ -90,6 +95,7 @@ class Settings:
             queue_prefix=queue_prefix,
             blobs=read_address(environment, home),
             operator_key=_operator_key(environment, home, embedded=embedded),
+            processes=_whole(environment, "COTUNE_API_PROCESSES", 1, MOST_PROCESSES),
             log_format=_choice(environment, "COTUNE_LOG_FORMAT", ("console", "json"), "console"),
             log_level=_choice(environment, "COTUNE_LOG_LEVEL", ("info", "debug", "warning", "error"), "info"),
             upload_limits={kind: _upload_limit(environment, kind) for kind in PartKind},

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from command_line import demo_command, device_commands, operator_commands, run_commands, up_command
+from command_line import demo_command, device_commands, operator_commands, run_commands, seed_command, up_command
 from command_line.errors import CommandError
 from command_line.exit_codes import ExitCode
 from command_line.output import print_error
@@ -26,6 +26,7 @@ app = typer.Typer(
     " New here? Run [bold]cotune demo[/bold].",
 )
 app.command("demo")(demo_command.demo)
+app.command("demo-seed")(seed_command.demo_seed)
 app.command("up")(up_command.up)
 app.add_typer(run_commands.app, name="run")
 app.add_typer(device_commands.app, name="device")

@@ -1,20 +1,20 @@
 """Brings a database's schema up to date, by the migrations and by nothing else."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from alembic import command
 from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import Connection, Engine, event, func, pool, select
+from sqlalchemy import Connection, Engine, func, pool, select
 from sqlalchemy.orm import Session
 
 from persistence.database import connect
 from persistence.errors import StorageError
 
-_CHECK = "PRAGMA foreign_key_check"
 _SCHEMA_LOCK = 0x736368656D61  # "schema"; any number that no other lock of the database uses.
 
 
@@ -30,34 +30,53 @@ def upgrade(url: str, *, migrations: Path | None = None, revision: str = "head")
         revision: where to stop.
 
     Raises:
-        StorageError: the folder of the migrations is not there, or they would leave a row that names none.
+        StorageError: the folder of the migrations is not there, or a newer release has upgraded the database.
     """
     config = alembic_config(migrations)
-    engine = migration_engine(url)
-    # On SQLite the transaction is the lock: it begins with BEGIN IMMEDIATE.
-    with engine.begin() as connection:
-        if connection.dialect.name == "postgresql":
-            connection.execute(select(func.pg_advisory_xact_lock(_SCHEMA_LOCK)))
+    with migration(connect(url, poolclass=pool.NullPool)) as connection:
+        _refuse_newer(connection, config)
         config.attributes["connection"] = connection
         command.upgrade(config, revision)
-        if connection.dialect.name == "sqlite" and (broken := connection.exec_driver_sql(_CHECK).all()):
-            raise StorageError(f"after the migrations {len(broken)} rows name rows that are not there: {broken[:3]}")
 
 
-def migration_engine(url: str) -> Engine:
-    """Return an engine for migrations.
+@contextmanager
+def migration(engine: Engine) -> Iterator[Connection]:
+    """Open the one transaction in which the schema may change: under a lock, committed on exit.
 
-    SQLite alters a table by copying and dropping it, which its foreign keys would forbid as soon as there are rows; so
-    they are off, and `upgrade` checks them at the end.
+    SQLite alters a table by copying it, dropping the old one and renaming the copy. The drop would be refused while
+    other tables' rows refer to it, so foreign keys are not enforced meanwhile, and are checked before the commit.
+
+    Args:
+        engine: without a pool, so that no other user ever gets this connection.
+
+    Raises:
+        StorageError: on SQLite, rows would refer to rows that are not there; nothing is changed.
     """
-    engine = connect(url, poolclass=pool.NullPool)
-    if engine.dialect.name == "sqlite":
-        event.listen(engine, "connect", _without_foreign_keys)
-    return engine
+    with engine.connect() as connection:
+        sqlite = connection.dialect.name == "sqlite"
+        if sqlite:
+            # On the driver's connection: inside a transaction, which SQLAlchemy would begin, it has no effect.
+            driver = connection.connection.driver_connection
+            assert driver is not None
+            driver.execute("PRAGMA foreign_keys = OFF")
+        # On SQLite the transaction is the lock: it begins with BEGIN IMMEDIATE.
+        with connection.begin():
+            if connection.dialect.name == "postgresql":
+                connection.execute(select(func.pg_advisory_xact_lock(_SCHEMA_LOCK)))
+            yield connection
+            if sqlite and (broken := connection.exec_driver_sql("PRAGMA foreign_key_check").all()):
+                tables = ", ".join(sorted({str(row[0]) for row in broken}))
+                raise StorageError(f"a migration would leave rows that refer to missing ones, in: {tables}")
 
 
-def _without_foreign_keys(connection: Any, _record: Any) -> None:
-    connection.execute("PRAGMA foreign_keys = OFF")
+def _refuse_newer(connection: Connection, config: Config) -> None:
+    scripts = ScriptDirectory.from_config(config)
+    current = _revision(connection)
+    if current is not None and current not in {each.revision for each in scripts.walk_revisions()}:
+        raise StorageError(
+            f"the database's schema is at revision {current}, which this release does not know (its newest is "
+            f"{scripts.get_current_head()}): run the release that upgraded it, or restore the backup from before"
+        )
 
 
 def is_current(session: Session, *, migrations: Path | None = None) -> bool:

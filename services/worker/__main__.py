@@ -1,5 +1,7 @@
 """The life of the process: `python -m worker` trains, `python -m worker --controller` sweeps.
 
+`--check` only looks whether a process with these settings could work, for health checks.
+
 Exit codes: 0 stopped as asked, 1 a fault, 2 settings, or something that they name, cannot be used.
 """
 
@@ -15,6 +17,7 @@ import structlog
 
 from worker.stopping import block_signals, end_process
 
+EXIT_FAULT = 1
 EXIT_SETTINGS = 2
 
 
@@ -22,6 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run until SIGTERM or SIGINT."""
     parser = argparse.ArgumentParser(prog="python -m worker", description=__doc__)
     parser.add_argument("--controller", action="store_true", help="run the sweep, which needs no torch")
+    parser.add_argument(
+        "--check", action="store_true", help="say whether database, blobs and queue can be used, and end"
+    )
     options = parser.parse_args(arguments)
 
     block_signals()  # before any thread: imports below may start some
@@ -34,6 +40,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         return _refuse(error)
     logging.configure(settings.log_format)
+    if options.check:
+        from worker.readiness import problems
+
+        found = problems(settings)
+        sys.stdout.write("".join(f"{each}\n" for each in found) or "ok\n")
+        return EXIT_FAULT if found else 0
 
     from persistence.errors import StorageError
     from worker.processes import run_controller, run_trainer

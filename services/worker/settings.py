@@ -2,10 +2,11 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from persistence.addresses import database_address
 from persistence.blobs import S3Address, read_address
 from protocol.queue import embedded_broker_url, queue_folder, queue_name
 from protocol.statuses import TRAINING_QUEUE
@@ -19,7 +20,8 @@ class Settings:
 
     home: Path
     """Embedded state: the default place of the database, the queue and the blobs, and of materialised models."""
-    database_url: str
+    database_url: str = field(repr=False)
+    """May hold a password."""
     broker_url: str
     queue_prefix: str
     blobs: Path | S3Address
@@ -44,11 +46,12 @@ class Settings:
 
         Raises:
             ValueError: a value that cannot be used; the message names the variable, what was expected and what came.
+            OSError: a file that cannot be read; the message names it.
         """
         home = _home(environment)
         settings = cls(
             home=home,
-            database_url=environment.get("COTUNE_DATABASE_URL") or f"sqlite:///{home / 'cotune.sqlite3'}",
+            database_url=database_address(environment, f"sqlite:///{home / 'cotune.sqlite3'}"),
             broker_url=environment.get("COTUNE_BROKER_URL") or embedded_broker_url(home),
             queue_prefix=environment.get("COTUNE_QUEUE_PREFIX", ""),
             blobs=read_address(environment, home),

@@ -67,6 +67,18 @@ def test_deployments_name_their_own_services(tmp_path: Path) -> None:
     assert not (tmp_path / "queue").exists()
 
 
+def test_the_databases_password_may_come_from_a_file_and_is_never_shown(tmp_path: Path) -> None:
+    file = tmp_path / "password"
+    file.write_text("hunter22\n")
+    settings = read(
+        tmp_path,
+        COTUNE_DATABASE_URL="postgresql://cotune@database/cotune",
+        COTUNE_DATABASE_PASSWORD_FILE=str(file),
+    )
+    assert settings.database_url == "postgresql://cotune:hunter22@database/cotune"
+    assert "hunter22" not in repr(settings)
+
+
 @pytest.mark.parametrize(
     ("environment", "told"),
     [

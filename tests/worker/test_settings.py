@@ -56,3 +56,16 @@ def test_a_home_that_cannot_be_made_is_named(tmp_path: Path) -> None:
     settings = Settings.from_environment({"COTUNE_HOME": str(tmp_path / "file" / "home")})
     with pytest.raises(OSError, match="file/home"):
         prepare_folders(settings)
+
+
+def test_the_databases_password_may_come_from_a_file_and_is_never_shown(tmp_path: Path) -> None:
+    (tmp_path / "password").write_text("hunter22\n")
+    settings = Settings.from_environment(
+        {
+            "COTUNE_HOME": str(tmp_path),
+            "COTUNE_DATABASE_URL": "postgresql://cotune@database/cotune",
+            "COTUNE_DATABASE_PASSWORD_FILE": str(tmp_path / "password"),
+        }
+    )
+    assert settings.database_url == "postgresql://cotune:hunter22@database/cotune"
+    assert "hunter22" not in repr(settings)

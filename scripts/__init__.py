@@ -1,0 +1,1 @@
+"""Programs around the project: environment, secrets, backup, and the test of the deployment."""

@@ -1,0 +1,1 @@
+"""The engines and base images of `make compose-test`."""
