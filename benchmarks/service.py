@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -102,11 +102,11 @@ def delta(base_sha256: str, proxy_sha256: str) -> bytes:
 class Api:
     """The API's process, and a run whose devices have only to upload."""
 
-    def __init__(self, process: "subprocess.Popen[str]", url: str, home: Path) -> None:
+    def __init__(self, process: "subprocess.Popen[str]", url: str, home: Path, database_url: str) -> None:
         self.process = process
         self.url = url
         self._operator = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {KEY}"}, trust_env=False)
-        self._database = Database(f"sqlite:///{home / 'cotune.sqlite3'}")
+        self._database = Database(database_url)
         self._blobs = FolderBlobStore(home / "blobs")
 
     def new_work(self, count: int) -> list[Work]:
@@ -116,13 +116,17 @@ class Api:
             httpx.post(f"{self.url}/v1/devices", json={"token": token, "name": "device", "profile": PROFILE}).json()
             for _ in range(count)
         ]
+        self.open_round([device["device_id"] for device in devices])
+        return [self._take(device["credential"]) for device in devices]
+
+    def open_round(self, device_ids: Sequence[str]) -> None:
+        """Create a run for these devices and do what a worker does to prepare it: its first round is open then."""
         run = {
             "name": "run", "strategy": {"name": "co_plms"}, "rounds": 1, "llm": "hub/llm", "public_data": "hub/data",
-            "device_ids": [device["device_id"] for device in devices],
+            "device_ids": list(device_ids),
         }  # fmt: skip
-        run_id = self._operator.post("/v1/runs", json=run).json()["run_id"]
-        self._prepare(run_id)
-        return [self._take(device["credential"]) for device in devices]
+        created = self._operator.post("/v1/runs", json=run).raise_for_status()
+        self._prepare(created.json()["run_id"])
 
     def _prepare(self, run_id: str) -> None:
         now = datetime.now(UTC)
@@ -155,16 +159,18 @@ class Api:
 
 
 @contextmanager
-def running_api(folder: Path) -> Iterator[Api]:
-    """Start the API on a free port, with everything in `folder`."""
+def running_api(folder: Path, database_url: str | None = None) -> Iterator[Api]:
+    """Start the API on a free port, with everything in `folder` but perhaps the database."""
+    url = database_url or f"sqlite:///{folder / 'cotune.sqlite3'}"
     environment = {name: value for name, value in os.environ.items() if not name.startswith("COTUNE_")}
     environment |= {"COTUNE_HOME": str(folder), "COTUNE_OPERATOR_KEY": KEY, "COTUNE_LOG_LEVEL": "error"}
+    environment["COTUNE_DATABASE_URL"] = url
     command = [sys.executable, "-m", "cloud_api", "--port", "0"]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     api = None
     try:
-        api = Api(process, process.stdout.readline().split()[3].rstrip(","), folder)
+        api = Api(process, process.stdout.readline().split()[3].rstrip(","), folder, url)
         yield api
     finally:
         if api is not None:
