@@ -1,7 +1,7 @@
 # make demo | make test | make check - each makes the environment (.venv) first, once.
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-slow fuzz compose-test check format clean environment \
-	bench-alignment bench-saml bench-aggregation bench-large bench-service
+	bench-alignment bench-saml bench-aggregation bench-large bench-service bench-waiting
 
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -15,7 +15,7 @@ help:
 	@echo "make check                           ruff, mypy, import-linter"
 	@echo "make bench-alignment, bench-saml, bench-aggregation   speed, memory and bytes of the method (benchmarks/)"
 	@echo "make bench-large                     models of real size on a graphics card; says what it needs where there is none"
-	@echo "make bench-service                   bytes a second that the API takes, against a bare server"
+	@echo "make bench-service, bench-waiting    bytes a second that the API takes; 10,000 devices that wait for work"
 	@echo "make clean                           remove .venv and every cache in this folder"
 
 # make demo ROUNDS=5, OUT=<file>, KEEP=1: as in `cotune demo --help`.
@@ -43,7 +43,7 @@ check: $(STAMP)
 	$(BIN)/lint-imports
 
 # BENCH_ARGS="--repeats 5"; one thread, so that ratios do not depend on the machine's cores.
-bench-alignment bench-saml bench-aggregation bench-service: bench-%: $(STAMP) .venv/.bench
+bench-alignment bench-saml bench-aggregation bench-service bench-waiting: bench-%: $(STAMP) .venv/.bench
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$* $(BENCH_ARGS)
 
 # As many threads as PyTorch likes: the card does the work.

@@ -10,11 +10,13 @@ import argparse
 import json
 import math
 import os
+import secrets
 import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -43,7 +45,7 @@ from protocol.headers import (
 )
 from protocol.safetensors_header import DTYPE_BYTES, TensorInfo
 
-KEY = "operator-key-of-the-benchmark"
+KEY = secrets.token_hex(32)
 TENSORS = {"a.lora_A.weight": TensorInfo("F32", (1024, 2560))}
 CONNECTIONS = 4
 UPLOADS = 8
@@ -119,16 +121,20 @@ class Api:
         self.open_round([device["device_id"] for device in devices])
         return [self._take(device["credential"]) for device in devices]
 
-    def open_round(self, device_ids: Sequence[str]) -> None:
-        """Create a run for these devices and do what a worker does to prepare it: its first round is open then."""
+    def open_round(self, device_ids: Sequence[str]) -> float:
+        """Create a run for these devices and do what a worker does to prepare it: its first round is open then.
+
+        Returns:
+            When the worker's part began to be committed (`time.time`, seconds).
+        """
         run = {
             "name": "run", "strategy": {"name": "co_plms"}, "rounds": 1, "llm": "hub/llm", "public_data": "hub/data",
             "device_ids": list(device_ids),
         }  # fmt: skip
         created = self._operator.post("/v1/runs", json=run).raise_for_status()
-        self._prepare(created.json()["run_id"])
+        return self._prepare(created.json()["run_id"])
 
-    def _prepare(self, run_id: str) -> None:
+    def _prepare(self, run_id: str) -> float:
         now = datetime.now(UTC)
         kinds = ("proxy_base", "adapter", "llm_adapter", "probe_set")
         blobs = {kind: self._blobs.put_bytes(f"{kind} of {run_id}".encode()) for kind in kinds}
@@ -140,6 +146,7 @@ class Api:
                 artifacts.register(session, blob.sha256, blob.size, kind, run_id, now)
             prepared = results.PrepareResult(*hashes, expected_tensors=TENSORS)
             results.finish_prepare(session, job, "worker", prepared, now)
+            return time.time()
 
     def _take(self, credential: str) -> Work:
         headers = {"Authorization": f"Bearer {credential}"}
@@ -165,6 +172,9 @@ def running_api(folder: Path, database_url: str | None = None) -> Iterator[Api]:
     environment = {name: value for name, value in os.environ.items() if not name.startswith("COTUNE_")}
     environment |= {"COTUNE_HOME": str(folder), "COTUNE_OPERATOR_KEY": KEY, "COTUNE_LOG_LEVEL": "error"}
     environment["COTUNE_DATABASE_URL"] = url
+    # All devices of the benchmark are at one address.
+    environment |= {"COTUNE_RATE_ADDRESS": "100000/100000", "COTUNE_RATE_ENROLMENT": "100000/100000"}
+    environment |= {"COTUNE_RATE_DEVICE": "100000/100000", "COTUNE_REQUIRE_SIGNATURES": "off"}
     command = [sys.executable, "-m", "cloud_api", "--port", "0"]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None

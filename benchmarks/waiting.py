@@ -190,8 +190,7 @@ def measure_waiting(api: Api, credentials: Sequence[str], folder: Path) -> dict[
         assert process.stdout.readline().strip() == "waiting"
         time.sleep(SETTLE_SECONDS)
         waiting = resident_kib(api.process.pid)
-        opened = time.time()
-        api.open_round(active)
+        opened = api.open_round(active)
         answers = [Answered(**each) for each in json.loads(process.stdout.readline())]
     got = sorted(each.at - opened for each in answers if each.status == 200)
     return {
@@ -254,7 +253,7 @@ def main() -> None:
             waiting = measure_waiting(api, credentials, folder)
     backend = make_url(url).get_backend_name()
     print_table(
-        f"{waiting['devices']} devices in a long poll of one API process, {backend}; a round opens for {waiting['active']}",
+        f"{waiting['devices']} devices wait at one API process, {backend}; a round opens for {waiting['active']}",
         ("assigned", "errors", "median, s", "99 %, s", "KiB a device"),
         [[waiting[name] for name in ("assigned", "errors", "median_seconds", "p99_seconds", "kib_a_device")]],
     )

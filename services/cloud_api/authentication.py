@@ -78,6 +78,14 @@ def authenticate_operator(session: Session, cloud: Cloud, presented: Presented) 
 def authenticate_device(session: Session, cloud: Cloud, presented: Presented) -> str:
     """Return the id of the calling device. In a transaction that is committed, it also drops the credential before.
 
+    Raises as `identify_device`.
+    """
+    return identify_device(session, cloud, presented).device_id
+
+
+def identify_device(session: Session, cloud: Cloud, presented: Presented) -> enrolment.DeviceIdentity:
+    """Return who the calling device is, and drop the credential before as `authenticate_device` does.
+
     Raises:
         DomainError: UNAUTHENTICATED, DEVICE_REVOKED, SIGNATURE_*, REQUEST_REPLAYED, RATE_LIMITED, or FORBIDDEN for an
             operator's key.
@@ -88,6 +96,14 @@ def authenticate_device(session: Session, cloud: Cloud, presented: Presented) ->
         identity = _by_credential(session, bearer, "the credential of an enrolled device")
         _prove(cloud, presented, identity)
         enrolment.adopt_credential(session, identity)
+        return identity
+
+
+def prove_again(cloud: Cloud, presented: Presented, identity: enrolment.DeviceIdentity) -> str:
+    """Return the id of a device that the database has known lately by this credential. Raises as `identify_device`."""
+    with _judging(cloud, presented, "expected `Authorization: Bearer <device credential>`"):
+        _prove(cloud, presented, identity)
+        request_facts.get({})["device_id"] = identity.device_id
         return identity.device_id
 
 

@@ -1,7 +1,7 @@
 """What the endpoints work with: one `Cloud` a process, made at the start and passed down."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -12,13 +12,14 @@ from sqlalchemy.orm import Session
 from sqlalchemy.pool import QueuePool
 from starlette.concurrency import run_in_threadpool
 
+from cloud_api.assignments.board import WorkBoard
 from cloud_api.brief_memory import BriefMemory, InProcessMemory, RedisMemory
 from cloud_api.dispatch import Dispatcher
 from cloud_api.feed import Feed
 from cloud_api.rate_limits import RateLimits
 from cloud_api.request_metrics import RequestMetrics
 from cloud_api.settings import Settings
-from persistence import events
+from persistence import devices, events, open_work
 from persistence.blobs import BlobStore, open_store
 from persistence.database import Database
 from protocol.events import Event
@@ -90,6 +91,7 @@ class Cloud:
     blobs: BlobStore
     dispatcher: Dispatcher
     feed: Feed
+    board: WorkBoard
     now: Callable[[], datetime]
     memory: BriefMemory
     limits: RateLimits
@@ -131,10 +133,14 @@ def open_cloud(settings: Settings, *, now: Callable[[], datetime] = utc_now) -> 
             lambda session: events.list_events(session, run_id=None, after=sequence, limit=FEED_PAGE)
         )
 
-    feed = Feed(newest, after, interval_seconds=settings.feed_seconds)
+    async def touch(device_ids: Sequence[str]) -> None:
+        await transactions.write(lambda session: devices.touch_many(session, device_ids, now()))
+
+    board = WorkBoard(lambda: transactions.read(open_work.look), touch)
+    feed = Feed(newest, after, board=board, interval_seconds=settings.feed_seconds)
     memory = _brief_memory(settings)
     limits = RateLimits(memory, settings.rates)
-    return Cloud(settings, database, transactions, blobs, dispatcher, feed, now, memory, limits)
+    return Cloud(settings, database, transactions, blobs, dispatcher, feed, board, now, memory, limits)
 
 
 def _brief_memory(settings: Settings) -> BriefMemory:

@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 
 import structlog
 
+from cloud_api.assignments.board import WorkBoard
 from protocol.errors import DomainError
 from protocol.events import Event, EventType
 from protocol.statuses import AssignmentStatus, RunStatus
@@ -80,6 +81,7 @@ class Feed:
     Args:
         newest: returns the newest sequence of the table.
         after: returns the events after a sequence, oldest first; a bounded number of them.
+        board: is told of them before anybody is woken.
     """
 
     def __init__(
@@ -87,8 +89,10 @@ class Feed:
         newest: Callable[[], Awaitable[int]],
         after: Callable[[int], Awaitable[Sequence[Event]]],
         *,
+        board: WorkBoard,
         interval_seconds: float,
     ) -> None:
+        self._board = board
         self._newest = newest
         self._after = after
         self._interval_seconds = interval_seconds
@@ -138,10 +142,12 @@ class Feed:
                 if not failing:
                     log.warning("feed_failed", reason=str(error), exc_info=not isinstance(error, DomainError))
                 failing = True
+                self._board.lose()
             await self._pause(PAUSE_AFTER_FAILURE_SECONDS if failing else self._interval_seconds)
 
     async def _start(self) -> int:
         position = await self._newest()
+        await self._board.advance((), offers_work=True)
         # Who subscribed before this may have looked before the newest event.
         for topic in list(self._waiters):
             self._wake(topic)
@@ -149,7 +155,9 @@ class Feed:
 
     async def _advance(self, position: int) -> int:
         events = await self._after(position)
-        for topic in {topic for event in events for topic in topics(event)}:
+        concerned = {topic for event in events for topic in topics(event)}
+        await self._board.advance(events, offers_work=WORK in concerned)
+        for topic in concerned:
             self._wake(topic)
         return events[-1].sequence if events else position
 

@@ -1,5 +1,6 @@
 """Devices as operators see them, their heartbeats, and what happens to silent or revoked ones."""
 
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 
 from sqlalchemy import select, update
@@ -15,6 +16,9 @@ from protocol.statuses import AssignmentStatus, DeviceStatus
 
 TOUCH_AFTER_SECONDS = 5
 """A device that polls more often than this costs no write for being seen."""
+
+_AT_ONCE = 1000
+"""Ids in one statement."""
 
 
 def record_heartbeat(session: Session, device_id: str, heartbeat: Heartbeat, now: datetime) -> None:
@@ -53,6 +57,14 @@ def touch(session: Session, row: DeviceRow, now: datetime) -> None:
     elif now - row.last_seen_at >= timedelta(seconds=TOUCH_AFTER_SECONDS):
         statement = update(DeviceRow).where(DeviceRow.id == row.id).values(last_seen_at=now)
         session.execute(statement, execution_options={"synchronize_session": False})
+
+
+def touch_many(session: Session, device_ids: Sequence[str], now: datetime) -> None:
+    """Remember that these devices polled. Those that are offline or revoked stay as they are."""
+    for start in range(0, len(device_ids), _AT_ONCE):
+        chosen = DeviceRow.id.in_(device_ids[start : start + _AT_ONCE])
+        statement = update(DeviceRow).where(chosen, DeviceRow.status == DeviceStatus.REGISTERED)
+        session.execute(statement.values(last_seen_at=now), execution_options={"synchronize_session": False})
 
 
 def get_device(session: Session, device_id: str) -> Device:

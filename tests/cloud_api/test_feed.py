@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
+from cloud_api.assignments.board import WorkBoard
 from cloud_api.feed import WORK, Feed, run_topic, topics
+from persistence.open_work import OpenWork
 from protocol.errors import DomainError, ErrorCode
 from protocol.events import Event, EventType
 
@@ -21,6 +23,13 @@ class Table:
         self.events: list[Event] = []
         self.fault: Exception | None = None
         self.reads = 0
+        self.board = WorkBoard(self.look, self.touch)
+
+    async def look(self) -> OpenWork:
+        return OpenWork(())
+
+    async def touch(self, _device_ids: Sequence[str]) -> None:
+        raise AssertionError("no device was seen")
 
     def append(self, kind: EventType = EventType.ROUND_OPENED, run_id: str = "run_1", **data: Any) -> None:
         sequence = len(self.events) + 1
@@ -42,7 +51,7 @@ class Table:
 
 def follow(table: Table, test: Any, *, interval_seconds: float = 0.01) -> None:
     async def run() -> None:
-        feed = Feed(table.newest, table.after, interval_seconds=interval_seconds)
+        feed = Feed(table.newest, table.after, board=table.board, interval_seconds=interval_seconds)
         following = asyncio.create_task(feed.follow())
         try:
             async with asyncio.timeout(10):

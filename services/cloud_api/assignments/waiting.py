@@ -7,11 +7,13 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 from sqlalchemy.orm import Session
+from starlette.concurrency import run_in_threadpool
 
-from cloud_api.authentication import Presented, authenticate_device
+from cloud_api.authentication import Presented, identify_device, prove_again
 from cloud_api.cloud import Cloud
 from cloud_api.feed import WORK
 from persistence import assignments, traffic
+from persistence.enrolment import DeviceIdentity
 from protocol.assignments import Assignment
 
 
@@ -32,23 +34,47 @@ async def wait_for_assignment(
     loop = asyncio.get_running_loop()
     deadline = loop.time() + wait_seconds
     with cloud.feed.subscribe(WORK) as waiter:
-        # Not `cloud.write`: a poll tells the feed nothing, and there may be a thousand a second.
-        device_id, assignment = await cloud.transactions.write(lambda session: _ask(session, cloud, presented))
+        device_id, assignment = await _recognised(cloud, presented), None
+        if device_id is None:
+            device_id, assignment = await _asked(cloud, presented)
         while assignment is None and not waiter.stopping:
             left = deadline - loop.time()
             if left <= 0 or not await waiter.wait(left) or await is_gone():
                 return None
-            # Many devices wake for one place: look before locking anything.
+            # Many devices wake for one place: look before locking anything, and at the board before that.
+            if cloud.board.has_nothing_for(device_id):
+                continue
             if await cloud.read(lambda session: assignments.work_waits(session, device_id, cloud.now())):
-                _, assignment = await cloud.transactions.write(lambda session: _ask(session, cloud, presented))
+                _, assignment = await _asked(cloud, presented)
         return assignment
 
 
-def _ask(session: Session, cloud: Cloud, presented: Presented) -> tuple[str, Assignment | None]:
-    device_id = authenticate_device(session, cloud, presented)
+async def _recognised(cloud: Cloud, presented: Presented) -> str | None:
+    """Return the device's id if it is known here and there surely is nothing for it; else the database has to say."""
+    identity = cloud.board.recall(presented.bearer)
+    if identity is None or not cloud.board.has_nothing_for(identity.device_id):
+        return None
+    if cloud.limits.waits:
+        await run_in_threadpool(prove_again, cloud, presented, identity)
+    else:
+        prove_again(cloud, presented, identity)
+    cloud.board.saw(identity.device_id)
+    return identity.device_id
+
+
+async def _asked(cloud: Cloud, presented: Presented) -> tuple[str, Assignment | None]:
+    # Not `cloud.write`: a poll tells the feed nothing, and there may be a thousand a second.
+    identity, assignment = await cloud.transactions.write(lambda session: _ask(session, cloud, presented))
+    assert presented.bearer is not None
+    cloud.board.remember(presented.bearer, identity)
+    return identity.device_id, assignment
+
+
+def _ask(session: Session, cloud: Cloud, presented: Presented) -> tuple[DeviceIdentity, Assignment | None]:
+    identity = identify_device(session, cloud, presented)
     limits = cloud.settings.upload_limits
-    assignment = assignments.next_assignment(session, device_id, cloud.now(), limits)
+    assignment = assignments.next_assignment(session, identity.device_id, cloud.now(), limits)
     if assignment is not None:
         num_bytes = len(assignment.model_dump_json().encode())
-        traffic.add(session, assignment.run_id, device_id, "down", "assignment", num_bytes)
-    return device_id, assignment
+        traffic.add(session, assignment.run_id, identity.device_id, "down", "assignment", num_bytes)
+    return identity, assignment

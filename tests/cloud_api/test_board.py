@@ -1,0 +1,174 @@
+"""Polls that find nothing cost the database nothing, and nothing is lost by it."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import pytest
+from sqlalchemy import event, update
+
+from cloud_api.assignments import board
+from persistence import devices
+from persistence.enrolment import DeviceIdentity
+from persistence.open_work import OpenRound, OpenWork
+from persistence.tables import DeviceRow
+from tests.cloud_api.running_api import DeviceClient, RunningApi
+
+SETTLED_SECONDS = 0.3
+"""Six looks of the feed."""
+
+
+@contextmanager
+def statements_of_devices(api: RunningApi) -> Iterator[list[str]]:
+    """Collect the statements that name a device's row: the feed's own do not."""
+    seen: list[str] = []
+
+    def note(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        if "devices" in statement and "SET last_seen_at" not in statement:
+            seen.append(statement)
+
+    event.listen(api.cloud.database.engine, "before_cursor_execute", note)
+    try:
+        yield seen
+    finally:
+        event.remove(api.cloud.database.engine, "before_cursor_execute", note)
+
+
+def settled(api: RunningApi) -> None:
+    time.sleep(SETTLED_SECONDS)
+
+
+def status_of(device: DeviceClient) -> int:
+    return device.http.get("/v1/devices/me/assignment").status_code
+
+
+def test_the_first_poll_asks_the_database_and_the_next_do_not(fresh_api: RunningApi) -> None:
+    device = fresh_api.enrol()
+    settled(fresh_api)
+    with statements_of_devices(fresh_api) as seen:
+        assert device.poll() is None
+        assert seen
+        seen.clear()
+        for _ in range(5):
+            assert device.poll() is None
+        assert seen == []
+
+
+def test_work_that_comes_is_found_and_what_is_begun_is_found_again(fresh_api: RunningApi) -> None:
+    device, other = fresh_api.enrol("one"), fresh_api.enrol("other")
+    assert device.poll() is None
+    assert other.poll() is None
+    fresh_api.running_run(device)
+    assignment = device.poll(wait_seconds=5)
+    assert assignment is not None
+    settled(fresh_api)
+    again = device.poll()
+    assert again is not None
+    assert again.assignment_id == assignment.assignment_id
+    assert other.poll() is None
+
+
+def test_a_place_that_becomes_free_is_found(fresh_api: RunningApi) -> None:
+    first, second = fresh_api.enrol("first"), fresh_api.enrol("second")
+    fresh_api.running_run(first, second, max_updates=1)
+    taken = first.poll(wait_seconds=5)
+    assert taken is not None
+    settled(fresh_api)
+    assert second.poll() is None
+    refusal = {"code": "busy", "reason": "no time"}
+    path = f"/v1/assignments/{taken.assignment_id}/refusal"
+    assert first.http.post(path, json=refusal).status_code == 200
+    assert second.poll(wait_seconds=5) is not None
+
+
+def test_a_revoked_device_is_told_so(fresh_api: RunningApi) -> None:
+    device = fresh_api.enrol()
+    assert device.poll() is None
+    assert fresh_api.operator.post(f"/v1/devices/{device.device_id}/revoke").status_code == 200
+    settled(fresh_api)
+    assert status_of(device) == 403
+
+
+def test_a_wrong_credential_is_never_taken_for_a_known_one(fresh_api: RunningApi) -> None:
+    device = fresh_api.enrol()
+    assert device.poll() is None
+    assert fresh_api.client(f"{device.device_id}.wrong").get("/v1/devices/me/assignment").status_code == 401
+    assert fresh_api.client(None).get("/v1/devices/me/assignment").status_code == 401
+
+
+def test_a_replaced_credential_is_void_after_the_next_one_was_used(
+    fresh_api: RunningApi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(board, "TRUSTED_SECONDS", 0.2)
+    device = fresh_api.enrol()
+    assert device.poll() is None
+    replaced = device.http.post("/v1/devices/me/credential").json()["credential"]
+    assert fresh_api.client(replaced).get("/v1/devices/me/assignment").status_code == 204
+    time.sleep(0.25)
+    assert status_of(device) == 401
+
+
+def test_devices_that_only_poll_are_seen(fresh_api: RunningApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(board, "RENEWED_SECONDS", 0.1)
+    device = fresh_api.enrol()
+    assert device.poll() is None
+    long_ago = datetime.now(UTC) - timedelta(hours=1)
+    with fresh_api.cloud.database.transaction() as session:
+        session.execute(update(DeviceRow).values(last_seen_at=long_ago))
+    assert device.poll() is None
+    settled(fresh_api)
+    with fresh_api.cloud.database.reading() as session:
+        assert devices.get_device(session, device.device_id).last_seen_at > long_ago + timedelta(minutes=59)
+
+
+def test_a_database_that_is_away_is_not_hidden(fresh_api: RunningApi) -> None:
+    device = fresh_api.enrol()
+    assert device.poll() is None
+    home = fresh_api.cloud.settings.home
+    (home / "cotune.sqlite3").rename(home / "moved")
+    (home / "cotune.sqlite3").mkdir()
+    fresh_api.cloud.database.engine.dispose()
+    settled(fresh_api)
+    assert status_of(device) == 503
+    (home / "cotune.sqlite3").rmdir()
+    (home / "moved").rename(home / "cotune.sqlite3")
+
+
+def round_of(**changed: Any) -> OpenRound:
+    values = {"device_ids": None, "has_place": True, "assigned": frozenset(), "delivering": frozenset()}
+    return OpenRound(**(values | changed))
+
+
+@pytest.mark.parametrize(
+    ("open_round", "concerned"),
+    [
+        (round_of(), True),
+        (round_of(has_place=False), False),
+        (round_of(device_ids=frozenset({"me"})), True),
+        (round_of(device_ids=frozenset({"other"})), False),
+        (round_of(assigned=frozenset({"me"})), False),
+        (round_of(assigned=frozenset({"me"}), delivering=frozenset({"me"}), has_place=False), True),
+    ],
+)
+def test_whom_a_round_concerns(open_round: OpenRound, concerned: bool) -> None:
+    assert OpenWork([open_round]).may_concern("me") is concerned
+    assert not OpenWork([]).may_concern("me")
+
+
+def test_no_more_devices_are_remembered_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(board, "MOST_DEVICES", 3)
+
+    async def nothing() -> OpenWork:
+        return OpenWork([])
+
+    async def touch(_device_ids: Any) -> None:
+        return None
+
+    remembering = board.WorkBoard(nothing, touch)
+    for number in range(5):
+        remembering.remember(f"dev_{number}.secret", DeviceIdentity(f"dev_{number}", None, None))
+    known = [remembering.recall(f"dev_{number}.secret") is not None for number in range(5)]
+    assert known == [False, False, True, True, True]
+    assert not remembering.has_nothing_for("dev_4")  # nothing was looked at yet
