@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -61,3 +62,17 @@ def test_devices_deliver_at_the_same_time(postgresql_api: RunningApi) -> None:
     assert shown["status"] == "aggregating"
     events = api.operator.get(f"/v1/runs/{run.run_id}/events", params={"limit": 1000}).json()["items"]
     assert [each["type"] for each in events].count("update.submitted") == 6
+
+
+def test_a_device_that_waits_at_one_process_wakes_for_a_commit_in_another(postgresql_api: RunningApi) -> None:
+    device = postgresql_api.enrol()
+    with running_api(postgresql_api.cloud.settings) as other, ThreadPoolExecutor(1) as threads:
+        poll = threads.submit(device.poll, 25)
+        time.sleep(0.5)
+        assert not poll.done()
+        begun = time.monotonic()
+        run = other.running_run(device)
+        assignment = poll.result(10)
+        assert time.monotonic() - begun < 5
+    assert assignment is not None
+    assert assignment.run_id == run.run_id
