@@ -132,8 +132,7 @@ def play(deployment: Deployment, folder: Path) -> None:
     started = time.monotonic()
     engine.up(STAGES[:4])
     say(f"ready {time.monotonic() - started:.0f} s after the start")
-    ready = deployment.get("/ready")
-    expect(set(ready["checks"].values()) == {"ok"}, f"everything ready, got {ready}")
+    wait_until_all_is_ready(deployment)
     tell_memory(engine)
     engine.up(STAGES[4:])
     say(f"demo seeded and agents started after {time.monotonic() - started:.0f} s")
@@ -162,6 +161,14 @@ def play(deployment: Deployment, folder: Path) -> None:
     check_counted_once(deployment, run_id)
     expect(deployment.adapters(run_id) == adapters, "the restored adapters are those from before, byte for byte")
     say("restored: run, rounds and adapters are those from before")
+
+
+def wait_until_all_is_ready(deployment: Deployment) -> None:
+    """Wait until the API has everything; the queue, which it can do without for a while, it loads last."""
+    begun = time.monotonic()
+    while set((ready := deployment.get("/ready"))["checks"].values()) != {"ok"}:
+        expect(time.monotonic() - begun < RECOVERY_SECONDS, f"everything ready, got {ready}")
+        time.sleep(1)
 
 
 def wait_for(deployment: Deployment, run_id: str, statuses: set[str]) -> None:

@@ -26,7 +26,7 @@ base() {
 
 build() { # name, with a Dockerfile on standard input
     cat >"$work/Dockerfile"
-    podman build --quiet --network host --tag "docker.io/library/$1" --file "$work/Dockerfile" "$work" >/dev/null
+    podman build --quiet --network host --tag "$1" --file "$work/Dockerfile" "$work" >/dev/null
 }
 
 install='apt-get update -q && DEBIAN_FRONTEND=noninteractive apt-get install -q -y --no-install-recommends'

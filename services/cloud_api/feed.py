@@ -115,10 +115,6 @@ class Feed:
             if not waiters and self._waiters.get(topic) is waiters:
                 del self._waiters[topic]
 
-    def num_waiting(self, topic: str) -> int:
-        """Return how many wait for a topic."""
-        return len(self._waiters.get(topic, ()))
-
     def nudge(self) -> None:
         """Look soon: this process has committed something."""
         self._nudged.set()

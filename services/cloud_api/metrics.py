@@ -1,7 +1,6 @@
 """Numbers for a monitoring system, in Prometheus' text format.
 
-Requests are counted in this process; how many runs, devices and jobs there are is read from the database when asked, so
-that every process says the same.
+Requests are counted as they come; how many runs, devices and jobs there are is read from the database when asked.
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,10 +11,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 from starlette.responses import Response
 
-from cloud_api.cloud import Cloud
 from cloud_api.dependencies import CloudHere
 from cloud_api.documentation import answers
-from cloud_api.feed import WORK
 from persistence.counts import Counts, count_everything
 from protocol.errors import DomainError
 from protocol.statuses import AssignmentStatus
@@ -58,7 +55,7 @@ class _Snapshot(Collector):
     ),
 )
 async def show_metrics(cloud: CloudHere) -> Response:
-    """Requests of this process by route and status, and runs, rounds, devices, jobs, updates and bytes of the service.
+    """Requests by route and status, devices that wait; how many runs, rounds, devices, jobs and updates there are.
 
     No credential is asked for, and there are only counts in it; a proxy that faces the outside should not pass it on.
     """
@@ -67,14 +64,12 @@ async def show_metrics(cloud: CloudHere) -> Response:
     except DomainError:
         counts = None
     service = CollectorRegistry()
-    service.register(_Snapshot(_of_the_service(cloud, counts)))
-    return Response(generate_latest(cloud.request_metrics.registry) + generate_latest(service), media_type=MEDIA_TYPE)
+    service.register(_Snapshot(_of_the_service(counts)))
+    return Response(cloud.request_metrics.exposition() + generate_latest(service), media_type=MEDIA_TYPE)
 
 
-def _of_the_service(cloud: Cloud, counts: Counts | None) -> Iterable[Metric]:
+def _of_the_service(counts: Counts | None) -> Iterable[Metric]:
     yield GaugeMetricFamily("cotune_database_up", "Whether the database answers.", float(counts is not None))
-    waiting = cloud.feed.num_waiting(WORK)
-    yield GaugeMetricFamily("cotune_waiting_devices", "Devices in a long poll of this process.", waiting)
     if counts is None:
         return
     yield _by_status("cotune_runs", "Runs.", counts.runs)

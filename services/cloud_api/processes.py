@@ -9,16 +9,21 @@ process, and does not end its processes when it is killed.
 """
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from dataclasses import dataclass
 from types import FrameType
 
 import structlog
+from prometheus_client.multiprocess import mark_process_dead
+
+from cloud_api.request_metrics import SHARED_FOLDER
 
 POLL_SECONDS = 0.1
 STOP_SECONDS = 5.0
@@ -57,6 +62,8 @@ def serve_in_processes(count: int, listener: socket.socket, *, hopeless_exit_cod
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, handle)
     lifeline, held = os.pipe()
+    metrics = tempfile.mkdtemp(prefix="cotune-metrics-")
+    os.environ[SHARED_FOLDER] = metrics
     processes = [_Process(_start(listener, lifeline), time.monotonic()) for _ in range(count)]
     code = 0
     try:
@@ -69,6 +76,7 @@ def serve_in_processes(count: int, listener: socket.socket, *, hopeless_exit_cod
         os.close(lifeline)
         os.close(held)
         listener.close()
+        shutil.rmtree(metrics, ignore_errors=True)
     return code
 
 
@@ -88,6 +96,8 @@ def _look_after(process: _Process, listener: socket.socket, lifeline: int) -> in
         if code is None:
             return None
         log.error("process_died", pid=process.popen.pid, exit_code=code)
+        # Nobody waits in it any more.
+        mark_process_dead(process.popen.pid, os.environ[SHARED_FOLDER])  # type: ignore[no-untyped-call]
         steady = now - process.started > STEADY_SECONDS
         process.delay_seconds = FIRST_DELAY_SECONDS if steady else min(2 * process.delay_seconds, LONGEST_DELAY_SECONDS)
         process.restart_at = now if steady else now + process.delay_seconds

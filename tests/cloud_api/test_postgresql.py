@@ -2,6 +2,7 @@
 
 import os
 import secrets
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -66,3 +67,17 @@ def test_devices_deliver_at_the_same_time(postgresql_api: RunningApi) -> None:
 
 def test_posts_with_one_key_at_the_same_time_do_it_once(postgresql_api: RunningApi) -> None:
     test_idempotency.test_requests_at_the_same_time_do_it_once(postgresql_api)
+
+
+def test_a_device_that_waits_at_one_process_wakes_for_a_commit_in_another(postgresql_api: RunningApi) -> None:
+    device = postgresql_api.enrol()
+    with running_api(postgresql_api.cloud.settings) as other, ThreadPoolExecutor(1) as threads:
+        poll = threads.submit(device.poll, 25)
+        time.sleep(0.5)
+        assert not poll.done()
+        begun = time.monotonic()
+        run = other.running_run(device)
+        assignment = poll.result(10)
+        assert time.monotonic() - begun < 5
+    assert assignment is not None
+    assert assignment.run_id == run.run_id

@@ -57,6 +57,18 @@ def test_a_process_that_is_killed_is_replaced_while_the_other_serves(tmp_path: P
     assert "process_died" in (tmp_path / "api.log").read_text()
 
 
+def test_any_process_answers_with_the_numbers_of_all(tmp_path: Path) -> None:
+    with two_processes(tmp_path) as (process, _):
+        for _ in range(20):
+            with process.operator() as operator:  # a connection of its own, which either may accept
+                assert operator.get("/v1/runs").status_code == 200
+        for _ in range(6):
+            with process.operator() as operator:
+                assert 'cotune_http_requests_total{method="GET",route="/v1/runs",status="200"} 20.0' in (
+                    operator.get("/metrics").text
+                )
+
+
 def test_the_processes_end_with_their_parent_even_if_it_is_killed(tmp_path: Path) -> None:
     with two_processes(tmp_path) as (process, serving):
         os.kill(process.popen.pid, signal.SIGKILL)

@@ -39,7 +39,11 @@ async def wait_for_assignment(
             device_id, assignment = await _asked(cloud, presented)
         while assignment is None and not waiter.stopping:
             left = deadline - loop.time()
-            if left <= 0 or not await waiter.wait(left) or await is_gone():
+            if left <= 0:
+                return None
+            with cloud.request_metrics.waiting_devices.track_inprogress():
+                woken = await waiter.wait(left)
+            if not woken or await is_gone():
                 return None
             # Many devices wake for one place: look before locking anything, and at the board before that.
             if cloud.board.has_nothing_for(device_id):
