@@ -15,6 +15,7 @@ import torch
 from sqlalchemy import create_engine, exc, make_url, text
 
 from assets.tensors import read_tensors
+from cotuning.aggregation import StreamingMean
 from persistence import rounds, schema, updates
 from protocol.events import EventType
 from protocol.queue import queue_folder
@@ -111,7 +112,7 @@ def _claims(cloud: Cloud, run: Run, kind: JobKind) -> list[datetime]:
 
 
 def _check_aggregate(cloud: Cloud, round_id: str) -> None:
-    """theta_bar is bit for bit theta + mean(delta), each delta once."""
+    """theta_bar is theta + mean(delta), each delta once: bit for bit what one aggregation makes of them."""
     context = cloud.read(rounds.get_context, round_id)
     counted = cloud.read(updates.submitted_updates, round_id)
     theta, theta_bar = (
@@ -121,10 +122,14 @@ def _check_aggregate(cloud: Cloud, round_id: str) -> None:
     deltas = [read_tensors(cloud.blobs.path(update.parts[PartKind.ADAPTER_DELTA]))[0] for update in counted]
     weights = [update.num_examples for update in counted]
     assert len(deltas) == 3
+    once = StreamingMean()
+    for weight, delta in zip(weights, deltas, strict=True):
+        once.add(delta, weight)
+    mean = once.result()
     for name, tensor in theta_bar.items():
-        terms = [weight * delta[name].double() for weight, delta in zip(weights, deltas, strict=True)]
-        total = terms[0] + terms[1] + terms[2]
-        assert torch.equal(tensor, theta[name] + (total / sum(weights)).float())
+        assert torch.equal(tensor, theta[name] + mean[name])
+        exact = sum(weight * delta[name].double() for weight, delta in zip(weights, deltas, strict=True)) / sum(weights)
+        torch.testing.assert_close(tensor, (theta[name].double() + exact).float(), rtol=1e-6, atol=1e-8)
 
 
 def test_a_killed_worker_costs_seconds_and_nothing_else(embedded_cloud: tuple[Cloud, Processes], llm: str) -> None:

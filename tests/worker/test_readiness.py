@@ -20,11 +20,14 @@ def check(home: Path, **changed: str) -> tuple[int, str]:
 
 
 def test_everything_that_is_missing_is_named(tmp_path: Path) -> None:
-    code, said = check(tmp_path / "home", COTUNE_BROKER_URL="redis://127.0.0.1:1/0")
+    (tmp_path / "file").touch()
+    code, said = check(
+        tmp_path / "home", COTUNE_BROKER_URL="redis://127.0.0.1:1/0", COTUNE_BLOBS=str(tmp_path / "file")
+    )
     assert code == 1
     [database, blobs, queue] = said.splitlines()
     assert database == "database: its schema is not that of this release"
-    assert blobs == f"blobs: expected a folder that can be written, got {tmp_path}/home/blobs"
+    assert blobs.startswith(f"blobs: the blob folder {tmp_path}/file must be a folder that can be written")
     assert queue.startswith("queue: OperationalError")
 
 
