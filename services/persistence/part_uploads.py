@@ -12,9 +12,9 @@ from datetime import datetime, timedelta
 from sqlalchemy import delete, or_, select
 from sqlalchemy.orm import Session
 
-from persistence import updates
+from persistence import late_updates, updates
 from persistence.identifiers import new_id
-from persistence.tables import AssignmentRow, PartUploadRow, UploadChunkRow
+from persistence.tables import AssignmentRow, PartUploadRow, RoundRow, RunRow, UploadChunkRow
 from persistence.transitions import UNDELIVERED
 from protocol.assignments import PartReceipt, PartUpload
 from protocol.errors import DomainError, ErrorCode
@@ -160,16 +160,25 @@ def forget_idle(session: Session, now: datetime) -> list[str]:
     Returns:
         Their ids: drop their stages after the commit.
     """
-    ended = AssignmentRow.status.not_in(UNDELIVERED)
-    idle = session.scalars(
-        select(PartUploadRow.id)
+    expired = now - EXPIRES_AFTER
+    found = session.execute(
+        select(PartUploadRow, AssignmentRow, RoundRow, RunRow)
         .join(AssignmentRow, AssignmentRow.id == PartUploadRow.assignment_id)
-        .where(or_(PartUploadRow.touched_at <= now - EXPIRES_AFTER, ended))
+        .join(RoundRow, RoundRow.id == AssignmentRow.round_id)
+        .join(RunRow, RunRow.id == AssignmentRow.run_id)
+        .where(or_(PartUploadRow.touched_at <= expired, AssignmentRow.status.not_in(UNDELIVERED)))
         .order_by(PartUploadRow.id)
         .with_for_update(of=PartUploadRow, skip_locked=True)
     ).all()
+    idle = [
+        upload.id
+        for upload, assignment, round_row, run in found
+        if upload.touched_at <= expired
+        or assignment.update_sha256 is not None
+        or not late_updates.may_still_come(session, run, round_row, assignment)
+    ]
     _delete(session, idle)
-    return list(idle)
+    return idle
 
 
 def known_stages(session: Session, upload_ids: Sequence[str]) -> set[str]:
