@@ -108,6 +108,17 @@ def place(session: Session, assignment_id: str, kind: PartKind, upload_id: str, 
     return UploadPlace(row.size_bytes, min(row.chunk_bytes, row.size_bytes - offset))
 
 
+def refuse_other_chunk(  # noqa: PLR0917
+    session: Session, assignment_id: str, kind: PartKind, upload_id: str, offset: int, sha256: str
+) -> None:
+    """See, before a byte is read, that no other chunk came for this place: what is staged in vain fills the disk.
+
+    Raises:
+        DomainError: UPLOAD_NOT_FOUND; UPDATE_CONFLICT.
+    """
+    _came_before(session, _row(session, assignment_id, kind, upload_id), offset, sha256)
+
+
 def record_chunk(  # noqa: PLR0917
     session: Session, assignment_id: str, kind: PartKind, upload_id: str, offset: int, sha256: str, now: datetime
 ) -> PartUpload:
@@ -125,12 +136,8 @@ def record_chunk(  # noqa: PLR0917
         row.touched_at = now
         session.flush()
         return _shown(row)
-    known = session.get(UploadChunkRow, (row.id, number))
-    if known is None:
+    if not _came_before(session, row, offset, sha256):
         raise _wrong_offset(row, offset)
-    if known.sha256 != sha256:
-        detail = f"the chunk at {offset} was received with SHA-256 {known.sha256}; now {sha256} came"
-        raise DomainError(ErrorCode.UPDATE_CONFLICT, detail, expected=known.sha256, received=sha256)
     return _shown(row)
 
 
@@ -147,6 +154,15 @@ def received_file(session: Session, assignment_id: str, kind: PartKind, upload_i
         select(UploadChunkRow.sha256).where(UploadChunkRow.upload_id == row.id).order_by(UploadChunkRow.number)
     )
     return ReceivedFile(row.sha256, row.size_bytes, chunks.all())
+
+
+def announced_file(session: Session, assignment_id: str, kind: PartKind, upload_id: str) -> str | None:
+    """Return the SHA-256 of an upload's file; None: there is no such upload, or not any more."""
+    return session.scalar(
+        select(PartUploadRow.sha256).where(
+            PartUploadRow.id == upload_id, PartUploadRow.assignment_id == assignment_id, PartUploadRow.kind == kind
+        )
+    )
 
 
 def forget(session: Session, upload_id: str) -> None:
@@ -212,6 +228,17 @@ def _row(session: Session, assignment_id: str, kind: PartKind, upload_id: str, *
         detail = f"assignment {assignment_id} has no upload {upload_id!r}; begin again: what is there will be found"
         raise DomainError(ErrorCode.UPLOAD_NOT_FOUND, detail, received=upload_id)
     return row
+
+
+def _came_before(session: Session, row: PartUploadRow, offset: int, sha256: str) -> bool:
+    """Return whether this very chunk came before. Raises DomainError UPDATE_CONFLICT: another one did."""
+    known = session.get(UploadChunkRow, (row.id, offset // row.chunk_bytes))
+    if known is None:
+        return False
+    if known.sha256 != sha256:
+        detail = f"the chunk at {offset} was received with SHA-256 {known.sha256}; now {sha256} came"
+        raise DomainError(ErrorCode.UPDATE_CONFLICT, detail, expected=known.sha256, received=sha256)
+    return True
 
 
 def _delete(session: Session, upload_ids: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ import pytest
 from cloud_api.cloud import open_cloud
 from persistence import schema
 from protocol.assignments import Assignment, PartUpload
-from protocol.errors import ErrorCode
+from protocol.errors import DomainError, ErrorCode
 from protocol.part_sizes import most_delta_bytes
 from protocol.safetensors_header import TensorInfo
 from tests.cloud_api.running_api import (
@@ -96,7 +96,7 @@ def test_what_is_there_is_found_again_and_only_the_rest_is_sent(store_api: Runni
     assert not staged(store_api, upload)
 
 
-def test_a_chunk_twice_is_one_and_another_for_its_place_a_conflict(work: Work) -> None:
+def test_a_chunk_twice_is_one_and_another_for_its_place_a_conflict(store_api: RunningApi, work: Work) -> None:
     device, assignment = work
     content = delta_for(assignment)
     upload = sent(device, begun(device, assignment, content), content)
@@ -104,7 +104,19 @@ def test_a_chunk_twice_is_one_and_another_for_its_place_a_conflict(work: Work) -
     assert sent(device, upload, content, 0).received_bytes == first.received_bytes == 200
     other = bytes(len(content))
     refused(device.send_chunk(upload, other, 100), ErrorCode.UPDATE_CONFLICT, 409)
+    with pytest.raises(DomainError):  # Else a device could fill the disk with chunks for one place.
+        store_api.cloud.blobs.open_staged(str(upload.upload_id), sha256(other[:100]).hexdigest())
     assert device.upload_in_chunks(assignment, "adapter_delta", content).status_code == 201
+
+
+def test_an_upload_is_not_completed_by_another_file_that_came_at_once(work: Work) -> None:
+    device, assignment = work
+    slow, quick = delta_for(assignment), delta_for(assignment, fill=1)
+    upload = begun(device, assignment, slow)
+    while upload.received_bytes < upload.size_bytes:
+        upload = sent(device, upload, slow)
+    assert device.upload(assignment, "adapter_delta", quick).status_code == 201
+    refused(device.complete(upload), ErrorCode.UPDATE_CONFLICT, 409)
 
 
 @pytest.mark.parametrize("offset", [50, 200, 300, 10**6, 2**53])

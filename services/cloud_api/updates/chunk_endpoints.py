@@ -22,7 +22,7 @@ from cloud_api.strict_json import StrictJsonRoute
 from cloud_api.updates import examples
 from cloud_api.updates.admission import HeaderGate
 from cloud_api.updates.endpoints import FILE_ERRORS, UPDATE_ERRORS
-from cloud_api.updates.receiving import announced, assemble, most_bytes, receive_file
+from cloud_api.updates.receiving import Announced, announced, assemble, most_bytes, receive_file
 from persistence import assignments, part_uploads, traffic, updates
 from persistence.part_uploads import ReceivedFile, UploadPlace
 from persistence.updates import PartAdmission
@@ -195,12 +195,14 @@ async def send_chunk(
     header in it is not the round's.
     """
 
-    def admit(session: Session) -> tuple[str, PartAdmission, UploadPlace]:
-        device_id, admission = _admit(session, cloud, presented, assignment_id, kind)
-        return device_id, admission, part_uploads.place(session, assignment_id, kind, upload_id, offset)
+    def admit(session: Session) -> tuple[PartAdmission, UploadPlace, Announced]:
+        admission = _admit(session, cloud, presented, assignment_id, kind)[1]
+        place = part_uploads.place(session, assignment_id, kind, upload_id, offset)
+        chunk = announced(request, place.chunk_size)
+        part_uploads.refuse_other_chunk(session, assignment_id, kind, upload_id, offset, chunk.sha256)
+        return admission, place, chunk
 
-    _, admission, place = await cloud.write(admit)
-    chunk = announced(request, place.chunk_size)
+    admission, place, chunk = await cloud.write(admit)
     if chunk.size_bytes != place.chunk_size:
         detail = f"expected a chunk of {place.chunk_size} bytes at {offset}, `Content-Length` says {chunk.size_bytes}"
         raise DomainError(ErrorCode.INVALID_FIELD, detail, expected=place.chunk_size, received=chunk.size_bytes)
@@ -250,7 +252,8 @@ async def complete_upload(
 
     def find(session: Session) -> tuple[str, PartAdmission, ReceivedFile | PartReceipt]:
         device_id, admission = _admit(session, cloud, presented, assignment_id, kind)
-        known = updates.find_receipt(session, assignment_id, kind)
+        sha256 = part_uploads.announced_file(session, assignment_id, kind, upload_id)
+        known = updates.find_receipt(session, assignment_id, kind, sha256)
         if known is not None:
             return device_id, admission, known
         return device_id, admission, part_uploads.received_file(session, assignment_id, kind, upload_id)
