@@ -16,10 +16,12 @@ from cloud_api.brief_memory import BriefMemory, InProcessMemory, RedisMemory
 from cloud_api.dispatch import Dispatcher
 from cloud_api.feed import Feed
 from cloud_api.rate_limits import RateLimits
+from cloud_api.recent import Recent
 from cloud_api.request_metrics import RequestMetrics
 from cloud_api.settings import Settings
 from persistence import events
 from persistence.blobs import BlobStore, open_store
+from persistence.counts import Counts
 from persistence.database import Database
 from protocol.events import Event
 from protocol.queue import queue_folder
@@ -93,6 +95,8 @@ class Cloud:
     now: Callable[[], datetime]
     memory: BriefMemory
     limits: RateLimits
+    counts: Recent[Counts | None]
+    checks: Recent[dict[str, str]]
     request_metrics: RequestMetrics = field(default_factory=RequestMetrics)
 
     async def write(self, work: Callable[[Session], Result]) -> Result:
@@ -134,7 +138,9 @@ def open_cloud(settings: Settings, *, now: Callable[[], datetime] = utc_now) -> 
     feed = Feed(newest, after, interval_seconds=settings.feed_seconds)
     memory = _brief_memory(settings)
     limits = RateLimits(memory, settings.rates)
-    return Cloud(settings, database, transactions, blobs, dispatcher, feed, now, memory, limits)
+    counts: Recent[Counts | None] = Recent(settings.probe_seconds)
+    checks: Recent[dict[str, str]] = Recent(settings.probe_seconds)
+    return Cloud(settings, database, transactions, blobs, dispatcher, feed, now, memory, limits, counts, checks)
 
 
 def _brief_memory(settings: Settings) -> BriefMemory:

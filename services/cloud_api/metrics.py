@@ -23,8 +23,14 @@ from protocol.statuses import AssignmentStatus
 router = APIRouter(tags=["service"])
 
 MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-OUTCOMES = (AssignmentStatus.COUNTED, AssignmentStatus.REJECTED, AssignmentStatus.LATE, AssignmentStatus.LOST)
-"""What becomes of an update in the end."""
+OUTCOMES = (
+    AssignmentStatus.COUNTED,
+    AssignmentStatus.QUARANTINED,
+    AssignmentStatus.REJECTED,
+    AssignmentStatus.LATE,
+    AssignmentStatus.LOST,
+)
+"""What becomes of an update. A lost one may still come, and a late one be counted: none of these only grows."""
 
 _EXAMPLE = """\
 # HELP cotune_devices Enrolled devices.
@@ -62,13 +68,17 @@ async def show_metrics(cloud: CloudHere) -> Response:
 
     No credential is asked for, and there are only counts in it; a proxy that faces the outside should not pass it on.
     """
-    try:
-        counts: Counts | None = await cloud.read(count_everything)
-    except DomainError:
-        counts = None
+    counts = await cloud.counts.get(lambda: _count(cloud))
     service = CollectorRegistry()
     service.register(_Snapshot(_of_the_service(cloud, counts)))
     return Response(generate_latest(cloud.request_metrics.registry) + generate_latest(service), media_type=MEDIA_TYPE)
+
+
+async def _count(cloud: Cloud) -> Counts | None:
+    try:
+        return await cloud.read(count_everything)
+    except DomainError:
+        return None
 
 
 def _of_the_service(cloud: Cloud, counts: Counts | None) -> Iterable[Metric]:
@@ -84,7 +94,7 @@ def _of_the_service(cloud: Cloud, counts: Counts | None) -> Iterable[Metric]:
     jobs = GaugeMetricFamily("cotune_jobs", "Jobs for workers.", labels=("kind", "status"))
     _fill(jobs, counts.jobs)
     yield jobs
-    updates = CounterMetricFamily("cotune_updates", "Updates, by what became of them.", labels=("outcome",))
+    updates = GaugeMetricFamily("cotune_updates", "Updates, by what became of them.", labels=("outcome",))
     _fill(updates, {(outcome.value,): counts.assignments[outcome] for outcome in OUTCOMES})
     yield updates
     moved = CounterMetricFamily("cotune_bytes", "Bytes of bodies to and from devices.", labels=("direction", "kind"))
