@@ -136,8 +136,9 @@ class CloudClient:
 
     def enrol(self, request: EnrolmentRequest, idempotency_key: str) -> EnrolmentReceipt:
         """Trade a one-time token for an identity. The same again, with the same key, gets the same identity."""
-        headers = {IDEMPOTENCY_KEY_HEADER: idempotency_key}
-        return self._post("/v1/devices", request, Purpose("enrolment"), EnrolmentReceipt, headers=headers)
+        body, headers = request.model_dump_json().encode(), {IDEMPOTENCY_KEY_HEADER: idempotency_key}
+        response = self._send("POST", "/v1/devices", body=body, purpose=Purpose("enrolment"), headers=headers)
+        return _parse(response, EnrolmentReceipt)
 
     def whoami(self) -> Device:
         """Return this device as the server sees it."""
@@ -281,18 +282,10 @@ class CloudClient:
                 yield chunk
 
     def _post(
-        self,
-        path: str,
-        body: BaseModel,
-        purpose: Purpose,
-        answer: type[Schema],
-        *,
-        durable: bool = False,
-        headers: Mapping[str, str] | None = None,
+        self, path: str, body: BaseModel, purpose: Purpose, answer: type[Schema], *, durable: bool = False
     ) -> Schema:
         encoded = body.model_dump_json().encode()
-        response = self._send("POST", path, body=encoded, purpose=purpose, durable=durable, headers=headers)
-        return _parse(response, answer)
+        return _parse(self._send("POST", path, body=encoded, purpose=purpose, durable=durable), answer)
 
     def _send(
         self,
