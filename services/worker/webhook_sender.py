@@ -97,7 +97,8 @@ class WebhookSender:
             # The answer's body is not read: it could be of any size.
             with self.http.stream("POST", delivery.url, content=body, headers=headers) as answer:
                 _check(answer)
-        except httpx.HTTPError as error:
+        # The last two: a host that is no name of one (`http://a..b/`) is found out only on the way.
+        except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
             raise NotDelivered(f"{type(error).__name__}: {error}"[:LONGEST_ANSWER_SHOWN]) from None
 
     def _record_failure(self, delivery: Delivery, error: NotDelivered) -> None:
@@ -119,7 +120,7 @@ def _check(answer: httpx.Response) -> None:
     if status == GONE:
         raise NotDelivered("the receiver answered 410 Gone", gone=True)
     asked = answer.headers.get("Retry-After", "")
-    wait = timedelta(seconds=min(int(asked), 3600)) if status in LATER and asked.isdecimal() and asked else None
+    wait = timedelta(seconds=min(int(asked[:9]), 3600)) if status in LATER and asked.isdecimal() else None
     raise NotDelivered(f"expected a status from 200 to 299, got {status}", wait=wait)
 
 

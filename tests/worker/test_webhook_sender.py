@@ -170,12 +170,24 @@ def test_a_receiver_that_is_away_is_a_failure_and_holds_up_no_other(
     assert "ConnectError" in (state(cloud, away).last_error or "")
 
 
+@pytest.mark.parametrize("url", ["http://a..b/hook", "http://\u2260.example/hook"])
+def test_a_host_that_is_no_name_of_one_is_a_failed_attempt(
+    cloud: Cloud, clock: Clock, sender: WebhookSender, url: str
+) -> None:
+    webhook = subscribe(cloud, clock, url)
+    happen(cloud, clock, EventType.RUN_CREATED)
+    assert sender.send_due() == 1
+    shown = state(cloud, webhook)
+    assert (shown.failures, shown.active) == (1, True)
+    assert shown.last_error
+
+
 def test_retry_after_is_obeyed_within_reason(
     cloud: Cloud, clock: Clock, sender: WebhookSender, receiver: Receiver
 ) -> None:
     webhook = subscribe(cloud, clock, receiver.url)
     happen(cloud, clock, EventType.RUN_CREATED)
-    receiver.answers = [(503, {"Retry-After": "77"}), (429, {"Retry-After": "999999999"})]
+    receiver.answers = [(503, {"Retry-After": "77"}), (429, {"Retry-After": "9" * 5000})]
     for seconds in (77, LONGEST_WAIT.total_seconds()):
         sender.send_due()
         next_attempt = state(cloud, webhook).next_attempt_at
