@@ -15,6 +15,7 @@ from starlette.concurrency import run_in_threadpool
 from cloud_api.brief_memory import BriefMemory, InProcessMemory, RedisMemory
 from cloud_api.dispatch import Dispatcher
 from cloud_api.feed import Feed
+from cloud_api.one_at_a_time import OneAtATime
 from cloud_api.rate_limits import RateLimits
 from cloud_api.recent import Recent
 from cloud_api.request_metrics import RequestMetrics
@@ -97,6 +98,8 @@ class Cloud:
     limits: RateLimits
     counts: Recent[Counts | None]
     checks: Recent[dict[str, str]]
+    completing: OneAtATime = field(default_factory=OneAtATime)
+    """Uploads that are put together now."""
     request_metrics: RequestMetrics = field(default_factory=RequestMetrics)
 
     async def write(self, work: Callable[[Session], Result]) -> Result:

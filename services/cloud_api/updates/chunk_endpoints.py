@@ -6,6 +6,7 @@ itself and any process of the API can take the next one; and an upload is found 
 device need not remember its address.
 """
 
+from datetime import datetime
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Path, Request, Response
@@ -250,18 +251,27 @@ async def complete_upload(
     A file that is wrong is forgotten with its chunks.
     """
 
-    def find(session: Session) -> tuple[str, PartAdmission, ReceivedFile | PartReceipt]:
-        device_id, admission = _admit(session, cloud, presented, assignment_id, kind)
+    # Side by side, each would write the whole file, and ask for nothing but one small request.
+    async with cloud.completing.of(upload_id):
+        receipt, now = await _complete(cloud, presented, assignment_id, kind, upload_id)
+    response.status_code = 201 if receipt.received_at == now else 200
+    return receipt
+
+
+async def _complete(
+    cloud: Cloud, presented: Presented, assignment_id: str, kind: PartKind, upload_id: str
+) -> tuple[PartReceipt, datetime | None]:
+    """Return the receipt, and when it was made if it was made now."""
+
+    def find(session: Session) -> tuple[PartAdmission, ReceivedFile | PartReceipt]:
+        admission = _admit(session, cloud, presented, assignment_id, kind)[1]
         sha256 = part_uploads.announced_file(session, assignment_id, kind, upload_id)
         known = updates.find_receipt(session, assignment_id, kind, sha256)
-        if known is not None:
-            return device_id, admission, known
-        return device_id, admission, part_uploads.received_file(session, assignment_id, kind, upload_id)
+        return admission, known or part_uploads.received_file(session, assignment_id, kind, upload_id)
 
-    _, admission, file = await cloud.write(find)
+    admission, file = await cloud.write(find)
     if isinstance(file, PartReceipt):
-        response.status_code = 200
-        return file
+        return file, None
     gate = HeaderGate(kind, admission, file.size_bytes)
     try:
         blob = await run_in_threadpool(assemble, cloud, upload_id, file, gate)
@@ -282,8 +292,7 @@ async def complete_upload(
 
     receipt = await cloud.write(record)
     await run_in_threadpool(cloud.blobs.drop_stage, upload_id)
-    response.status_code = 201 if receipt.received_at == now else 200
-    return receipt
+    return receipt, now
 
 
 def _admit(
