@@ -28,6 +28,9 @@ MOST_EVENTS = 20
 
 LEASE = timedelta(seconds=MOST_EVENTS * TIMEOUT_SECONDS + 60)
 RECEIVERS_AT_ONCE = 4
+PATIENCE_SECONDS = 5.0
+"""A receiver that takes longer for what was claimed gets the rest with the next claim, as the others wait for that."""
+
 GONE = 410
 LATER = frozenset({429, 503})
 LONGEST_ANSWER_SHOWN = 200
@@ -72,7 +75,7 @@ class WebhookSender:
         return len(due)
 
     def _deliver(self, delivery: Delivery) -> None:
-        last = delivery.events[-1].sequence
+        last, started = delivery.events[-1].sequence, time.monotonic()
         for event in delivery.events:
             try:
                 self._post(delivery, event)
@@ -80,9 +83,13 @@ class WebhookSender:
                 self._record_failure(delivery, error)
                 return
             now = self.now()
-            reached, due_at = (delivery.seen, now) if event.sequence == last else (event.sequence, now + LEASE)
+            slow = time.monotonic() - started >= PATIENCE_SECONDS
+            reached = delivery.seen if event.sequence == last else event.sequence
+            due_at = now if slow or event.sequence == last else now + LEASE
             with self.database.transaction() as session:
                 webhooks.record_delivered(session, delivery.webhook_id, reached, now, due_at=due_at)
+            if slow:
+                return
 
     def _post(self, delivery: Delivery, event: Event) -> None:
         body = event.model_dump_json().encode()

@@ -20,6 +20,7 @@ from protocol.errors import DomainError, ErrorCode
 from protocol.events import EventType
 from protocol.webhooks import CreatedWebhook, Webhook, WebhookCreate
 from tests.worker.cloud import Cloud
+from worker import webhook_sender
 from worker.webhook_sender import MOST_EVENTS, WebhookSender
 
 
@@ -242,6 +243,20 @@ def test_many_events_go_in_several_claims(
     while sender.send_due():
         pass
     assert receiver.sequences == [webhook.sequence + number for number in range(1, MOST_EVENTS + 4)]
+
+
+def test_a_slow_receiver_gets_the_rest_with_the_next_claim(
+    cloud: Cloud, clock: Clock, sender: WebhookSender, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(webhook_sender, "PATIENCE_SECONDS", 0.0)
+    subscribe(cloud, clock, receiver.url)
+    for _ in range(3):
+        happen(cloud, clock, EventType.RUN_CREATED)
+    for number in (1, 2, 3):
+        assert sender.send_due() == 1
+        assert len(receiver.received) == number
+    assert receiver.sequences == sorted(set(receiver.sequences))
+    assert sender.send_due() == 0
 
 
 def test_a_deleted_one_is_told_nothing(cloud: Cloud, clock: Clock, sender: WebhookSender, receiver: Receiver) -> None:
