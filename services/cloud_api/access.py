@@ -27,6 +27,7 @@ ANYBODY = Access()
 DEVICE = Access(devices=True)
 VIEWER = Access(OperatorRole.VIEWER)
 VIEWER_OR_DEVICE = Access(OperatorRole.VIEWER, devices=True)
+OPERATOR = Access(OperatorRole.OPERATOR)
 UNLISTED = Access(OperatorRole.ADMIN, action="unlisted")
 
 
@@ -92,9 +93,9 @@ ACCESS: Mapping[str, Access] = {
     "DELETE /v1/federations/{federation}": operator("federation.delete"),
     "PUT /v1/federations/{federation}/devices/{device_id}": operator("federation.add_device"),
     "DELETE /v1/federations/{federation}/devices/{device_id}": operator("federation.remove_device"),
-    "GET /v1/webhooks": VIEWER,
+    "GET /v1/webhooks": OPERATOR,  # Often the address itself is the receiver's secret.
     "POST /v1/webhooks": admin("webhook.create"),  # It makes this server call any address.
-    "GET /v1/webhooks/{webhook_id}": VIEWER,
+    "GET /v1/webhooks/{webhook_id}": OPERATOR,
     "DELETE /v1/webhooks/{webhook_id}": admin("webhook.delete"),
     "POST /v1/webhooks/{webhook_id}/resume": operator("webhook.resume"),
     "GET /v1/operators/keys": admin(),

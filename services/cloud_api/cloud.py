@@ -16,11 +16,14 @@ from cloud_api.assignments.board import WorkBoard
 from cloud_api.brief_memory import BriefMemory, InProcessMemory, RedisMemory
 from cloud_api.dispatch import Dispatcher
 from cloud_api.feed import Feed
+from cloud_api.one_at_a_time import OneAtATime
 from cloud_api.rate_limits import RateLimits
+from cloud_api.recent import Recent
 from cloud_api.request_metrics import RequestMetrics
 from cloud_api.settings import Settings
 from persistence import devices, events, open_work
 from persistence.blobs import BlobStore, open_store
+from persistence.counts import Counts
 from persistence.database import Database
 from protocol.events import Event
 from protocol.queue import queue_folder
@@ -95,6 +98,10 @@ class Cloud:
     now: Callable[[], datetime]
     memory: BriefMemory
     limits: RateLimits
+    counts: Recent[Counts | None]
+    checks: Recent[dict[str, str]]
+    completing: OneAtATime = field(default_factory=OneAtATime)
+    """Uploads that are put together now."""
     request_metrics: RequestMetrics = field(default_factory=RequestMetrics)
 
     async def write(self, work: Callable[[Session], Result]) -> Result:
@@ -140,7 +147,9 @@ def open_cloud(settings: Settings, *, now: Callable[[], datetime] = utc_now) -> 
     feed = Feed(newest, after, board=board, interval_seconds=settings.feed_seconds)
     memory = _brief_memory(settings)
     limits = RateLimits(memory, settings.rates)
-    return Cloud(settings, database, transactions, blobs, dispatcher, feed, board, now, memory, limits)
+    counts: Recent[Counts | None] = Recent(settings.probe_seconds)
+    checks: Recent[dict[str, str]] = Recent(settings.probe_seconds)
+    return Cloud(settings, database, transactions, blobs, dispatcher, feed, board, now, memory, limits, counts, checks)
 
 
 def _brief_memory(settings: Settings) -> BriefMemory:

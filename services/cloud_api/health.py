@@ -47,16 +47,20 @@ async def ready(cloud: CloudHere, response: Response) -> Readiness:
     A queue that does not answer is named, and does not make the service unready: jobs wait in the database until it
     answers again.
     """
-    checks = {
-        "database": await run_in_threadpool(_database, cloud),
-        "blobs": await run_in_threadpool(_blobs, cloud),
-        "queue": await run_in_threadpool(cloud.dispatcher.check),
-    }
+    checks = await cloud.checks.get(lambda: _check(cloud))
     works = checks["database"] == "ok" and checks["blobs"] == "ok"
     if not works:
         response.status_code = 503
         response.headers["Retry-After"] = "1"
     return Readiness(status="ready" if works else "not_ready", checks=checks)
+
+
+async def _check(cloud: Cloud) -> dict[str, str]:
+    return {
+        "database": await run_in_threadpool(_database, cloud),
+        "blobs": await run_in_threadpool(_blobs, cloud),
+        "queue": await run_in_threadpool(cloud.dispatcher.check),
+    }
 
 
 def _database(cloud: Cloud) -> str:

@@ -15,6 +15,7 @@ from sqlalchemy.orm import Session
 
 from cloud_api.dependencies import Now
 from persistence import idempotency
+from persistence.errors import CommittedRefusal
 from persistence.idempotency import Answer, KeyedRequest
 from protocol.headers import IDEMPOTENCY_KEY_HEADER, IDEMPOTENCY_REPLAYED_HEADER
 
@@ -83,7 +84,12 @@ def repeatable(endpoint: Endpoint, status_code: int) -> Endpoint:
         if known is not None:
             headers = {IDEMPOTENCY_REPLAYED_HEADER: "true"}
             return Response(known.body, known.status, headers, "application/json")
-        result: BaseModel = endpoint(**arguments)
+        try:
+            result: BaseModel = endpoint(**arguments)
+        except CommittedRefusal:
+            # Its transaction is kept, and a claim without an answer must not be: the repetition is refused by itself.
+            idempotency.release(session, request)
+            raise
         status = response.status_code or status_code
         idempotency.record(session, request, Answer(status, result.model_dump_json().encode()))
         return result
@@ -93,5 +99,6 @@ def repeatable(endpoint: Endpoint, status_code: int) -> Endpoint:
         inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, annotation=annotation)
         for name, annotation in added.items()
     ]
-    answer.__signature__ = signature.replace(parameters=[*parameters, *more])  # type: ignore[attr-defined]
+    # First, so that the body is read before the session is open: nobody waits for a slow sender in a transaction.
+    answer.__signature__ = signature.replace(parameters=[*more, *parameters])  # type: ignore[attr-defined]
     return answer

@@ -11,6 +11,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 from starlette.responses import Response
 
+from cloud_api.cloud import Cloud
 from cloud_api.dependencies import CloudHere
 from cloud_api.documentation import answers
 from persistence.counts import Counts, count_everything
@@ -20,8 +21,14 @@ from protocol.statuses import AssignmentStatus
 router = APIRouter(tags=["service"])
 
 MEDIA_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-OUTCOMES = (AssignmentStatus.COUNTED, AssignmentStatus.REJECTED, AssignmentStatus.LATE, AssignmentStatus.LOST)
-"""What becomes of an update in the end."""
+OUTCOMES = (
+    AssignmentStatus.COUNTED,
+    AssignmentStatus.QUARANTINED,
+    AssignmentStatus.REJECTED,
+    AssignmentStatus.LATE,
+    AssignmentStatus.LOST,
+)
+"""What becomes of an update. A lost one may still come, and a late one be counted: none of these only grows."""
 
 _EXAMPLE = """\
 # HELP cotune_devices Enrolled devices.
@@ -59,13 +66,17 @@ async def show_metrics(cloud: CloudHere) -> Response:
 
     No credential is asked for, and there are only counts in it; a proxy that faces the outside should not pass it on.
     """
-    try:
-        counts: Counts | None = await cloud.read(count_everything)
-    except DomainError:
-        counts = None
+    counts = await cloud.counts.get(lambda: _count(cloud))
     service = CollectorRegistry()
     service.register(_Snapshot(_of_the_service(counts)))
     return Response(cloud.request_metrics.exposition() + generate_latest(service), media_type=MEDIA_TYPE)
+
+
+async def _count(cloud: Cloud) -> Counts | None:
+    try:
+        return await cloud.read(count_everything)
+    except DomainError:
+        return None
 
 
 def _of_the_service(counts: Counts | None) -> Iterable[Metric]:
@@ -79,7 +90,7 @@ def _of_the_service(counts: Counts | None) -> Iterable[Metric]:
     jobs = GaugeMetricFamily("cotune_jobs", "Jobs for workers.", labels=("kind", "status"))
     _fill(jobs, counts.jobs)
     yield jobs
-    updates = CounterMetricFamily("cotune_updates", "Updates, by what became of them.", labels=("outcome",))
+    updates = GaugeMetricFamily("cotune_updates", "Updates, by what became of them.", labels=("outcome",))
     _fill(updates, {(outcome.value,): counts.assignments[outcome] for outcome in OUTCOMES})
     yield updates
     moved = CounterMetricFamily("cotune_bytes", "Bytes of bodies to and from devices.", labels=("direction", "kind"))

@@ -47,6 +47,8 @@ class Settings:
     """How often a device is asked to be heard from."""
     feed_seconds: float = 0.25
     """How often the event table is looked at for what other processes committed."""
+    probe_seconds: float = 1.0
+    """So long `/metrics` and `/ready` give the same counts and checks, however often they are asked."""
     stream_heartbeat_seconds: float = 15.0
     """Silence on an event stream after which a comment is sent, so that proxies keep it open."""
     upload_idle_seconds: float = 60.0

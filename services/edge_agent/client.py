@@ -10,7 +10,7 @@ import hashlib
 import json
 import ssl
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
@@ -49,6 +49,7 @@ from protocol.devices import (
 from protocol.errors import ErrorCode
 from protocol.headers import (
     CONTENT_DIGEST_HEADER,
+    IDEMPOTENCY_KEY_HEADER,
     LINKS_FOLLOW,
     LINKS_HEADER,
     PROTOCOL_HEADER,
@@ -133,9 +134,11 @@ class CloudClient:
         if self._links is not None:
             self._links.close()
 
-    def enrol(self, request: EnrolmentRequest) -> EnrolmentReceipt:
-        """Trade a one-time token for an identity."""
-        return self._post("/v1/devices", request, Purpose("enrolment"), EnrolmentReceipt)
+    def enrol(self, request: EnrolmentRequest, idempotency_key: str) -> EnrolmentReceipt:
+        """Trade a one-time token for an identity. The same again, with the same key, gets the same identity."""
+        body, headers = request.model_dump_json().encode(), {IDEMPOTENCY_KEY_HEADER: idempotency_key}
+        response = self._send("POST", "/v1/devices", body=body, purpose=Purpose("enrolment"), headers=headers)
+        return _parse(response, EnrolmentReceipt)
 
     def whoami(self) -> Device:
         """Return this device as the server sees it."""
@@ -293,11 +296,12 @@ class CloudClient:
         purpose: Purpose | None = None,
         durable: bool = False,
         timeout: httpx.Timeout | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> httpx.Response:
-        headers = {}
+        headers = dict(headers or {})
         if body is not None and purpose is not None:
             sha256 = hashlib.sha256(body).hexdigest()
-            headers = {"Content-Type": "application/json", CONTENT_DIGEST_HEADER: content_digest(sha256)}
+            headers |= {"Content-Type": "application/json", CONTENT_DIGEST_HEADER: content_digest(sha256)}
             self._ledger.record(purpose, len(body), sha256, durable=durable)
         request = self._http.build_request(
             method, path, content=body, headers=headers, timeout=timeout or self._timeout

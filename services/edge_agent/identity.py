@@ -25,7 +25,7 @@ from edge_agent.settings import (
     write_config,
     write_credential,
 )
-from edge_agent.signing import make_key, public_text
+from edge_agent.signing import make_key, public_text, request_key
 from protocol.devices import DeviceProfile, EnrolmentReceipt, EnrolmentRequest
 from protocol.statuses import DeviceStatus
 
@@ -59,7 +59,8 @@ def enrol(
     """Give this home folder an identity. Everything is checked before the token is spent.
 
     The key that signs this device's requests is made first; the server gets its public half. An enrolment that was cut
-    off after the server had answered is finished without spending a token.
+    off is finished by enrolling again with the same arguments: if the answer was on disk, without the server; if it was
+    lost on its way, the server gives the same one again (for 24 hours), and a one-time token is not lost with it.
 
     Raises:
         AlreadyEnrolled: it has one; it never changes.
@@ -81,7 +82,7 @@ def enrol(
         "data": {"train": absolute(data), "test": absolute(test) if test else None},
     }
     config = validate(values, "enroll", problems)
-    request = None
+    request = key = None
     if not 8 <= len(token) <= 256:
         problems.append(f"enroll: token: expected 8 to 256 characters, got {len(token)}")
     if config is not None:
@@ -90,11 +91,11 @@ def enrol(
         if device is not None and not problems:
             key = _signing_key(home)
             request = EnrolmentRequest(token=token, name=name, profile=device, public_key=public_text(key))
-    if config is None or request is None:
+    if config is None or request is None or key is None:
         raise ConfigurationError(problems)
     device_id, waits = _interrupted_enrolment(home), False
     if device_id is None:
-        receipt = _ask_for_identity(home, config, request, now)
+        receipt = _ask_for_identity(home, config, request, key, now)
         device_id, waits = receipt.device_id, receipt.status is DeviceStatus.PENDING
     config = config.model_copy(update={"device": config.device.model_copy(update={"id": device_id})})
     write_config(home, config)
@@ -142,11 +143,11 @@ def _interrupted_enrolment(home: Path) -> str | None:
 
 
 def _ask_for_identity(
-    home: Path, config: Config, request: EnrolmentRequest, now: Callable[[], datetime]
+    home: Path, config: Config, request: EnrolmentRequest, key: Ed25519PrivateKey, now: Callable[[], datetime]
 ) -> EnrolmentReceipt:
     ledger = Ledger(home / "ledger.jsonl", now)
     tls = tls_context(config.server, [])
     with CloudClient(config.server.url, None, ledger, threading.Event(), now=now, tls=tls) as client:
-        receipt = client.enrol(request)
+        receipt = client.enrol(request, request_key(key, request.model_dump_json().encode()))
     write_credential(home, receipt.credential)
     return receipt

@@ -4,6 +4,8 @@ The server knows the public key only: whoever reads its database, its logs or th
 """
 
 import base64
+import hashlib
+import hmac
 import secrets
 import stat
 from collections.abc import Callable, Generator
@@ -52,6 +54,15 @@ def make_key(home: Path) -> Ed25519PrivateKey:
 def public_text(key: Ed25519PrivateKey) -> str:
     """Return the public key as the server wants it: 32 bytes, base64."""
     return base64.b64encode(key.public_key().public_bytes_raw()).decode()
+
+
+def request_key(key: Ed25519PrivateKey, content: bytes) -> str:
+    """Return the idempotency key of a request that must be done once, however often this device has to send it.
+
+    It is made from the signing key, which is on disk before the first attempt, and from the content: a kill between two
+    attempts changes nothing, another content is another request, and nobody else can guess it.
+    """
+    return hmac.digest(key.private_bytes_raw(), b"idempotency-key\0" + content, hashlib.sha256).hex()
 
 
 def read_key(path: Path, problems: list[str]) -> Ed25519PrivateKey | None:

@@ -187,8 +187,8 @@ def start_collecting(session: Session, round_row: RoundRow, now: datetime) -> Ro
 
 
 def _not_workable(row: AssignmentRow, round_status: RoundStatus | None) -> DomainError:
-    if row.status is AssignmentStatus.REJECTED:
-        detail = f"assignment {row.id} is rejected: {row.reason}"
+    if row.status in (AssignmentStatus.REJECTED, AssignmentStatus.QUARANTINED):
+        detail = f"assignment {row.id} is {row.status.value}: {row.reason}"
         return DomainError(ErrorCode.ILLEGAL_TRANSITION, detail, received=row.status)
     detail = f"the round of assignment {row.id} is {round_status}; an update would come too late"
     return DomainError(ErrorCode.ROUND_CLOSED, detail, expected=["open", "collecting"], received=round_status)

@@ -99,6 +99,14 @@ def was_replayed(session: Session) -> bool:
     return _REPLAYED in session.info
 
 
+def release(session: Session, request: KeyedRequest) -> None:
+    """Give a claimed key back: its transaction is committed and has no answer to keep."""
+    session.execute(
+        delete(IdempotentAnswerRow).where(IdempotentAnswerRow.id == request.row_id),
+        execution_options={"synchronize_session": False},
+    )
+
+
 def record(session: Session, request: KeyedRequest, answer: Answer) -> None:
     """Keep the answer under the claimed key."""
     session.execute(

@@ -11,6 +11,7 @@ from sqlalchemy import ColumnElement, and_, or_, select
 from sqlalchemy.orm import Session
 
 from persistence.tables import AssignmentRow, DeviceRow, RoundRow, RunRow, VersionRow
+from persistence.transitions import UNDELIVERED
 from protocol.assignments import CountsIn
 from protocol.statuses import AssignmentStatus, DeviceStatus, RunStatus
 
@@ -119,7 +120,7 @@ def is_to_count(row: AssignmentRow, round_id: str) -> bool:
 
 def may_still_come(session: Session, run: RunRow, round_row: RoundRow, row: AssignmentRow) -> bool:
     """Return whether a device should go on although its round has closed."""
-    on_the_way = row.status not in (AssignmentStatus.REJECTED, AssignmentStatus.COUNTED)
+    on_the_way = row.status in UNDELIVERED | {AssignmentStatus.LATE, AssignmentStatus.LOST}
     return on_the_way and refusal(session, run, round_row) is None
 
 

@@ -12,9 +12,9 @@ from datetime import datetime, timedelta
 from sqlalchemy import delete, or_, select
 from sqlalchemy.orm import Session
 
-from persistence import updates
+from persistence import late_updates, updates
 from persistence.identifiers import new_id
-from persistence.tables import AssignmentRow, PartUploadRow, UploadChunkRow
+from persistence.tables import AssignmentRow, PartUploadRow, RoundRow, RunRow, UploadChunkRow
 from persistence.transitions import UNDELIVERED
 from protocol.assignments import PartReceipt, PartUpload
 from protocol.errors import DomainError, ErrorCode
@@ -108,6 +108,17 @@ def place(session: Session, assignment_id: str, kind: PartKind, upload_id: str, 
     return UploadPlace(row.size_bytes, min(row.chunk_bytes, row.size_bytes - offset))
 
 
+def refuse_other_chunk(  # noqa: PLR0917
+    session: Session, assignment_id: str, kind: PartKind, upload_id: str, offset: int, sha256: str
+) -> None:
+    """See, before a byte is read, that no other chunk came for this place: what is staged in vain fills the disk.
+
+    Raises:
+        DomainError: UPLOAD_NOT_FOUND; UPDATE_CONFLICT.
+    """
+    _came_before(session, _row(session, assignment_id, kind, upload_id), offset, sha256)
+
+
 def record_chunk(  # noqa: PLR0917
     session: Session, assignment_id: str, kind: PartKind, upload_id: str, offset: int, sha256: str, now: datetime
 ) -> PartUpload:
@@ -125,12 +136,8 @@ def record_chunk(  # noqa: PLR0917
         row.touched_at = now
         session.flush()
         return _shown(row)
-    known = session.get(UploadChunkRow, (row.id, number))
-    if known is None:
+    if not _came_before(session, row, offset, sha256):
         raise _wrong_offset(row, offset)
-    if known.sha256 != sha256:
-        detail = f"the chunk at {offset} was received with SHA-256 {known.sha256}; now {sha256} came"
-        raise DomainError(ErrorCode.UPDATE_CONFLICT, detail, expected=known.sha256, received=sha256)
     return _shown(row)
 
 
@@ -149,6 +156,15 @@ def received_file(session: Session, assignment_id: str, kind: PartKind, upload_i
     return ReceivedFile(row.sha256, row.size_bytes, chunks.all())
 
 
+def announced_file(session: Session, assignment_id: str, kind: PartKind, upload_id: str) -> str | None:
+    """Return the SHA-256 of an upload's file; None: there is no such upload, or not any more."""
+    return session.scalar(
+        select(PartUploadRow.sha256).where(
+            PartUploadRow.id == upload_id, PartUploadRow.assignment_id == assignment_id, PartUploadRow.kind == kind
+        )
+    )
+
+
 def forget(session: Session, upload_id: str) -> None:
     """Forget an upload: its file is complete, or wrong. Drop its stage after the commit. Again: no change."""
     _delete(session, [upload_id])
@@ -160,16 +176,25 @@ def forget_idle(session: Session, now: datetime) -> list[str]:
     Returns:
         Their ids: drop their stages after the commit.
     """
-    ended = AssignmentRow.status.not_in(UNDELIVERED)
-    idle = session.scalars(
-        select(PartUploadRow.id)
+    expired = now - EXPIRES_AFTER
+    found = session.execute(
+        select(PartUploadRow, AssignmentRow, RoundRow, RunRow)
         .join(AssignmentRow, AssignmentRow.id == PartUploadRow.assignment_id)
-        .where(or_(PartUploadRow.touched_at <= now - EXPIRES_AFTER, ended))
+        .join(RoundRow, RoundRow.id == AssignmentRow.round_id)
+        .join(RunRow, RunRow.id == AssignmentRow.run_id)
+        .where(or_(PartUploadRow.touched_at <= expired, AssignmentRow.status.not_in(UNDELIVERED)))
         .order_by(PartUploadRow.id)
         .with_for_update(of=PartUploadRow, skip_locked=True)
     ).all()
+    idle = [
+        upload.id
+        for upload, assignment, round_row, run in found
+        if upload.touched_at <= expired
+        or assignment.update_sha256 is not None
+        or not late_updates.may_still_come(session, run, round_row, assignment)
+    ]
     _delete(session, idle)
-    return list(idle)
+    return idle
 
 
 def known_stages(session: Session, upload_ids: Sequence[str]) -> set[str]:
@@ -203,6 +228,17 @@ def _row(session: Session, assignment_id: str, kind: PartKind, upload_id: str, *
         detail = f"assignment {assignment_id} has no upload {upload_id!r}; begin again: what is there will be found"
         raise DomainError(ErrorCode.UPLOAD_NOT_FOUND, detail, received=upload_id)
     return row
+
+
+def _came_before(session: Session, row: PartUploadRow, offset: int, sha256: str) -> bool:
+    """Return whether this very chunk came before. Raises DomainError UPDATE_CONFLICT: another one did."""
+    known = session.get(UploadChunkRow, (row.id, offset // row.chunk_bytes))
+    if known is None:
+        return False
+    if known.sha256 != sha256:
+        detail = f"the chunk at {offset} was received with SHA-256 {known.sha256}; now {sha256} came"
+        raise DomainError(ErrorCode.UPDATE_CONFLICT, detail, expected=known.sha256, received=sha256)
+    return True
 
 
 def _delete(session: Session, upload_ids: Sequence[str]) -> None:

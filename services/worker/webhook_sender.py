@@ -28,6 +28,9 @@ MOST_EVENTS = 20
 
 LEASE = timedelta(seconds=MOST_EVENTS * TIMEOUT_SECONDS + 60)
 RECEIVERS_AT_ONCE = 4
+PATIENCE_SECONDS = 5.0
+"""A receiver that takes longer for what was claimed gets the rest with the next claim, as the others wait for that."""
+
 GONE = 410
 LATER = frozenset({429, 503})
 LONGEST_ANSWER_SHOWN = 200
@@ -72,7 +75,7 @@ class WebhookSender:
         return len(due)
 
     def _deliver(self, delivery: Delivery) -> None:
-        last = delivery.events[-1].sequence
+        last, started = delivery.events[-1].sequence, time.monotonic()
         for event in delivery.events:
             try:
                 self._post(delivery, event)
@@ -80,9 +83,13 @@ class WebhookSender:
                 self._record_failure(delivery, error)
                 return
             now = self.now()
-            reached, due_at = (delivery.seen, now) if event.sequence == last else (event.sequence, now + LEASE)
+            slow = time.monotonic() - started >= PATIENCE_SECONDS
+            reached = delivery.seen if event.sequence == last else event.sequence
+            due_at = now if slow or event.sequence == last else now + LEASE
             with self.database.transaction() as session:
                 webhooks.record_delivered(session, delivery.webhook_id, reached, now, due_at=due_at)
+            if slow:
+                return
 
     def _post(self, delivery: Delivery, event: Event) -> None:
         body = event.model_dump_json().encode()
@@ -97,7 +104,8 @@ class WebhookSender:
             # The answer's body is not read: it could be of any size.
             with self.http.stream("POST", delivery.url, content=body, headers=headers) as answer:
                 _check(answer)
-        except httpx.HTTPError as error:
+        # The last two: a host that is no name of one (`http://a..b/`) is found out only on the way.
+        except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
             raise NotDelivered(f"{type(error).__name__}: {error}"[:LONGEST_ANSWER_SHOWN]) from None
 
     def _record_failure(self, delivery: Delivery, error: NotDelivered) -> None:
@@ -119,7 +127,7 @@ def _check(answer: httpx.Response) -> None:
     if status == GONE:
         raise NotDelivered("the receiver answered 410 Gone", gone=True)
     asked = answer.headers.get("Retry-After", "")
-    wait = timedelta(seconds=min(int(asked), 3600)) if status in LATER and asked.isdecimal() and asked else None
+    wait = timedelta(seconds=min(int(asked[:9]), 3600)) if status in LATER and asked.isdecimal() else None
     raise NotDelivered(f"expected a status from 200 to 299, got {status}", wait=wait)
 
 

@@ -2,6 +2,7 @@
 
 import shutil
 import signal
+import time
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import sha256
 from pathlib import Path
@@ -12,8 +13,9 @@ import pytest
 
 from cloud_api.cloud import open_cloud
 from persistence import schema
+from persistence.blobs.interface import BlobWriter
 from protocol.assignments import Assignment, PartUpload
-from protocol.errors import ErrorCode
+from protocol.errors import DomainError, ErrorCode
 from protocol.part_sizes import most_delta_bytes
 from protocol.safetensors_header import TensorInfo
 from tests.cloud_api.running_api import (
@@ -96,7 +98,7 @@ def test_what_is_there_is_found_again_and_only_the_rest_is_sent(store_api: Runni
     assert not staged(store_api, upload)
 
 
-def test_a_chunk_twice_is_one_and_another_for_its_place_a_conflict(work: Work) -> None:
+def test_a_chunk_twice_is_one_and_another_for_its_place_a_conflict(store_api: RunningApi, work: Work) -> None:
     device, assignment = work
     content = delta_for(assignment)
     upload = sent(device, begun(device, assignment, content), content)
@@ -104,7 +106,44 @@ def test_a_chunk_twice_is_one_and_another_for_its_place_a_conflict(work: Work) -
     assert sent(device, upload, content, 0).received_bytes == first.received_bytes == 200
     other = bytes(len(content))
     refused(device.send_chunk(upload, other, 100), ErrorCode.UPDATE_CONFLICT, 409)
+    with pytest.raises(DomainError):  # Else a device could fill the disk with chunks for one place.
+        store_api.cloud.blobs.open_staged(str(upload.upload_id), sha256(other[:100]).hexdigest())
     assert device.upload_in_chunks(assignment, "adapter_delta", content).status_code == 201
+
+
+def test_an_upload_that_is_completed_many_times_at_once_is_put_together_once(
+    store_api: RunningApi, work: Work, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, assignment = work
+    content = delta_for(assignment)
+    upload = begun(device, assignment, content)
+    while upload.received_bytes < upload.size_bytes:
+        upload = sent(device, upload, content)
+    store = store_api.cloud.blobs
+    written: list[int | None] = []
+    write = store.writer
+
+    def slowly(size: int | None = None, *, stage: str | None = None) -> BlobWriter:
+        written.append(size)
+        time.sleep(0.2)
+        return write(size, stage=stage)
+
+    monkeypatch.setattr(store, "writer", slowly)
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda _: device.complete(upload), range(8)))
+    assert sorted(answer.status_code for answer in answers) == [200] * 7 + [201]
+    assert len({answer.text for answer in answers}) == 1
+    assert written == [len(content)]
+
+
+def test_an_upload_is_not_completed_by_another_file_that_came_at_once(work: Work) -> None:
+    device, assignment = work
+    slow, quick = delta_for(assignment), delta_for(assignment, fill=1)
+    upload = begun(device, assignment, slow)
+    while upload.received_bytes < upload.size_bytes:
+        upload = sent(device, upload, slow)
+    assert device.upload(assignment, "adapter_delta", quick).status_code == 201
+    refused(device.complete(upload), ErrorCode.UPDATE_CONFLICT, 409)
 
 
 @pytest.mark.parametrize("offset", [50, 200, 300, 10**6, 2**53])

@@ -1,5 +1,7 @@
 """A POST with an `Idempotency-Key` that comes again: done once, answered alike."""
 
+import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -131,3 +133,35 @@ def test_answers_are_forgotten_after_a_day(fresh_api: RunningApi) -> None:
     with fresh_api.cloud.database.transaction() as session:
         assert forget_old(session, now + KEPT + timedelta(minutes=1)) == 1
     assert post(fresh_api.operator, "/v1/runs", RUN | {"rounds": 2}, "monday").status_code == 201
+
+
+def test_a_refusal_that_is_kept_leaves_the_key_free(api: RunningApi) -> None:
+    """`late` is committed with the refusal; the same submission again is refused in the same words, not by a fault."""
+    device = api.enrol()
+    run = api.running_run(device, strategy={"name": "standalone"})
+    assignment = device.poll()
+    assert assignment is not None
+    api.operator.post(f"/v1/runs/{run.run_id}/stop")
+    path = f"/v1/assignments/{assignment.assignment_id}/submission"
+    base = assignment.adapter.sha256 if assignment.adapter else None
+    body = {"base_sha256": base, "num_examples": 1, "parts": [], "metrics": {}}
+    refusals = [post(device.http, path, body, "one-submission") for _ in range(3)]
+    assert [(each.status_code, each.json()["code"]) for each in refusals] == [(409, "round_closed")] * 3
+    assert count(api, IdempotentAnswerRow, IdempotentAnswerRow.status.is_(None)) == 0
+
+
+def test_a_slow_body_is_waited_for_outside_of_any_transaction(api: RunningApi) -> None:
+    device = api.enrol()
+    host, port = api.url.removeprefix("http://").split(":")
+    head = (
+        f"POST /v1/devices/me/credential HTTP/1.1\r\nHost: {host}\r\nAuthorization: Bearer {device.credential}\r\n"
+        f"{IDEMPOTENCY_KEY_HEADER}: slow\r\nContent-Length: 10\r\n\r\n12345"
+    )
+    with socket.create_connection((host, int(port)), timeout=10) as slow:
+        slow.sendall(head.encode())
+        time.sleep(0.2)
+        started = time.monotonic()
+        assert post(api.operator, "/v1/runs", RUN, str(uuid4())).status_code == 201
+        assert time.monotonic() - started < 5
+        slow.sendall(b"67890")
+        assert slow.recv(100).startswith(b"HTTP/1.1 201")

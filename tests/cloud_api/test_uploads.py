@@ -93,6 +93,7 @@ def test_the_same_again_gets_the_same_receipt_and_other_content_a_conflict(api: 
     assert first.json() == again.json()
     other = delta_for(assignment, fill=1)
     refused(device.upload(assignment, "adapter_delta", other), ErrorCode.UPDATE_CONFLICT, 409)
+    assert not api.stored(other)  # Else a device could fill the disk with files that nobody wants.
     assert device.upload(assignment, "logits", logits()).status_code == 201
     parts = {"adapter_delta": delta, "logits": logits()}
     submitted, repeated = device.submit(assignment, parts), device.submit(assignment, parts)

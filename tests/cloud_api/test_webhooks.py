@@ -1,5 +1,6 @@
 """Webhooks over HTTP. Deliveries are tested where they are made: tests/worker/test_webhook_sender.py."""
 
+from protocol.operators import OperatorRole
 from tests.cloud_api.running_api import RunningApi
 
 
@@ -44,3 +45,13 @@ def test_bad_requests_are_refused(api: RunningApi) -> None:
     assert api.client(None).post("/v1/webhooks", json={"url": "https://ops.example"}).status_code == 401
     device = api.enrol()
     assert device.http.get("/v1/webhooks").status_code == 403
+
+
+def test_viewers_do_not_see_addresses_which_may_be_secrets(api: RunningApi) -> None:
+    created = api.operator.post("/v1/webhooks", json={"url": "https://ops.example/services/T0/whoever-knows-it"}).json()
+    for role, status in ((OperatorRole.VIEWER, 403), (OperatorRole.OPERATOR, 200)):
+        client = api.client(api.operator_key(role))
+        for path in ("/v1/webhooks", f"/v1/webhooks/{created['webhook_id']}"):
+            answer = client.get(path)
+            assert answer.status_code == status, path
+            assert ("whoever-knows-it" in answer.text) == (status == 200)

@@ -19,7 +19,7 @@ METRICS = {
     "cotune_rounds_total": {"status"},
     "cotune_devices": {"status"},
     "cotune_jobs": {"kind", "status"},
-    "cotune_updates_total": {"outcome"},
+    "cotune_updates": {"outcome"},
     "cotune_bytes_total": {"direction", "kind"},
     "cotune_waiting_devices": set(),
     "up": {"job", "instance"},

@@ -285,6 +285,31 @@ def test_devices_of_different_ranks_complete_their_rounds(whole: Whole, tmp_path
     assert {tensor.shape[0] for name, tensor in published.items() if "lora_A" in name} == {2}
 
 
+def test_an_enrolment_whose_answer_was_lost_spends_a_one_time_token_once(
+    tmp_path: Path, world: TinyWorld, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    schema.upgrade(f"sqlite:///{tmp_path / 'cotune.sqlite3'}")
+    home, data = tmp_path / "home", world.config.data
+    home.mkdir()
+    with running_api(settings_in(tmp_path)) as api:
+        enrol = partial(
+            identity.enrol, home, server=api.url, token=api.token(uses=1), name="tablet",
+            model=world.config.model.path, data=str(data.train), test=None, domain=None, now=lambda: datetime.now(UTC),
+        )  # fmt: skip
+
+        def die(*_: object) -> None:
+            raise Killed
+
+        with monkeypatch.context() as killed:
+            killed.setattr(identity, "write_credential", die)  # the answer is here, and nothing of it on disk yet
+            with pytest.raises(Killed):
+                enrol()
+        device_id = enrol().config.device.id
+        assert [each["device_id"] for each in api.operator.get("/v1/devices").json()["items"]] == [device_id]
+        with __main__.connect(settings.load(home, {}), threading.Event()) as client:
+            assert client.whoami().device_id == device_id
+
+
 def test_a_device_that_waits_for_approval_works_once_it_is_approved(tmp_path: Path, world: TinyWorld) -> None:
     schema.upgrade(f"sqlite:///{tmp_path / 'cotune.sqlite3'}")
     home, data = tmp_path / "home", world.config.data

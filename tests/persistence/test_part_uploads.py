@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 
 from persistence import part_uploads, rounds, runs, updates
 from persistence.part_uploads import EXPIRES_AFTER
-from persistence.tables import PartUploadRow, UploadChunkRow
+from persistence.tables import AssignmentRow, PartUploadRow, UploadChunkRow
+from persistence.transitions import move
 from protocol.assignments import Assignment, PartUpload
 from protocol.errors import DomainError, ErrorCode
-from protocol.statuses import PartKind
+from protocol.statuses import AssignmentStatus, PartKind
 from tests.persistence.world import World, sha
 
 SIZE, CHUNK = 950, 100
@@ -107,3 +108,24 @@ def test_idle_uploads_and_those_of_ended_assignments_are_forgotten(world: World,
     world.call(rounds.mark_lost_assignments, world.now)
     assert world.call(part_uploads.forget_idle, world.now) == [again.upload_id]
     assert world.count(UploadChunkRow) == world.count(PartUploadRow) == 0
+
+
+@pytest.mark.parametrize("policy", ["next_round", "keep", "discard"])
+def test_a_late_upload_is_kept_as_long_as_the_late_update_is_wanted(world: World, policy: str) -> None:
+    quick, slow = world.enrol_many("quick", "slow")
+    world.start_run(late_updates=policy, grace_seconds=0, rounds=6)
+    assignment = world.take(slow)
+    upload = record(world, begin(world, assignment), 0)
+    world.deliver(quick)
+    world.finish_round()
+    for status in (AssignmentStatus.LOST, AssignmentStatus.LATE):
+        with world.database.transaction() as session:
+            move(session, session.get_one(AssignmentRow, assignment.assignment_id), status, now=world.now)
+        forgotten = world.call(part_uploads.forget_idle, world.now)
+        if policy == "discard":
+            assert forgotten == [upload.upload_id]
+            return
+        assert forgotten == []
+    world.upload(assignment, slow)
+    world.submit(assignment, slow)
+    assert world.call(part_uploads.forget_idle, world.now) == [upload.upload_id]

@@ -262,7 +262,7 @@ def test_metrics_that_are_not_finite_do_not_break_the_database(world: World) -> 
 
 def test_a_quarantined_update_keeps_its_files_and_its_receipt_and_is_final(world: World) -> None:
     device = world.enrol("a")
-    run = world.start_run()
+    run = world.start_run(late_updates="next_round")
     assignment = world.deliver(device)
     receipt = submit(world, assignment, device, submission_of(assignment, device))
     arguments = (assignment.assignment_id, ErrorCode.NORM_OUTLIER, "far from the others", world.now)
@@ -279,6 +279,9 @@ def test_a_quarantined_update_keeps_its_files_and_its_receipt_and_is_final(world
         world.call(updates.reject_update, *arguments)
     assert caught.value.code is ErrorCode.ILLEGAL_TRANSITION
     assert world.count(UpdatePartRow) == 2
+    with pytest.raises(DomainError, match="quarantined: norm_outlier") as caught:
+        world.report(assignment, device, AssignmentStatus.TRAINING)
+    assert caught.value.code is ErrorCode.ILLEGAL_TRANSITION
 
 
 def shown_round(world: World, run_id: str) -> str:

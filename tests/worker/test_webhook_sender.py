@@ -20,6 +20,7 @@ from protocol.errors import DomainError, ErrorCode
 from protocol.events import EventType
 from protocol.webhooks import CreatedWebhook, Webhook, WebhookCreate
 from tests.worker.cloud import Cloud
+from worker import webhook_sender
 from worker.webhook_sender import MOST_EVENTS, WebhookSender
 
 
@@ -170,12 +171,24 @@ def test_a_receiver_that_is_away_is_a_failure_and_holds_up_no_other(
     assert "ConnectError" in (state(cloud, away).last_error or "")
 
 
+@pytest.mark.parametrize("url", ["http://a..b/hook", "http://\u2260.example/hook"])
+def test_a_host_that_is_no_name_of_one_is_a_failed_attempt(
+    cloud: Cloud, clock: Clock, sender: WebhookSender, url: str
+) -> None:
+    webhook = subscribe(cloud, clock, url)
+    happen(cloud, clock, EventType.RUN_CREATED)
+    assert sender.send_due() == 1
+    shown = state(cloud, webhook)
+    assert (shown.failures, shown.active) == (1, True)
+    assert shown.last_error
+
+
 def test_retry_after_is_obeyed_within_reason(
     cloud: Cloud, clock: Clock, sender: WebhookSender, receiver: Receiver
 ) -> None:
     webhook = subscribe(cloud, clock, receiver.url)
     happen(cloud, clock, EventType.RUN_CREATED)
-    receiver.answers = [(503, {"Retry-After": "77"}), (429, {"Retry-After": "999999999"})]
+    receiver.answers = [(503, {"Retry-After": "77"}), (429, {"Retry-After": "9" * 5000})]
     for seconds in (77, LONGEST_WAIT.total_seconds()):
         sender.send_due()
         next_attempt = state(cloud, webhook).next_attempt_at
@@ -230,6 +243,20 @@ def test_many_events_go_in_several_claims(
     while sender.send_due():
         pass
     assert receiver.sequences == [webhook.sequence + number for number in range(1, MOST_EVENTS + 4)]
+
+
+def test_a_slow_receiver_gets_the_rest_with_the_next_claim(
+    cloud: Cloud, clock: Clock, sender: WebhookSender, receiver: Receiver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(webhook_sender, "PATIENCE_SECONDS", 0.0)
+    subscribe(cloud, clock, receiver.url)
+    for _ in range(3):
+        happen(cloud, clock, EventType.RUN_CREATED)
+    for number in (1, 2, 3):
+        assert sender.send_due() == 1
+        assert len(receiver.received) == number
+    assert receiver.sequences == sorted(set(receiver.sequences))
+    assert sender.send_due() == 0
 
 
 def test_a_deleted_one_is_told_nothing(cloud: Cloud, clock: Clock, sender: WebhookSender, receiver: Receiver) -> None:

@@ -6,6 +6,7 @@ itself and any process of the API can take the next one; and an upload is found 
 device need not remember its address.
 """
 
+from datetime import datetime
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Path, Request, Response
@@ -22,7 +23,7 @@ from cloud_api.strict_json import StrictJsonRoute
 from cloud_api.updates import examples
 from cloud_api.updates.admission import HeaderGate
 from cloud_api.updates.endpoints import FILE_ERRORS, UPDATE_ERRORS
-from cloud_api.updates.receiving import announced, assemble, most_bytes, receive_file
+from cloud_api.updates.receiving import Announced, announced, assemble, most_bytes, receive_file
 from persistence import assignments, part_uploads, traffic, updates
 from persistence.part_uploads import ReceivedFile, UploadPlace
 from persistence.updates import PartAdmission
@@ -195,12 +196,14 @@ async def send_chunk(
     header in it is not the round's.
     """
 
-    def admit(session: Session) -> tuple[str, PartAdmission, UploadPlace]:
-        device_id, admission = _admit(session, cloud, presented, assignment_id, kind)
-        return device_id, admission, part_uploads.place(session, assignment_id, kind, upload_id, offset)
+    def admit(session: Session) -> tuple[PartAdmission, UploadPlace, Announced]:
+        admission = _admit(session, cloud, presented, assignment_id, kind)[1]
+        place = part_uploads.place(session, assignment_id, kind, upload_id, offset)
+        chunk = announced(request, place.chunk_size)
+        part_uploads.refuse_other_chunk(session, assignment_id, kind, upload_id, offset, chunk.sha256)
+        return admission, place, chunk
 
-    _, admission, place = await cloud.write(admit)
-    chunk = announced(request, place.chunk_size)
+    admission, place, chunk = await cloud.write(admit)
     if chunk.size_bytes != place.chunk_size:
         detail = f"expected a chunk of {place.chunk_size} bytes at {offset}, `Content-Length` says {chunk.size_bytes}"
         raise DomainError(ErrorCode.INVALID_FIELD, detail, expected=place.chunk_size, received=chunk.size_bytes)
@@ -248,17 +251,27 @@ async def complete_upload(
     A file that is wrong is forgotten with its chunks.
     """
 
-    def find(session: Session) -> tuple[str, PartAdmission, ReceivedFile | PartReceipt]:
-        device_id, admission = _admit(session, cloud, presented, assignment_id, kind)
-        known = updates.find_receipt(session, assignment_id, kind)
-        if known is not None:
-            return device_id, admission, known
-        return device_id, admission, part_uploads.received_file(session, assignment_id, kind, upload_id)
+    # Side by side, each would write the whole file, and ask for nothing but one small request.
+    async with cloud.completing.of(upload_id):
+        receipt, now = await _complete(cloud, presented, assignment_id, kind, upload_id)
+    response.status_code = 201 if receipt.received_at == now else 200
+    return receipt
 
-    _, admission, file = await cloud.write(find)
+
+async def _complete(
+    cloud: Cloud, presented: Presented, assignment_id: str, kind: PartKind, upload_id: str
+) -> tuple[PartReceipt, datetime | None]:
+    """Return the receipt, and when it was made if it was made now."""
+
+    def find(session: Session) -> tuple[PartAdmission, ReceivedFile | PartReceipt]:
+        admission = _admit(session, cloud, presented, assignment_id, kind)[1]
+        sha256 = part_uploads.announced_file(session, assignment_id, kind, upload_id)
+        known = updates.find_receipt(session, assignment_id, kind, sha256)
+        return admission, known or part_uploads.received_file(session, assignment_id, kind, upload_id)
+
+    admission, file = await cloud.write(find)
     if isinstance(file, PartReceipt):
-        response.status_code = 200
-        return file
+        return file, None
     gate = HeaderGate(kind, admission, file.size_bytes)
     try:
         blob = await run_in_threadpool(assemble, cloud, upload_id, file, gate)
@@ -279,8 +292,7 @@ async def complete_upload(
 
     receipt = await cloud.write(record)
     await run_in_threadpool(cloud.blobs.drop_stage, upload_id)
-    response.status_code = 201 if receipt.received_at == now else 200
-    return receipt
+    return receipt, now
 
 
 def _admit(

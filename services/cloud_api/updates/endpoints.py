@@ -12,7 +12,7 @@ from cloud_api.documentation import DEVICE, answers
 from cloud_api.strict_json import StrictJsonRoute
 from cloud_api.updates import examples
 from cloud_api.updates.admission import HeaderGate
-from cloud_api.updates.receiving import announced, most_bytes, receive_file
+from cloud_api.updates.receiving import Announced, announced, most_bytes, receive_file
 from persistence import assignments, traffic, updates
 from persistence.updates import PartAdmission
 from protocol.assignments import PartReceipt, Submission, SubmissionReceipt, UpdateOutcome
@@ -94,12 +94,14 @@ async def upload_part(
     dtypes, and the hashes of what it starts from. The same file again gets the same receipt, another one gets 409.
     """
 
-    def admit(session: Session) -> PartAdmission:
+    def admit(session: Session) -> tuple[PartAdmission, Announced]:
         device_id = authenticate_device(session, cloud, presented)
-        return updates.admit_part(session, device_id, assignment_id, kind, cloud.now())
+        admission = updates.admit_part(session, device_id, assignment_id, kind, cloud.now())
+        body = announced(request, most_bytes(cloud, kind, admission))
+        updates.find_receipt(session, assignment_id, kind, body.sha256)  # Another file is refused unread.
+        return admission, body
 
-    admission = await cloud.write(admit)
-    body = announced(request, most_bytes(cloud, kind, admission))
+    admission, body = await cloud.write(admit)
     blob = await receive_file(request, cloud, body, HeaderGate(kind, admission, body.size_bytes))
     now = cloud.now()
 
