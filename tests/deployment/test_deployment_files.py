@@ -17,6 +17,8 @@ ROOT = Path(__file__).parents[2]
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 ONE_SHOT = {"migrate", "certificates", "demo-seed"}
+
+
 @pytest.mark.parametrize("name", SERVICES)
 def test_nobody_is_root_and_nothing_is_written_but_to_volumes_and_memory(name: str) -> None:
     service = SERVICES[name]
