@@ -34,8 +34,9 @@ def _help_of(command: Callable[..., object]) -> str:
     return "\n\n".join(" ".join(each.split()) for each in cleandoc(command.__doc__ or "").split("\n\n"))
 
 
-for name, command in {"demo": demo_command.demo, "demo-seed": seed_command.demo_seed, "up": up_command.up}.items():
-    app.command(name, help=_help_of(command))(command)
+app.command("demo", help=_help_of(demo_command.demo))(demo_command.demo)
+app.command("demo-seed", help=_help_of(seed_command.demo_seed))(seed_command.demo_seed)
+app.command("up", help=_help_of(up_command.up))(up_command.up)
 app.add_typer(run_commands.app, name="run")
 app.add_typer(device_commands.app, name="device")
 app.add_typer(operator_commands.app, name="operator")
