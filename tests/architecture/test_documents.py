@@ -8,9 +8,11 @@ import pytest
 import typer
 
 from cloud_api.security import Rates
+from cloud_api.settings import Settings as ApiSettings
 from command_line.main import app
 from edge_agent.__main__ import app as agent
 from protocol.statuses import PartKind
+from worker.settings import Settings as WorkerSettings
 
 ROOT = Path(__file__).parents[2]
 SERVICES = ROOT / "services"
@@ -103,3 +105,33 @@ def test_every_module_of_the_page_on_the_code_is_there() -> None:
     assert named <= modules
     folders = {path.name for path in SERVICES.rglob("*") if path.is_dir()}
     assert set(re.findall(r"^ +(\w+)/ ", page, re.MULTILINE)) <= folders
+
+
+def test_the_limits_of_the_page_on_security_are_the_defaults() -> None:
+    page = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
+    told = dict(re.findall(r"^\| `([A-Z]+)` \| .* \| ([\d.]+/\d+) \|$", page, re.MULTILINE))
+    rates = Rates()
+    assert told == {
+        each.name.upper(): f"{getattr(rates, each.name).per_second:g}/{getattr(rates, each.name).burst}"
+        for each in fields(rates)
+    }
+
+
+def test_the_defaults_in_the_operators_guide_are_those_of_the_code(tmp_path: Path) -> None:
+    environment = {"COTUNE_HOME": str(tmp_path)}
+    api, worker = ApiSettings.from_environment(environment), WorkerSettings.from_environment(environment)
+    rows = dict(
+        re.findall(r"^\| `(COTUNE_[A-Z_]+)`(?:, `COTUNE_[A-Z_]+`)* \| (\d+)(?:: never)? \|", GUIDE, re.MULTILINE)
+    )
+    assert {name: int(value) for name, value in rows.items()} == {
+        "COTUNE_API_PROCESSES": api.processes,
+        "COTUNE_MAX_ADAPTER_DELTA_BYTES": api.upload_limits[PartKind.ADAPTER_DELTA],
+        "COTUNE_UPLOAD_CHUNK_BYTES": api.upload_chunk_bytes,
+        "COTUNE_LINK_SECONDS": api.link_seconds,
+        "COTUNE_LEASE_SECONDS": worker.lease_seconds,
+        "COTUNE_SWEEP_SECONDS": worker.sweep_seconds,
+        "COTUNE_RESEND_AFTER_SECONDS": worker.resend_after_seconds,
+        "COTUNE_OFFLINE_AFTER_SECONDS": worker.offline_after_seconds,
+        "COTUNE_ORPHAN_SWEEP_SECONDS": worker.orphan_sweep_seconds,
+        "COTUNE_ORPHAN_GRACE_SECONDS": worker.orphan_grace_seconds,
+    }
