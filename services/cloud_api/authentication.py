@@ -150,7 +150,7 @@ def _by_credential(session: Session, credential: str, expected: str) -> enrolmen
         identity = enrolment.authenticate(session, credential)
     except DomainError as error:
         if error.code is ErrorCode.UNAUTHENTICATED:
-            raise unauthenticated(f"expected {expected}") from None
+            raise unauthenticated(f"expected {expected}, got something that this server does not know") from None
         raise
     request_facts.get({})["device_id"] = identity.device_id
     return identity

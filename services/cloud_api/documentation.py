@@ -29,7 +29,7 @@ TAGS = {
     "events": "The append-only feed of everything that happened, as a list and as a stream.",
     "webhooks": "Servers of yours that are told of events as they happen.",
     "operators": "Operators' API keys and what was done with them.",
-    "service": "Health and readiness. No credential needed.",
+    "service": "Health, readiness and numbers for Prometheus. No credential needed.",
 }
 
 DESCRIPTION = f"""\

@@ -40,6 +40,9 @@ _CODE_BY_STATUS = {
 }
 """What the framework itself answers with."""
 
+_IN_WORDS = {"missing": "expected a value, got none", "extra_forbidden": "there is no such field"}
+"""What pydantic says in the words of its own models, by the type of its error."""
+
 _NOT_AN_OBJECT = frozenset({"model_attributes_type", "model_type", "dict_type"})
 
 
@@ -175,7 +178,7 @@ async def _validation_error(request: Request, error: Exception) -> Response:
         if each["type"] == "union_tag_invalid" and tuple(each["loc"]) == ("body", "strategy"):
             return _unknown_strategy(each, request_id)
     errors = [_field_problem(each) for each in found]
-    listed = "; ".join(f"{each.field}: {each.message}" for each in errors[:5])
+    listed = "; ".join(map(_in_one_line, errors[:5]))
     more = f"; and {len(errors) - 5} more" if len(errors) > 5 else ""
     return problem_response(ErrorCode.INVALID_FIELD, f"{listed}{more}", request_id=request_id, errors=errors)
 
@@ -189,6 +192,11 @@ def _unknown_strategy(error: Mapping[str, Any], request_id: str | None) -> Respo
     )
 
 
+def _in_one_line(problem: FieldProblem) -> str:
+    came = "" if problem.received is None else f", got {problem.received!r}"
+    return f"{problem.field}: {problem.message}{came}"
+
+
 def _field_problem(error: Mapping[str, Any]) -> FieldProblem:
     place = [str(_shown(part)) for part in error["loc"]]
     if len(place) > 1 and place[0] in {"body", "query", "path", "header"}:
@@ -198,7 +206,8 @@ def _field_problem(error: Mapping[str, Any]) -> FieldProblem:
     received = None
     if error["type"] != "missing" and not _SECRET_FIELDS & set(place):
         received = _shown(error.get("input"))
-    return FieldProblem(field=".".join(place), message=error["msg"], received=received)
+    message = _IN_WORDS.get(error["type"], error["msg"])
+    return FieldProblem(field=".".join(place), message=message, received=received)
 
 
 def _shown(value: Any) -> Any:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from command_line.errors import BadInput, CommandError, NotAuthorised, Refused, Unreachable
 from protocol import PROTOCOL_VERSION
 from protocol.devices import Device, EnrolmentToken, EnrolmentTokenCreate, EnrolmentTokenState
-from protocol.errors import Problem
+from protocol.errors import ErrorCode, Problem
 from protocol.events import Event
 from protocol.headers import PROTOCOL_HEADER
 from protocol.health import Readiness
@@ -203,12 +203,13 @@ class ApiClient:
             problem = Problem.model_validate_json(response.content)
         except ValidationError:
             return Unreachable(f"{self.server} answered {response.status_code} {response.reason_phrase}")
-        lines = [problem.detail]
-        lines += [
-            f"  {each.field}: {each.message}" + ("" if each.received is None else f" (got {each.received!r})")
-            for each in problem.errors
-        ]
-        message = "\n".join(lines)
+        message = problem.detail
+        if problem.code is ErrorCode.INVALID_FIELD and problem.errors:  # of which the detail names the first only
+            lines = [
+                f"  {each.field}: {each.message}" + ("" if each.received is None else f", got {each.received!r}")
+                for each in problem.errors
+            ]
+            message = "\n".join([f"{len(lines)} wrong field(s)", *lines])
         if response.status_code in (401, 403):
             return NotAuthorised(message, next_step="check COTUNE_OPERATOR_KEY or COTUNE_OPERATOR_KEY_FILE")
         if response.status_code >= 500:

@@ -1,7 +1,9 @@
 """`cotune`: the command line of operators and newcomers."""
 
 import sys
+from collections.abc import Callable
 from importlib.metadata import version
+from inspect import cleandoc
 from typing import Annotated
 
 import typer
@@ -25,9 +27,16 @@ app = typer.Typer(
     help="Co-tune a large language model in the cloud with the small language models on people's devices."
     " New here? Run [bold]cotune demo[/bold].",
 )
-app.command("demo")(demo_command.demo)
-app.command("demo-seed")(seed_command.demo_seed)
-app.command("up")(up_command.up)
+
+
+def _help_of(command: Callable[..., object]) -> str:
+    """A command's docstring with each paragraph on one line: Typer would end its lines where the source does."""
+    return "\n\n".join(" ".join(each.split()) for each in cleandoc(command.__doc__ or "").split("\n\n"))
+
+
+app.command("demo", help=_help_of(demo_command.demo))(demo_command.demo)
+app.command("demo-seed", help=_help_of(seed_command.demo_seed))(seed_command.demo_seed)
+app.command("up", help=_help_of(up_command.up))(up_command.up)
 app.add_typer(run_commands.app, name="run")
 app.add_typer(device_commands.app, name="device")
 app.add_typer(operator_commands.app, name="operator")

@@ -268,7 +268,9 @@ def _explain(error: AgentError) -> None:
     elif isinstance(error, NotAuthorised):
         lines = [f"the server does not accept this device: {error}", "ask its operator; enrol again under a new --home"]
     elif isinstance(error, CloudUnavailable):
-        lines = [str(error), "check the address and the network, then try again"]
+        plain = "WRONG_VERSION_NUMBER" in str(error)
+        advice = "it speaks http, not https" if plain else "check the address and the network, then try again"
+        lines = [str(error), advice]
     else:
         lines = [str(error)]
     for line in lines:

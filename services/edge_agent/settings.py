@@ -33,6 +33,9 @@ OVERRIDES = {
 }
 """Environment variable -> the setting it replaces."""
 
+_IN_WORDS = {"missing": "expected a value, got none", "extra_forbidden": "there is no such setting"}
+"""What pydantic says in the words of its own models, by the type of its error."""
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -193,7 +196,8 @@ def validate(values: Mapping[str, Any], source: str, problems: list[str]) -> Con
         for entry in error.errors():
             where = ".".join(str(part) for part in entry["loc"])
             received = "" if entry["type"] == "missing" else f", got {str(entry['input'])[:120]!r}"
-            problems.append(f"{source}: {where}: {entry['msg']}{received}")
+            message = _IN_WORDS.get(entry["type"], entry["msg"])
+            problems.append(f"{source}: {where}: {message}{received}")
         return None
 
 

@@ -160,7 +160,7 @@ def authenticate(session: Session, credential: str) -> DeviceIdentity:
     is_present = hmac.compare_digest(known.credential_sha256 if known else nothing, came)
     is_next = hmac.compare_digest((known and known.next_credential_sha256) or nothing, came) and secret != ""
     if known is None or not (is_present or is_next):
-        raise DomainError(ErrorCode.UNAUTHENTICATED, "expected the credential of an enrolled device")
+        raise DomainError(ErrorCode.UNAUTHENTICATED, "expected the credential of an enrolled device, got another one")
     if known.status is DeviceStatus.REVOKED:
         raise DomainError(ErrorCode.DEVICE_REVOKED, f"device {device_id} was revoked by an operator")
     return DeviceIdentity(device_id, known.public_key, came if is_next else None)

@@ -73,7 +73,7 @@ def authenticate(session: Session, key: str, now: datetime) -> OperatorKey:
     """
     row = session.scalar(select(OperatorKeyRow).where(OperatorKeyRow.key_sha256 == sha256_text(key)))
     if row is None:
-        raise DomainError(ErrorCode.UNAUTHENTICATED, "expected an operator key")
+        raise DomainError(ErrorCode.UNAUTHENTICATED, "expected an operator key, got one that this server does not know")
     if row.revoked_at is not None:
         detail = f"the operator key {row.prefix}… was revoked at {row.revoked_at.isoformat()}"
         raise DomainError(ErrorCode.UNAUTHENTICATED, detail)

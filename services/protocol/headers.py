@@ -5,10 +5,10 @@ import binascii
 
 PROTOCOL_HEADER = "Cotune-Protocol"
 REQUEST_ID_HEADER = "X-Request-ID"
-CONTENT_DIGEST_HEADER = "Content-Digest"
 IDEMPOTENCY_KEY_HEADER = "Idempotency-Key"
 IDEMPOTENCY_REPLAYED_HEADER = "Idempotency-Replayed"
 """`true` on an answer that an earlier request with the same key got."""
+CONTENT_DIGEST_HEADER = "Content-Digest"
 """RFC 9530: of the bytes of this very message."""
 REPR_DIGEST_HEADER = "Repr-Digest"
 """RFC 9530: of the whole file, of which the message may hold a part."""

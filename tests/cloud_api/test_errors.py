@@ -68,6 +68,15 @@ def test_wrong_fields_are_named_with_what_was_expected_and_what_came(api: Runnin
     assert len(found["llm"].received) < 300
 
 
+def test_a_field_that_is_misspelt_is_told_in_plain_words(api: RunningApi) -> None:
+    problem = problem_of(api.operator.post("/v1/runs", json={"name": 3, "rouns": 2}), ErrorCode.INVALID_FIELD, 422)
+    said = {each.field: each.message for each in problem.errors}
+    assert said["rouns"] == "there is no such field"
+    assert said["rounds"] == "expected a value, got none"
+    assert "rouns: there is no such field, got 2" in problem.detail
+    assert problem.detail.count("name: ") == 1
+
+
 def test_a_secret_is_not_given_back(api: RunningApi) -> None:
     body = {"token": "s3cret", "name": "x", "profile": {"token": "s3cret"}}
     response = api.client(None).post("/v1/devices", json=body)

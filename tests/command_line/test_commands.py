@@ -196,6 +196,15 @@ def test_a_wrong_run_is_refused_with_the_field(
     assert said in ended.err
 
 
+def test_every_wrong_field_is_said_once(connected: Cotune, tmp_path: Path) -> None:
+    text = run_text(tmp_path, "wrong").replace("rounds = ", "rouns = ")
+    ended = connected("run", "create", toml(tmp_path, text))
+    assert ended.code == ExitCode.BAD_INPUT
+    assert "2 wrong field(s)" in ended.err
+    for field in ("rounds: expected a value, got none", "rouns: there is no such field"):
+        assert ended.err.count(field) == 1
+
+
 def test_a_missing_model_folder_is_named(connected: Cotune, tmp_path: Path) -> None:
     text = run_text(tmp_path, "wrong").replace(f"{tmp_path}/llm", "/no/such/llm")
     ended = connected("run", "create", toml(tmp_path, text))
@@ -230,6 +239,7 @@ def test_a_wrong_key_ends_in_2(connected: Cotune, monkeypatch: pytest.MonkeyPatc
     ended = connected("run", "list")
     assert ended.code == ExitCode.CONNECTION_OR_AUTHORISATION
     assert "COTUNE_OPERATOR_KEY" in ended.err
+    assert "got something that this server does not know" in ended.err
 
 
 def test_no_key_ends_in_2(run_cotune: Cotune, api: RunningApi) -> None:

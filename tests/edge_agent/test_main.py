@@ -136,6 +136,14 @@ def test_a_server_that_does_not_answer_is_named(
     assert cloud.url in capsys.readouterr().err
 
 
+def test_https_to_a_server_that_speaks_http_says_so(
+    monkeypatch: pytest.MonkeyPatch, cloud: FakeCloud, inputs: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    address = cloud.url.replace("http:", "https:")
+    assert enroll(monkeypatch, cloud, inputs, server=address) is ExitCode.CONNECTION_OR_AUTHORISATION
+    assert "it speaks http, not https" in capsys.readouterr().err
+
+
 def test_a_wrong_option_is_bad_configuration(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -59,8 +59,8 @@ def test_all_problems_are_shown_at_once(home: Path) -> None:
     for expected in (
         "server.url",
         "device.name",
-        "device.colour",
-        "model: ",
+        "device.colour: there is no such setting",
+        "model: expected a value, got none",
         "torch_threads",
         "'many'",
         "0600",
