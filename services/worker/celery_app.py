@@ -91,9 +91,9 @@ def consume(app: celery.Celery, queue: str, settings: Settings, node: str) -> in
     return int(worker.exitcode or 0)
 
 
-def request_stop() -> None:
-    """Let `consume` end after the current task; within two seconds when there is none."""
-    state.should_stop = 0
+def request_stop(exit_code: int = 0) -> None:
+    """Let `consume` end with this code after the current task; within two seconds when there is none."""
+    state.should_stop = exit_code
 
 
 def start_beat(app: celery.Celery, settings: Settings) -> None:
