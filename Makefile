@@ -1,6 +1,6 @@
 # make demo | make test | make check - each makes the environment (.venv) first, once.
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow fuzz check format clean environment bench-alignment bench-saml bench-aggregation
+.PHONY: help demo test test-slow fuzz chaos check format clean environment bench-alignment bench-saml bench-aggregation
 
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -10,6 +10,7 @@ help:
 	@echo "make demo DATA=<folder> DOMAINS=a,b  the same on your own data"
 	@echo "make test                            run the tests (make test-slow: those that take minutes)"
 	@echo "make fuzz                            schemathesis on every operation of the API (COTUNE_FUZZ_CASES=60)"
+	@echo "make chaos                           kills, cuts, a full disk, 20,000 spoilt uploads (CHAOS_ARGS=\"--seed 2\")"
 	@echo "make check                           ruff, mypy, import-linter"
 	@echo "make bench-alignment, bench-saml, bench-aggregation   speed, memory and bytes of the method (benchmarks/)"
 	@echo "make clean                           remove .venv and every cache in this folder"
@@ -27,6 +28,10 @@ test-slow: $(STAMP)
 
 fuzz: $(STAMP)
 	$(BIN)/pytest -m slow tests/cloud_api/test_fuzz.py $(PYTEST_ARGS)
+
+# Own PostgreSQL, Redis and processes on free ports; nothing of the machine's is touched. Ends by itself.
+chaos: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.chaos $(CHAOS_ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -1,21 +1,24 @@
 """Plays runs while faults happen, and looks at what is left of each."""
 
-import os
+import contextlib
 import random
-import signal
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psycopg
+import redis
+
 from benchmarks.chaos import invariants
-from benchmarks.chaos.cloud import API, BROKER, DATABASE, WORKER, Cloud
+from benchmarks.chaos.cloud import BROKER, DATABASE, WORKER, Cloud
+from benchmarks.chaos.hardship import deny_memory, fill, suspend
 from benchmarks.chaos.invariants import Adapters
 from benchmarks.chaos.network import Request, SpoilingProxy
-from benchmarks.chaos.plan import ANY_TIME, KILL, Fault, Plan, moment_of
-from persistence import events, runs, versions
+from benchmarks.chaos.plan import ANY_TIME, KILL, RUN_MOMENTS, Fault, Plan, moment_of
+from persistence import events, runs
 from persistence.tables import JobRow
 from protocol.events import Event, EventType
 from protocol.queue import embedded_broker_url, queue_folder
@@ -140,6 +143,8 @@ class Campaign:
         """
         started = time.monotonic()
         self.plan.where = name
+        self._attempts = 0
+        reference = {number: pair for number, pair in (reference or {}).items() if number <= rounds} or None
         created = threading.Thread(target=self._create, args=(run_config(name, self.files, rounds, **changes),))
         self._run_id: str | None = None
         self._sequence = self.cloud.read(events.last_sequence)
@@ -163,6 +168,9 @@ class Campaign:
                     break
             time.sleep(POLL_SECONDS)
         created.join()
+        for timer in self._timers:
+            timer.join()
+        self._timers.clear()
         assert self._run_id is not None
         history = self.cloud.read(invariants.read_history, self._run_id)
         found = invariants.violations(
@@ -180,11 +188,6 @@ class Campaign:
                 fault.broken = bool(found)
         return Outcome(name, rounds, time.monotonic() - started, invariants.adapters(history), found)
 
-    def version_files(self, run: Run) -> Mapping[str, str | None]:
-        """The hashes that logits belong to."""
-        version = self.cloud.read(versions.get_version, run.run_id, 0)
-        return {"adapter": version.proxy_adapter_sha256}
-
     def _create(self, config: dict[str, Any]) -> None:
         self._run_id = str(self.cloud.ask("POST", "/v1/runs", json=config)["run_id"])
 
@@ -194,7 +197,9 @@ class Campaign:
         if event.type is EventType.JOB_CLAIMED:
             self._attempts = int(event.data["attempts"])
         moment = moment_of(event)
-        if moment is None or time.monotonic() < self._busy_until or self._attempts > MOST_ATTEMPTS:
+        if moment is None or self._attempts > MOST_ATTEMPTS:
+            return
+        if moment not in RUN_MOMENTS and time.monotonic() < self._busy_until:
             return
         fault = self.plan.due(moment)
         if fault is None:
@@ -220,33 +225,40 @@ class Campaign:
         cloud = self.cloud
         if fault.target in (DATABASE, BROKER) and cloud.served and not cloud.alive(fault.target):
             return False
-        match fault.kind, fault.target:
-            case _, "device":
-                return cloud.kill(f"device-{self._random.randrange(DEVICES)}")
-            case "one connection's process killed", _ if cloud.postgresql is not None:
-                return _done(cloud.postgresql.kill_one_backend)
-            case "flushed", _ if cloud.redis is not None:
-                return _done(cloud.redis.flush)
-            case "messages removed", _:
-                folder = queue_folder(embedded_broker_url(cloud.state))
-                assert folder is not None
-                for message in folder.glob("*.msg"):
-                    message.unlink(missing_ok=True)
-                return True
-            case _, target if target == WORKER:
-                return self._kill_worker(job_id)
-            case _, target:
-                return cloud.kill(target)
+        if fault.kind == KILL:
+            return cloud.kill(self._victim(fault.target, job_id))
+        actions: dict[str, Callable[[], object]] = {
+            "one connection's process killed": lambda: cloud.postgresql and cloud.postgresql.kill_one_backend(),
+            "flushed": lambda: cloud.redis and cloud.redis.flush(),
+            "messages removed": lambda: remove_messages(cloud),
+            "suspended past its lease": lambda: self._on_worker(job_id, suspend),
+            "memory denied": lambda: self._on_worker(job_id, deny_memory),
+            "full": lambda: self._later(lambda: fill(cloud.state)),
+        }
+        try:
+            actions[fault.kind]()
+        except (psycopg.OperationalError, redis.RedisError):  # it is down for another reason; this fault comes again
+            return False
+        return True
 
-    def _kill_worker(self, job_id: str | None) -> bool:
-        """Kill the worker that has the job; without one, either."""
+    def _victim(self, target: str, job_id: str | None) -> str:
+        if target == WORKER:
+            return self._worker(job_id)
+        return f"device-{self._random.randrange(DEVICES)}" if target == "device" else target
+
+    def _worker(self, job_id: str | None) -> str:
+        """Name the worker that has the job; without one, either."""
         names = [WORKER, "worker-2"]
         if job_id is not None:
             owner = self.cloud.read(lambda session: session.get_one(JobRow, job_id).owner)
             for name in names:
                 if owner and owner.split(":")[-2] == str(self.cloud.process_id(name)):
-                    return self.cloud.kill(name)
-        return self.cloud.kill(self._random.choice(names))
+                    return name
+        return self._random.choice(names)
+
+    def _on_worker(self, job_id: str | None, action: Callable[[int], None]) -> None:
+        pid = self.cloud.process_id(self._worker(job_id))
+        self._later(lambda: action(pid))
 
     def _decide(self, request: Request) -> Any:
         fault = self.plan.due(f"{request.kind} in flight", [KILL])
@@ -257,25 +269,19 @@ class Campaign:
         return self.plan.tamper(request)
 
     def _later(self, action: Callable[[], Any]) -> None:
-        timer = threading.Timer(self._random.uniform(0, LATEST_IN_FLIGHT_SECONDS), action)
+        def act() -> None:
+            with contextlib.suppress(ProcessLookupError):  # it died of another fault
+                action()
+
+        timer = threading.Timer(self._random.uniform(0, LATEST_IN_FLIGHT_SECONDS), act)
         timer.daemon = True
         timer.start()
         self._timers.append(timer)
 
 
-def _done(action: Callable[[], None]) -> bool:
-    try:
-        action()
-    except Exception:  # it is down for another reason; this fault comes again
-        return False
-    return True
-
-
-def suspend(pid: int, seconds: float) -> None:
-    """Stop a process for a while, as a machine that swaps."""
-    os.kill(pid, signal.SIGSTOP)
-    time.sleep(seconds)
-    os.kill(pid, signal.SIGCONT)
-
-
-__all__ = ["API", "Campaign", "Outcome", "suspend"]
+def remove_messages(cloud: Cloud) -> None:
+    """Lose every message of a broker that is a folder."""
+    folder = queue_folder(embedded_broker_url(cloud.state))
+    assert folder is not None
+    for message in folder.glob("*.msg"):
+        message.unlink(missing_ok=True)

@@ -105,14 +105,14 @@ def _counted_once(history: History, devices: set[str]) -> list[str]:
         if each.status is AssignmentStatus.COUNTED:
             by_round[each.round_id].append(each.device_id)
     versions = {version.round_id: version for version in history.versions}
-    for each in history.rounds:
-        counted = by_round[each.id]
+    for played in history.rounds:
+        counted = by_round[played.id]
         if len(counted) != len(set(counted)) or set(counted) != devices:
-            found.append(f"round {each.number} counted {sorted(counted)}, not each of {sorted(devices)} once")
-        version = versions.get(each.id)
-        numbers = (each.metrics.get("num_updates"), version.num_updates if version else None)
+            found.append(f"round {played.number} counted {sorted(counted)}, not each of {sorted(devices)} once")
+        version = versions.get(played.id)
+        numbers = (played.metrics.get("num_updates"), version.num_updates if version else None)
         if numbers != (len(devices), len(devices)):
-            found.append(f"round {each.number} and its version name {numbers} updates, not {len(devices)}")
+            found.append(f"round {played.number} and its version name {numbers} updates, not {len(devices)}")
     moves = Counter(
         event.data["assignment_id"]
         for event in history.events

@@ -157,9 +157,9 @@ class SpoilingProxy:
                 self._passed.clear()
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._passed.wait(), LONGEST_HOLD_SECONDS)
+        answer = await self._answer(request, reader, twice=tamper is Tamper.DUPLICATE)
         if tamper is not Tamper.REORDER:
             self._passed.set()
-        answer = await self._answer(request, reader, twice=tamper is Tamper.DUPLICATE)
         if tamper is Tamper.CUT_RECEIVING:
             answer = answer[: self._random.randrange(1, len(answer))]
         writer.write(answer)

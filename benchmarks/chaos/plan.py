@@ -116,14 +116,24 @@ def kills_in_flight(targets: Sequence[str]) -> list[Fault]:
 
 def spoilt_requests(times: int) -> list[Fault]:
     """Each way to spoil a request on each kind of request, so many times."""
-    return [
-        Fault(tamper.value, f"{kind} request") for _ in range(times) for tamper in Tamper for kind in REQUEST_KINDS
-    ]
+    return [Fault(tamper.value, f"{kind} request") for _ in range(times) for tamper in Tamper for kind in REQUEST_KINDS]
+
+
+def hardships() -> list[Fault]:
+    """What befalls the worker that has a job: it stands still for longer than its lease, or gets no more memory."""
+    stages = [moment for moment in ROUND_MOMENTS if moment.endswith("claimed")]
+    kinds = ("suspended past its lease", "memory denied")
+    return [Fault(kind, stage, WORKER) for _ in range(2) for kind in kinds for stage in stages]
+
+
+def full_disk_plan(seed: int) -> Plan:
+    """The disk of the whole service is full for a while, at every transition of a round."""
+    return _shuffled([Fault("full", moment, "disk") for moment in ROUND_MOMENTS], seed)
 
 
 def served_plan(seed: int) -> Plan:
     """For PostgreSQL and Redis."""
-    faults = kills([API, WORKER, CONTROLLER, DATABASE, BROKER])
+    faults = kills([API, WORKER, CONTROLLER, DATABASE, BROKER]) + hardships()
     faults += kills_in_flight([API, DATABASE, "device"])
     faults += [Fault("one connection's process killed", ANY_TIME, DATABASE) for _ in range(4)]
     faults += [Fault("flushed", ANY_TIME, BROKER) for _ in range(8)]

@@ -29,8 +29,8 @@ HEAVY = (
     *("celery", "torch", "transformers", "peft", "worker.processes", "worker.preparation", "worker.aggregation"),
     *("worker.co_tuning", "worker.evaluation", "benchmarks.chaos.files"),
 )
-CLOCKS = ("cloud_api.cloud", "worker.stage")
-"""Modules whose `utc_now` is the clock of a service."""
+CLOCKS = ("cloud_api.cloud", "worker.stage", "benchmarks.chaos.device")
+"""Modules whose `datetime` is the clock of a process."""
 
 START_SECONDS = 120.0
 _PR_SET_PDEATHSIG = 1
@@ -66,7 +66,7 @@ class Zygote:
                 stderr=log,
                 text=True,
                 start_new_session=True,
-                preexec_fn=die_with_parent,
+                preexec_fn=die_with_parent,  # noqa: PLW1509 - one system call, no Python lock
             )
         self._reader = threading.Thread(target=self._read, name="zygote", daemon=True)
         self._reader.start()
@@ -137,16 +137,19 @@ def main() -> None:
 
 def _fork(order: dict[str, Any]) -> int:
     child = os.fork()
-    if child:
-        return child
+    if child == 0:
+        _leave(_outcome(order))
+    return child
+
+
+def _outcome(order: dict[str, Any]) -> int:
     try:
-        code = _run(order)
+        return _run(order)
     except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else 1
+        return error.code if isinstance(error.code, int) else 1
     except BaseException:
         traceback.print_exc()
-        code = 1
-    _leave(code)
+        return 1
 
 
 def _run(order: dict[str, Any]) -> int:
