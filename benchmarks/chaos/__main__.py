@@ -201,27 +201,37 @@ def main() -> int:
 
 
 def _conclude(report: Report, seconds: float, least: int) -> int:
+    _print(report, seconds)
+    _write(report, seconds)
+    return int(bool(report.violations) or len(report.faults) < least)
+
+
+def _grouped(report: Report) -> dict[tuple[str, str], list[Fault]]:
     groups: dict[tuple[str, str], list[Fault]] = {}
     for fault in report.faults:
         groups.setdefault((fault.name, fault.moment), []).append(fault)
+    return dict(sorted(groups.items()))
+
+
+def _print(report: Report, seconds: float) -> None:
     by_kind: dict[str, list[Fault]] = {}
     for fault in report.faults:
         by_kind.setdefault(fault.name, []).append(fault)
-    table = Table("fault", "times", "moments", "invariants broken", title="Faults")
+    table = Table("fault", "times", "moments", "in a run that broke", title="Faults")
     for name, faults in sorted(by_kind.items()):
         moments = len({fault.moment for fault in faults})
         table.add_row(name, str(len(faults)), str(moments), str(sum(fault.broken for fault in faults)))
     Console(width=110).print(table)
     rounds = sum(outcome.rounds for outcome in report.outcomes)
     print(f"{len(report.faults)} faults in {rounds} rounds of {len(report.outcomes)} runs, {seconds:.0f} s")
-    for skipped in report.skipped:
-        print(f"not done: {skipped}")
-    for missed, times in sorted(report.missed.items()):
-        print(f"did not come to pass: {missed} ({times})")
+    for line in _not_done(report):
+        print(f"not done: {line}")
     print(f"mutated uploads: {json.dumps(report.uploads, indent=1)}")
     for violation in report.violations:
         print(f"BROKEN {violation}")
-    RESULTS.parent.mkdir(exist_ok=True)
+
+
+def _write(report: Report, seconds: float) -> None:
     result = {
         "seed": report.seed,
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -235,14 +245,18 @@ def _conclude(report: Report, seconds: float, least: int) -> int:
         ],
         "matrix": [
             {"fault": name, "moment": moment, "times": len(faults), "broken": sum(fault.broken for fault in faults)}
-            for (name, moment), faults in sorted(groups.items())
+            for (name, moment), faults in _grouped(report).items()
         ],
-        "not_done": report.skipped + [f"{missed} ({times})" for missed, times in sorted(report.missed.items())],
+        "not_done": _not_done(report),
         "mutated_uploads": report.uploads,
         "broken": report.violations,
     }
+    RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    return int(bool(report.violations) or len(report.faults) < least)
+
+
+def _not_done(report: Report) -> list[str]:
+    return report.skipped + [f"{missed} ({times})" for missed, times in sorted(report.missed.items())]
 
 
 def _commit() -> str | None:

@@ -18,6 +18,7 @@ from benchmarks.chaos.hardship import deny_memory, fill, suspend
 from benchmarks.chaos.invariants import Adapters
 from benchmarks.chaos.network import Request, SpoilingProxy
 from benchmarks.chaos.plan import ANY_TIME, KILL, RUN_MOMENTS, Fault, Plan, moment_of
+from benchmarks.chaos.servers import PostgresqlServer, RedisServer
 from persistence import events, runs
 from persistence.tables import JobRow
 from protocol.events import Event, EventType
@@ -27,6 +28,9 @@ from protocol.statuses import RunStatus
 
 DEVICES = 3
 POLL_SECONDS = 0.01
+LOOK_SECONDS = 0.5
+"""Between two looks at a run that says nothing."""
+
 PAUSE_SECONDS = 0.4
 """Between two kills: several may hit one stage, but not all of them one moment."""
 
@@ -144,29 +148,12 @@ class Campaign:
         started = time.monotonic()
         self.plan.where = name
         self._attempts = 0
-        reference = {number: pair for number, pair in (reference or {}).items() if number <= rounds} or None
-        created = threading.Thread(target=self._create, args=(run_config(name, self.files, rounds, **changes),))
         self._run_id: str | None = None
         self._sequence = self.cloud.read(events.last_sequence)
+        config = run_config(name, self.files, rounds, **changes)
+        created = threading.Thread(target=self._create, args=(config,))
         created.start()
-        waiting, told = prepared, 0
-        while time.monotonic() < started + RUN_SECONDS:
-            new = self.cloud.read(events.list_events, run_id=None, after=self._sequence, limit=500)
-            for event in new:
-                self._sequence = event.sequence
-                self._on_event(event, name)
-                if event.type is EventType.ROUND_OPENED and each_round is not None and event.data["number"] > told:
-                    told = event.data["number"]
-                    each_round(told)
-            self._at_random()
-            if self._run_id is not None and (new or created.is_alive()):
-                run = self.cloud.read(runs.get_run, self._run_id)
-                if waiting is not None and run.status is RunStatus.RUNNING:
-                    waiting(run)
-                    waiting = None
-                if run.status in OVER:
-                    break
-            time.sleep(POLL_SECONDS)
+        self._watch(name, started + RUN_SECONDS, prepared, each_round)
         created.join()
         for timer in self._timers:
             timer.join()
@@ -178,7 +165,7 @@ class Campaign:
             rounds=rounds,
             devices=self.devices,
             receipts=self.proxy.seen.receipts,
-            reference=reference,
+            reference={number: pair for number, pair in (reference or {}).items() if number <= rounds},
             blobs=self.cloud.blobs,
         )
         faults, self.proxy.seen.faults = self.proxy.seen.faults, []
@@ -187,6 +174,34 @@ class Campaign:
             if fault.where.partition(",")[0] == name:
                 fault.broken = bool(found)
         return Outcome(name, rounds, time.monotonic() - started, invariants.adapters(history), found)
+
+    def _watch(
+        self,
+        name: str,
+        until: float,
+        prepared: Callable[[Run], None] | None,
+        each_round: Callable[[int], None] | None,
+    ) -> None:
+        """Strike at the moments of the plan until the run is over."""
+        told, look_at = 0, 0.0
+        while time.monotonic() < until:
+            new = self.cloud.read(events.list_events, run_id=None, after=self._sequence, limit=500)
+            for event in new:
+                self._sequence = event.sequence
+                self._on_event(event, name)
+                if event.type is EventType.ROUND_OPENED and each_round is not None and event.data["number"] > told:
+                    told = event.data["number"]
+                    each_round(told)
+            self._at_random()
+            if self._run_id is not None and (new or time.monotonic() > look_at):
+                look_at = time.monotonic() + LOOK_SECONDS
+                run = self.cloud.read(runs.get_run, self._run_id)
+                if prepared is not None and run.status is RunStatus.RUNNING:
+                    prepared(run)
+                    prepared = None
+                if run.status in OVER:
+                    return
+            time.sleep(POLL_SECONDS)
 
     def _create(self, config: dict[str, Any]) -> None:
         self._run_id = str(self.cloud.ask("POST", "/v1/runs", json=config)["run_id"])
@@ -228,8 +243,8 @@ class Campaign:
         if fault.kind == KILL:
             return cloud.kill(self._victim(fault.target, job_id))
         actions: dict[str, Callable[[], object]] = {
-            "one connection's process killed": lambda: cloud.postgresql and cloud.postgresql.kill_one_backend(),
-            "flushed": lambda: cloud.redis and cloud.redis.flush(),
+            "one connection's process killed": lambda: self._servers()[0].kill_one_backend(),  # noqa: PLW0108 - SQLite has no server
+            "flushed": lambda: self._servers()[1].flush(),  # noqa: PLW0108 - a folder neither
             "messages removed": lambda: remove_messages(cloud),
             "suspended past its lease": lambda: self._on_worker(job_id, suspend),
             "memory denied": lambda: self._on_worker(job_id, deny_memory),
@@ -240,6 +255,11 @@ class Campaign:
         except (psycopg.OperationalError, redis.RedisError):  # it is down for another reason; this fault comes again
             return False
         return True
+
+    def _servers(self) -> tuple[PostgresqlServer, RedisServer]:
+        assert self.cloud.postgresql is not None
+        assert self.cloud.redis is not None
+        return self.cloud.postgresql, self.cloud.redis
 
     def _victim(self, target: str, job_id: str | None) -> str:
         if target == WORKER:

@@ -120,7 +120,7 @@ class Cloud:
             self.light,
             f"{device_program.__name__}:main",
             [str(home), address, credential, str(number), str(logits)],
-            dict(os.environ),
+            os.environ | {CLOCK_SKEW: str(self.clocks.get("device", 0.0))},
         )
         return device_id
 
