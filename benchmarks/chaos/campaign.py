@@ -247,7 +247,7 @@ class Campaign:
             "flushed": lambda: self._servers()[1].flush(),  # noqa: PLW0108 - a folder neither
             "messages removed": lambda: remove_messages(cloud),
             "suspended past its lease": lambda: self._on_worker(job_id, suspend),
-            "memory denied": lambda: self._on_worker(job_id, deny_memory),
+            "out of memory": lambda: self._on_worker(job_id, self._run_out_of_memory),
             "full": lambda: self._later(lambda: fill(cloud.state)),
         }
         try:
@@ -279,6 +279,11 @@ class Campaign:
     def _on_worker(self, job_id: str | None, action: Callable[[int], None]) -> None:
         pid = self.cloud.process_id(self._worker(job_id))
         self._later(lambda: action(pid))
+
+    def _run_out_of_memory(self, pid: int) -> None:
+        """Let allocations fail for a while; then kill, as the kernel does."""
+        deny_memory(pid)
+        self.cloud.kill_process(pid)
 
     def _decide(self, request: Request) -> Any:
         fault = self.plan.due(f"{request.kind} in flight", [KILL])

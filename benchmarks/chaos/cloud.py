@@ -194,6 +194,13 @@ class Cloud:
                 os.kill(self._kept[name].pid, signal.SIGKILL)
         return True
 
+    def kill_process(self, pid: int) -> None:
+        """kill -9 of one start of a process, if that is still the living one."""
+        with self._lock:
+            for name, kept in self._kept.items():
+                if kept.pid == pid:
+                    self.kill(name)
+
     def process_id(self, name: str) -> int:
         """The process id of a service now."""
         with self._lock:

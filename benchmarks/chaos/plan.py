@@ -120,9 +120,9 @@ def spoilt_requests(times: int) -> list[Fault]:
 
 
 def hardships() -> list[Fault]:
-    """What befalls the worker that has a job: it stands still for longer than its lease, or gets no more memory."""
+    """What befalls the worker that has a job: it stands still for longer than its lease, or runs out of memory."""
     stages = [moment for moment in ROUND_MOMENTS if moment.endswith("claimed")]
-    kinds = ("suspended past its lease", "memory denied")
+    kinds = ("suspended past its lease", "out of memory")
     return [Fault(kind, stage, WORKER) for _ in range(2) for kind in kinds for stage in stages]
 
 
