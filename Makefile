@@ -1,6 +1,6 @@
 # make demo | make test | make check - each makes the environment (.venv) first, once.
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-slow fuzz compose-test check format clean environment \
+.PHONY: help demo test test-slow fuzz chaos compose-test check format clean environment \
 	bench-alignment bench-saml bench-aggregation bench-large bench-service bench-waiting
 
 BIN := .venv/bin
@@ -11,6 +11,7 @@ help:
 	@echo "make demo DATA=<folder> DOMAINS=a,b  the same on your own data"
 	@echo "make test                            run the tests (make test-slow: those that take minutes)"
 	@echo "make fuzz                            schemathesis on every operation of the API (COTUNE_FUZZ_CASES=60)"
+	@echo "make chaos                           kills, cuts, a full disk, 20,000 spoilt uploads (CHAOS_ARGS=\"--seed 2\")"
 	@echo "make compose-test                    docker-compose.yml for real: a demo in it, kills, backup and restore"
 	@echo "make check                           ruff, mypy, import-linter"
 	@echo "make bench-alignment, bench-saml, bench-aggregation   speed, memory and bytes of the method (benchmarks/)"
@@ -35,6 +36,10 @@ fuzz: $(STAMP)
 # Docker with compose, or Podman with podman-compose; without either it says so and is skipped.
 compose-test:
 	@python3 scripts/compose_test.py
+
+# Own PostgreSQL, Redis and processes on free ports; nothing of the machine's is touched. Ends by itself.
+chaos: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.chaos $(CHAOS_ARGS)
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -97,7 +97,7 @@ def record_part(  # noqa: PLR0917
 
     Raises:
         DomainError: ASSIGNMENT_NOT_FOUND; INVALID_FIELD, the strategy has no such part; UPDATE_CONFLICT, another file
-            came for it before; ILLEGAL_TRANSITION, the assignment was rejected.
+            came for it before; ILLEGAL_TRANSITION, the assignment was rejected; DEVICE_REVOKED, meanwhile.
         RoundClosed: too late; the assignment is `late`, which the transaction commits.
     """
     row = owned(session, device_id, assignment_id)
@@ -132,7 +132,7 @@ def submit(
     Raises:
         DomainError: ASSIGNMENT_NOT_FOUND; UPDATE_CONFLICT, another submission came before; UPDATE_INCOMPLETE, parts
             are missing, too many, or not the uploaded ones; WRONG_BASE_VERSION; ILLEGAL_TRANSITION, the assignment was
-            rejected.
+            rejected; DEVICE_REVOKED, meanwhile.
         RoundClosed: too late; the assignment is `late`, which the transaction commits.
     """
     digest = _identity(submission)
@@ -286,6 +286,9 @@ def _lock_taking(
         settle(session, run, round_row, now)
         row = owned(session, device_id, assignment_id)
     taking = round_row.status in TAKES_UPDATES and run.status in (RunStatus.RUNNING, RunStatus.PAUSED)
+    if taking and row.status is AssignmentStatus.LOST:
+        # Nothing else loses an assignment of such a round; the credential was still good when the bytes began to come.
+        raise DomainError(ErrorCode.DEVICE_REVOKED, f"assignment {row.id} is lost: {row.reason}", received=device_id)
     if taking or row.status in SUBMITTED:
         return run, round_row, row
     detail = f"round {round_row.number} is {round_row.status.value} and takes no more updates"

@@ -12,7 +12,7 @@ from typing import Any
 import celery
 import structlog
 from celery import beat, signals
-from celery.worker import state
+from celery.worker import request, state
 
 from persistence.database import JobMessage
 from protocol.queue import celery_settings, queue_folder, queue_name
@@ -22,9 +22,32 @@ from worker.settings import Settings
 BEAT_LOOP_SECONDS = 1
 
 
+class Request(request.Request):  # type: ignore[misc]
+    """A task's message, whose acknowledgement may fail aloud.
+
+    Celery logs an acknowledgement that did not reach the broker and goes on; but with Redis the failed attempt has
+    closed the connection on which the process waits for messages, and it then waits for ever, alive and idle. Raised,
+    the error ends in Celery's own code for a lost connection, which connects again.
+    """
+
+    acknowledged: bool
+
+    def acknowledge(self) -> None:
+        """Tell the broker that the message is dealt with. Raises what its library raises when it is away."""
+        if not self.acknowledged:
+            self.message.ack()
+            self.acknowledged = True
+
+
+class Task(celery.Task):  # type: ignore[misc]
+    """Every task of the worker."""
+
+    Request = Request
+
+
 def make_app(settings: Settings) -> celery.Celery:
     """Return the application, without tasks."""
-    app = celery.Celery("cotune", set_as_current=False)
+    app = celery.Celery("cotune", set_as_current=False, task_cls=Task)
     app.conf.update(celery_settings(settings.broker_url, settings.queue_prefix))
     if queue_folder(settings.broker_url) is not None:
         app.conf.broker_transport = "worker.embedded_broker:Transport"
@@ -68,9 +91,9 @@ def consume(app: celery.Celery, queue: str, settings: Settings, node: str) -> in
     return int(worker.exitcode or 0)
 
 
-def request_stop() -> None:
-    """Let `consume` end after the current task; within two seconds when there is none."""
-    state.should_stop = 0
+def request_stop(exit_code: int = 0) -> None:
+    """Let `consume` end with this code after the current task; within two seconds when there is none."""
+    state.should_stop = exit_code
 
 
 def start_beat(app: celery.Celery, settings: Settings) -> None:

@@ -3,6 +3,7 @@
 import threading
 
 import celery
+import structlog
 from sqlalchemy.exc import OperationalError
 
 from persistence import schema
@@ -16,19 +17,29 @@ from worker.settings import Settings
 from worker.stopping import watch_signals
 from worker.tasks import JobRunner, register_jobs, register_sweep
 
+log = structlog.get_logger("worker.processes")
+
+EXIT_FAULT = 1
+
 WEBHOOK_SECONDS = 1.0
 """Between two looks for events that webhooks have not been told of."""
 
 
 def run_trainer(settings: Settings, owner: str, stop: threading.Event) -> int:
-    """Do jobs, one at a time, until SIGTERM or SIGINT; return the exit code.
+    """Do jobs, one at a time, until SIGTERM or SIGINT, or until one has left this process unfit; return the exit code.
 
     Raises:
         StorageError: the database or the blob store cannot be used.
     """
     watch_signals(stop, request_stop)
     app, database, blobs = _connect(settings)
-    runner = JobRunner(settings, database, blobs, owner, stop)
+
+    def end() -> None:
+        log.error("worker_damaged")
+        stop.set()
+        request_stop(EXIT_FAULT)
+
+    runner = JobRunner(settings, database, blobs, owner, stop, end)
     register_jobs(app, runner)
     return consume(app, TRAINING_QUEUE, settings, node=f"trainer@{owner}")
 

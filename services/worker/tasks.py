@@ -7,6 +7,7 @@ delivery of the same message therefore finds nothing to do. Torch is imported wh
 
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, assert_never
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 PASSING = frozenset({ErrorCode.UNAVAILABLE})
 """What a later attempt may not meet again: the database or the disk does not answer."""
 
+DAMAGING = (ImportError, MemoryError, SystemError)
+"""What leaves a process unfit for the next job: an import that ran out of memory halfway fails ever after."""
+
 WAIT_SECONDS = (0.5, 1.0, 2.0, 4.0)
 """Between two tries to write a result."""
 
@@ -48,6 +52,8 @@ class JobRunner:
     owner: str
     """Names this process in leases; unique for each start of a process."""
     stop: threading.Event = field(default_factory=threading.Event)
+    on_damage: Callable[[], None] = lambda: None
+    """Called after a job that ended with one of `DAMAGING`; the process should be replaced."""
 
     @cached_property
     def _cache(self) -> "ModelCache":
@@ -95,6 +101,8 @@ class JobRunner:
         except Exception as error:  # the top of a job: whatever it is, the run must learn of it
             log.exception("job_crashed", kind=job.kind.value)
             self._fail(job, ErrorCode.JOB_FAILED, f"{job.kind.value}: {type(error).__name__}: {error}", retry=True)
+            if isinstance(error, DAMAGING):
+                self.on_damage()
 
     def _work(self, job: JobRecord, lease: Lease) -> Work:
         return Work(

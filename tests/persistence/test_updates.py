@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from persistence import artifacts, rounds, runs, updates
+from persistence import artifacts, devices, rounds, runs, updates
 from persistence.errors import RoundClosed
 from persistence.tables import UpdatePartRow
 from protocol.assignments import Assignment, Part, Submission
@@ -218,6 +218,23 @@ def test_a_refused_assignment_takes_nothing_more(world: World) -> None:
     with pytest.raises(DomainError) as caught:
         record(world, assignment, device, PartKind.LOGITS, "another")
     assert caught.value.code is ErrorCode.UPDATE_CONFLICT
+
+
+@pytest.mark.parametrize("what", ["part", "submission"])
+def test_a_device_that_was_revoked_while_it_sent_something_is_refused(world: World, what: str) -> None:
+    """It was who it said when the bytes began to come; the round waits for others."""
+    world.start_run(min_updates=2)
+    device, _ = world.enrol_many("a", "b")
+    assignment = world.take(device)
+    if what == "submission":
+        world.upload(assignment, device)
+    world.call(devices.revoke_device, device, world.now)
+    parts = world.count(UpdatePartRow)
+    with pytest.raises(DomainError) as refused:
+        world.upload(assignment, device) if what == "part" else world.submit(assignment, device)
+    assert refused.value.code is ErrorCode.DEVICE_REVOKED
+    assert world.statuses(assignment.run_id) == {"a": AssignmentStatus.LOST}
+    assert world.count(UpdatePartRow) == parts
 
 
 def test_only_a_submitted_update_can_be_rejected(world: World) -> None:

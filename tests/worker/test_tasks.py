@@ -1,19 +1,26 @@
 """The task shells around the stages."""
 
+import os
+import subprocess
+import sys
 import threading
+from pathlib import Path
 
 import pytest
 from sqlalchemy.orm import Session
 
 from persistence.database import JobMessage
 from protocol.errors import DomainError, ErrorCode
+from protocol.events import EventType
 from protocol.queue import queue_folder
 from protocol.statuses import SWEEP_TASK_NAME, JobKind
 from tests.worker.cloud import Cloud
+from tests.worker.processes import environment_of
 from worker import tasks
 from worker.celery_app import make_app, sender
 from worker.leases import Abandoned, Lease
 from worker.settings import Settings
+from worker.stage import Finish, Work
 from worker.tasks import register_jobs, register_sweep, write_result
 
 
@@ -70,3 +77,40 @@ def test_a_result_is_not_waited_for_when_the_worker_stops(cloud: Cloud) -> None:
 
     with Lease(lambda: True, 20, stop) as lease, pytest.raises(Abandoned):
         write_result(cloud.database, finish, lease, stop)
+
+
+@pytest.mark.parametrize(
+    ("error", "damaged"),
+    [(MemoryError(), True), (ImportError("failed to map segment"), True), (RuntimeError("a plain fault"), False)],
+)
+def test_a_worker_that_may_be_damaged_is_replaced(
+    cloud: Cloud, monkeypatch: pytest.MonkeyPatch, error: Exception, *, damaged: bool
+) -> None:
+    """An import that runs out of memory halfway fails ever after: such a worker would use up every attempt of a job."""
+
+    def crash(work: Work) -> Finish:
+        raise error
+
+    monkeypatch.setattr(tasks, "load_stage", lambda kind: crash)
+    told: list[str] = []
+    cloud.runner.on_damage = lambda: told.append("damaged")
+    run = cloud.create_run(None, strategy={"name": "standalone"}, public_data=None)
+    cloud.runner.run(cloud.sent.pop())
+    assert told == ["damaged"] * damaged
+    (resent,) = [event for event in cloud.events(run.run_id) if event.type is EventType.JOB_RESENT]
+    assert type(error).__name__ in resent.data["reason"]
+
+
+def test_a_damaged_worker_ends_with_a_fault(settings: Settings, tmp_path: Path) -> None:
+    """`python -m worker`, whose first job finds a module that cannot be imported."""
+    hindrance = tmp_path / "hindrance"
+    hindrance.mkdir()
+    (hindrance / "sitecustomize.py").write_text("import sys\nsys.modules['worker.preparation'] = None\n")
+    cloud = Cloud(settings, dispatch=sender(make_app(settings)))
+    cloud.create_run(None, strategy={"name": "standalone"}, public_data=None)
+    environment = {**os.environ, **environment_of(settings), "PYTHONPATH": ":".join([str(hindrance), *sys.path])}
+    done = subprocess.run(
+        [sys.executable, "-m", "worker"], env=environment, capture_output=True, text=True, timeout=90, check=False
+    )
+    cloud.database.dispose()
+    assert (done.returncode, "worker_damaged" in done.stdout + done.stderr) == (1, True), done.stderr[-2000:]

@@ -1,0 +1,99 @@
+"""The checker that judges the chaos must itself notice what is wrong: each test spoils one thing of a finished run."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sqlalchemy import text
+
+from benchmarks.chaos import invariants
+from persistence import schema
+from persistence.blobs import FolderBlobStore
+from persistence.database import Database
+from tests.persistence.world import World
+
+
+class Finished:
+    """A run of two devices and two rounds."""
+
+    def __init__(self, folder: Path) -> None:
+        url = f"sqlite:///{folder / 'cotune.sqlite3'}"
+        schema.upgrade(url)
+        sent: list[str] = []
+        self.database = Database(url, dispatch=lambda message: sent.append(message.job_id))
+        self.blobs = FolderBlobStore(folder / "blobs")
+        world = World(self.database, sent)
+        self.devices = world.enrol_many("a", "b")
+        self.run_id = world.start_run("standalone", min_updates=2).run_id
+        self.receipts = {}
+        for _ in range(2):
+            for device in self.devices:
+                assignment = world.deliver(device)
+                self.receipts[assignment.assignment_id] = world.submit(assignment, device).update_sha256
+            world.finish_round()
+
+    def spoil(self, statement: str) -> None:
+        with self.database.transaction() as session:
+            session.execute(text("PRAGMA defer_foreign_keys = ON"))
+            session.execute(text(statement))
+
+    def violations(self, **changed: object) -> list[str]:
+        with self.database.reading() as session:
+            history = invariants.read_history(session, self.run_id)
+        values: dict[str, object] = {
+            "rounds": 2, "devices": self.devices, "receipts": self.receipts, "reference": None, "blobs": self.blobs,
+        }  # fmt: skip
+        return invariants.violations(history, **(values | changed))  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Iterator[Finished]:
+    finished = Finished(tmp_path)
+    yield finished
+    finished.database.dispose()
+
+
+def test_a_run_without_faults_breaks_nothing(finished: Finished) -> None:
+    assert finished.violations() == []
+
+
+FIRST = "(SELECT min(id) FROM assignments)"
+COUNTED = "type = 'assignment.status_changed' AND json_extract(data, '$.to') = 'counted'"
+
+
+@pytest.mark.parametrize(
+    ("statement", "said"),
+    [
+        (f"UPDATE assignments SET status = 'rejected' WHERE id = {FIRST}", "not each of"),
+        (f"UPDATE assignments SET status = 'lost', reason = 'x' WHERE id = {FIRST}", "has a receipt and is lost"),
+        (f"UPDATE assignments SET update_sha256 = 'other' WHERE id = {FIRST}", "the receipt names"),
+        (f"DELETE FROM events WHERE sequence = (SELECT min(sequence) FROM events WHERE {COUNTED})", "events end in"),
+        (
+            "INSERT INTO events (type, time, run_id, round_id, device_id, data)"
+            f" SELECT type, time, run_id, round_id, device_id, data FROM events WHERE {COUNTED} LIMIT 1",
+            "became counted 2 times",
+        ),
+        (
+            "DELETE FROM events WHERE type = 'round.status_changed' AND json_extract(data, '$.to') = 'co_tuning'",
+            "but was aggregating",
+        ),
+        ("UPDATE jobs SET status = 'queued' WHERE kind = 'evaluate_round'", "is queued"),
+        ("UPDATE versions SET num_updates = 3 WHERE number = 2", "name (2, 3) updates"),
+        ("UPDATE rounds SET status = 'evaluating' WHERE number = 2", "expected rounds 1 to 2 published"),
+        ("UPDATE runs SET status = 'running'", "the run is running"),
+    ],
+)
+def test_what_is_wrong_is_named(finished: Finished, statement: str, said: str) -> None:
+    finished.spoil(statement)
+    assert any(said in each for each in finished.violations()), finished.violations()
+
+
+def test_other_adapters_and_spoilt_files_are_named(finished: Finished) -> None:
+    stored = finished.blobs.put_bytes(b"an adapter")
+    assert "without faults" in finished.violations(reference={1: (stored.sha256, None)})[0]
+    with finished.database.reading() as session:
+        history = invariants.read_history(session, finished.run_id)
+    history.versions[1].proxy_adapter_sha256 = stored.sha256
+    finished.blobs.path(stored.sha256).write_bytes(b"another adapter")
+    values = {"rounds": 2, "devices": finished.devices, "receipts": {}, "reference": None, "blobs": finished.blobs}
+    assert f"the file {stored.sha256} holds other bytes" in invariants.violations(history, **values)  # type: ignore[arg-type]
