@@ -39,8 +39,8 @@ def token(
     out.print(f"Token, shown this once: [bold]{created.token}[/bold]", soft_wrap=True)
     out.print(f"It lets {created.uses} device(s) in until {created.expires_at:%Y-%m-%d %H:%M} UTC. On the device:")
     out.print(
-        f"  cotune-agent enroll --server {address} --token {created.token}"
-        " --name NAME --model FOLDER --data FILE.jsonl",
+        f"  cotune-agent enroll --home FOLDER --server {address} --token {created.token}"
+        " --name NAME --model MODEL --data FILE.jsonl",
         soft_wrap=True,
         markup=False,
     )

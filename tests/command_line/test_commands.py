@@ -1,17 +1,20 @@
 """The commands against a real API: what they print, and the code they end in."""
 
 import json
+import re
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
 
 import httpx
 import pytest
+import typer
 
 from command_line.api_client import ApiClient
 from command_line.errors import NotAuthorised
 from command_line.exit_codes import ExitCode
 from command_line.ports import free_port
+from edge_agent.__main__ import app as agent
 from persistence import jobs, results, runs
 from persistence.database import Database
 from protocol.devices import EnrolmentTokenCreate
@@ -53,7 +56,9 @@ def create(connected: Cotune, tmp_path: Path, name: str) -> str:
 def test_a_token_is_shown_with_the_command_for_the_device(connected: Cotune, api: RunningApi) -> None:
     ended = connected("device", "token", "--uses", "2", "--note", "two laptops")
     assert ended.code == ExitCode.OK
-    assert "cotune-agent enroll" in ended.out
+    shown = set(re.findall(r"--\w+", ended.out.partition("cotune-agent enroll")[2]))
+    enroll = typer.main.get_command(agent).commands["enroll"]  # type: ignore[attr-defined]
+    assert shown == {each.opts[0] for each in enroll.params if each.required}
     assert api.address in ended.out
     as_json = json.loads(connected("device", "token", "--format", "json").out)
     assert as_json["uses"] == 1
