@@ -1,13 +1,18 @@
 """`/metrics`: what Prometheus reads."""
 
+import json
+import re
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import yaml
 from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import event
 
 from cloud_api.request_metrics import UNMATCHED
 from tests.cloud_api.running_api import RunningApi, delta_for, logits, running_api, settings_in
+
+ROOT = Path(__file__).parents[2]
 
 
 def metrics(api: RunningApi) -> dict[str, dict[tuple[str, ...], float]]:
@@ -87,3 +92,34 @@ def test_waiting_devices_are_counted(fresh_api: RunningApi) -> None:
         assert not waiting.done()
         assert waiting.result() is None
     assert metrics(fresh_api)["cotune_waiting_devices"][()] == 0
+
+
+def expressions() -> list[str]:
+    folder = ROOT / "deployment" / "monitoring"
+    dashboard = json.loads((folder / "grafana" / "dashboards" / "cotune.json").read_text())
+    alerts = yaml.safe_load((folder / "alerts.yml").read_text())
+    shown = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    return shown + [rule["expr"] for group in alerts["groups"] for rule in group["rules"]]
+
+
+def test_dashboards_and_alerts_ask_for_what_there_is(api: RunningApi) -> None:
+    """Names, labels, and values of labels; of requests' routes and statuses only the names."""
+    api.operator.get("/v1/runs")
+    labels: dict[str, dict[str, set[str]]] = {"up": {"job": {"cotune-api"}, "instance": set()}}
+    for family in text_string_to_metric_families(api.client(None).get("/metrics").text):
+        for sample in family.samples:
+            for label, value in sample.labels.items():
+                labels.setdefault(sample.name, {}).setdefault(label, set()).add(value)
+            labels.setdefault(sample.name, {})
+    # Bytes are counted from the first that travel.
+    labels["cotune_bytes_total"] = {"direction": set(), "kind": set()}
+    for expression in expressions():
+        names = set(re.findall(r"\b(cotune_\w+|up)\b", expression))
+        assert names, expression
+        assert names <= set(labels), expression
+        known = {label: values for name in names for label, values in labels[name].items()}
+        by = {label.strip() for group in re.findall(r"by \(([^)]*)\)", expression) for label in group.split(",")}
+        assert by <= set(known), expression
+        for label, _, value in re.findall(r'[{,]\s*(\w+)\s*(=~?)"([^"]*)"', expression):
+            values = known[label]
+            assert "http" in str(names) or set(value.split("|")) <= values, expression
