@@ -16,7 +16,6 @@ SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 
 UNMATCHED = "unmatched"
 """The route of a request to a path that does not exist: its path itself could be anything."""
 
-
 SHARED_FOLDER = "PROMETHEUS_MULTIPROC_DIR"
 
 

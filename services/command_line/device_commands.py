@@ -82,7 +82,7 @@ def approve(device_id: DeviceArgument, server: Server = None, output: Format = O
 
 @app.command("revoke")
 def revoke(device_id: DeviceArgument, server: Server = None, output: Format = OutputFormat.TABLE) -> None:
-    """Void a device's credential for ever, at once; what it has not had counted is not counted."""
+    """Void a device's credential for ever, at once; what is not being aggregated yet is not counted."""
     with connect(server) as client:
         _show(client.revoke_device(device_id), output)
 

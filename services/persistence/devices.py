@@ -98,7 +98,7 @@ def list_devices(
 
 
 def revoke_device(session: Session, device_id: str, now: datetime, reason: str = "revoked by an operator") -> Device:
-    """Void the device's credential for ever; what it has not had counted is not counted. Again: no change.
+    """Void the device's credential for ever; what is not being aggregated yet is not counted. Again: no change.
 
     Raises:
         DomainError: DEVICE_NOT_FOUND.

@@ -9,6 +9,8 @@ from sqlalchemy import event
 from cloud_api.request_metrics import UNMATCHED
 from tests.cloud_api.running_api import RunningApi, delta_for, logits, running_api, settings_in
 
+ROOT = Path(__file__).parents[2]
+
 
 def metrics(api: RunningApi) -> dict[str, dict[tuple[str, ...], float]]:
     """Sample name -> label values in the labels' order -> value."""

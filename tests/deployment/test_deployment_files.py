@@ -132,6 +132,11 @@ def test_what_every_container_reads_from_the_database_is_not_added_up() -> None:
         assert names <= own or compared or "sum" not in expression, expression
 
 
+def test_the_controller_reaches_webhooks() -> None:
+    assert not (COMPOSE["networks"]["outside"] or {}).get("internal")
+    assert "outside" in SERVICES["controller"]["networks"]
+
+
 def test_the_proxy_streams_and_keeps_the_metrics_inside() -> None:
     text = (ROOT / "deployment" / "proxy" / "nginx.conf").read_text()
     for line in ("proxy_request_buffering off;", "proxy_buffering off;", "client_max_body_size 0;"):

@@ -102,5 +102,5 @@ def approve_device(session: WriteSession, now: Now, device_id: DevicePath) -> De
     responses=answers(examples.DEVICE, OPERATOR, ErrorCode.DEVICE_NOT_FOUND),
 )
 def revoke_device(session: WriteSession, now: Now, device_id: DevicePath) -> Device:
-    """Void the device's credential for ever, at once; what it has not had counted yet is not counted."""
+    """Void the device's credential for ever, at once; what it sent is not counted unless it is being aggregated."""
     return devices.revoke_device(session, device_id, now)
