@@ -64,7 +64,7 @@ class RequestBoundary:
                 raise
             await exchange.refuse(ErrorCode.UNAVAILABLE, "the server stops; try again soon", receive, scope)
         except Exception:
-            log.exception("request_failed", method=scope["method"], path=scope["path"])
+            log.exception("request_failed", method=scope["method"], path=_path_as_sent(scope))
             if exchange.status is not None:
                 raise  # the answer has begun: all that is left is to cut the connection
             detail = f"a fault of the server; its log says more under request id {exchange.request_id}"
@@ -110,5 +110,11 @@ class _Exchange:
         quiet = method in {"GET", "HEAD"} and status is not None and status < 400
         write = log.debug if quiet else log.info
         milliseconds = round(self.seconds * 1000, 1)
-        path = self._scope["path"]
+        path = _path_as_sent(self._scope)
         write("request", method=method, path=path, status=status, milliseconds=milliseconds, **self._facts)
+
+
+def _path_as_sent(scope: Scope) -> str:
+    """Return the path with its %-escapes: decoded, it could hold what a terminal obeys."""
+    raw: bytes = scope.get("raw_path") or b""
+    return raw.decode("ascii", "backslashreplace") or str(scope["path"])

@@ -4,9 +4,10 @@ import httpx
 import pytest
 from sqlalchemy import event
 from sqlalchemy.orm import Session
+from structlog.testing import capture_logs
 
 from protocol.errors import ErrorCode, Problem
-from tests.cloud_api.running_api import KEY, RunningApi
+from tests.cloud_api.running_api import KEY, RunningApi, eventually, raw_request
 
 
 def problem_of(response: httpx.Response, code: ErrorCode, status: int) -> Problem:
@@ -166,3 +167,12 @@ def test_a_fault_tells_its_request_id_and_no_more(fresh_api: RunningApi) -> None
     assert response.status_code >= 500
     assert "SELECT" not in response.text
     assert KEY not in response.text
+
+
+def test_what_a_terminal_would_obey_is_not_logged(api: RunningApi) -> None:
+    """Nobody needs a credential to send a path."""
+    with capture_logs() as logs:
+        assert raw_request(api.url, b"GET /%1b[2J%0afine HTTP/1.1\r\nHost: a\r\nConnection: close\r\n\r\n", close=False)
+        eventually(lambda: logs)
+    (line,) = (each for each in logs if each["event"] == "request")
+    assert line["path"] == "/%1b[2J%0afine"
