@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Column, Connection, DateTime, MetaData, String, Table, select, text
+from alembic import command
+from alembic.script import ScriptDirectory
+from sqlalchemy import Column, Connection, DateTime, MetaData, String, Table, pool, select, text
 from sqlalchemy.types import JSON, Boolean, Float, Integer
 
 from persistence import schema
@@ -91,6 +93,27 @@ def test_every_row_of_the_first_revision_is_there_after_the_upgrade(old_url: str
             assert connection.execute(text("PRAGMA foreign_key_check")).all() == []
             assert connection.execute(text("PRAGMA foreign_keys")).scalar() == 1
     engine.dispose()
+
+
+def test_every_row_is_there_after_each_step_down_and_the_way_up_again(old_url: str) -> None:
+    engine = connect(old_url, poolclass=pool.NullPool)
+    with engine.begin() as connection:
+        columns = fill(connection)
+    with engine.connect() as connection:
+        before = contents(connection, columns)
+    config = schema.alembic_config()
+    revisions = [each.revision for each in ScriptDirectory.from_config(config).walk_revisions()]
+    assert revisions[-1] == FIRST
+    schema.upgrade(old_url)
+    for revision in revisions[1:]:
+        with schema.migration(engine) as connection:
+            config.attributes["connection"] = connection
+            command.downgrade(config, revision)
+        with engine.connect() as connection:
+            assert contents(connection, columns) == before, revision
+    schema.upgrade(old_url)
+    with engine.connect() as connection:
+        assert contents(connection, columns) == before
 
 
 def test_a_database_of_a_newer_release_is_refused_in_words(old_url: str) -> None:
