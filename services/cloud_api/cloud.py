@@ -143,7 +143,7 @@ def open_cloud(settings: Settings, *, now: Callable[[], datetime] = utc_now) -> 
     async def touch(device_ids: Sequence[str]) -> None:
         await transactions.write(lambda session: devices.touch_many(session, device_ids, now()))
 
-    board = WorkBoard(lambda: transactions.read(open_work.look), touch)
+    board = WorkBoard(lambda: transactions.read(open_work.look), touch, trusted_seconds=settings.trusted_seconds)
     feed = Feed(newest, after, board=board, interval_seconds=settings.feed_seconds)
     memory = _brief_memory(settings)
     limits = RateLimits(memory, settings.rates)

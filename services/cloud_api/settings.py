@@ -49,6 +49,8 @@ class Settings:
     """How often the event table is looked at for what other processes committed."""
     probe_seconds: float = 1.0
     """So long `/metrics` and `/ready` give the same counts and checks, however often they are asked."""
+    trusted_seconds: float = 30.0
+    """How long a device that polls is known without a look at the database, for the answer that there is nothing."""
     stream_heartbeat_seconds: float = 15.0
     """Silence on an event stream after which a comment is sent, so that proxies keep it open."""
     upload_idle_seconds: float = 60.0

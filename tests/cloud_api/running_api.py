@@ -275,6 +275,7 @@ def settings_in(home: Path, **changed: Any) -> Settings:
         "blobs": home / "blobs",
         "operator_key": KEY,
         "feed_seconds": 0.05,
+        "trusted_seconds": 0.0,  # a short poll finds what was committed a moment ago
         "probe_seconds": 0,
         # Tests fail to authenticate, and enrol, more often in a second than anybody in a day; test_rate_limits.py.
         "rates": Rates(failure=PLENTY, enrolment=PLENTY),

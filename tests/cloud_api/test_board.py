@@ -4,6 +4,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,10 +15,18 @@ from persistence import devices
 from persistence.enrolment import DeviceIdentity
 from persistence.open_work import OpenRound, OpenWork
 from persistence.tables import DeviceRow
-from tests.cloud_api.running_api import DeviceClient, RunningApi
+from tests.cloud_api.running_api import DeviceClient, RunningApi, running_api, settings_in
+
+TRUSTED_SECONDS = 1.0
 
 SETTLED_SECONDS = 0.3
 """Six looks of the feed."""
+
+
+@pytest.fixture
+def remembering_api(home: Path) -> Iterator[RunningApi]:
+    with running_api(settings_in(home, trusted_seconds=TRUSTED_SECONDS)) as running:
+        yield running
 
 
 @contextmanager
@@ -44,10 +53,10 @@ def status_of(device: DeviceClient) -> int:
     return device.http.get("/v1/devices/me/assignment").status_code
 
 
-def test_the_first_poll_asks_the_database_and_the_next_do_not(fresh_api: RunningApi) -> None:
-    device = fresh_api.enrol()
-    settled(fresh_api)
-    with statements_of_devices(fresh_api) as seen:
+def test_the_first_poll_asks_the_database_and_the_next_do_not(remembering_api: RunningApi) -> None:
+    device = remembering_api.enrol()
+    settled(remembering_api)
+    with statements_of_devices(remembering_api) as seen:
         assert device.poll() is None
         assert seen
         seen.clear()
@@ -56,26 +65,26 @@ def test_the_first_poll_asks_the_database_and_the_next_do_not(fresh_api: Running
         assert seen == []
 
 
-def test_work_that_comes_is_found_and_what_is_begun_is_found_again(fresh_api: RunningApi) -> None:
-    device, other = fresh_api.enrol("one"), fresh_api.enrol("other")
+def test_work_that_comes_is_found_and_what_is_begun_is_found_again(remembering_api: RunningApi) -> None:
+    device, other = remembering_api.enrol("one"), remembering_api.enrol("other")
     assert device.poll() is None
     assert other.poll() is None
-    fresh_api.running_run(device)
+    remembering_api.running_run(device)
     assignment = device.poll(wait_seconds=5)
     assert assignment is not None
-    settled(fresh_api)
+    settled(remembering_api)
     again = device.poll()
     assert again is not None
     assert again.assignment_id == assignment.assignment_id
     assert other.poll() is None
 
 
-def test_a_place_that_becomes_free_is_found(fresh_api: RunningApi) -> None:
-    first, second = fresh_api.enrol("first"), fresh_api.enrol("second")
-    fresh_api.running_run(first, second, max_updates=1)
+def test_a_place_that_becomes_free_is_found(remembering_api: RunningApi) -> None:
+    first, second = remembering_api.enrol("first"), remembering_api.enrol("second")
+    remembering_api.running_run(first, second, max_updates=1)
     taken = first.poll(wait_seconds=5)
     assert taken is not None
-    settled(fresh_api)
+    settled(remembering_api)
     assert second.poll() is None
     refusal = {"code": "busy", "reason": "no time"}
     path = f"/v1/assignments/{taken.assignment_id}/refusal"
@@ -83,54 +92,51 @@ def test_a_place_that_becomes_free_is_found(fresh_api: RunningApi) -> None:
     assert second.poll(wait_seconds=5) is not None
 
 
-def test_a_revoked_device_is_told_so(fresh_api: RunningApi) -> None:
-    device = fresh_api.enrol()
+def test_a_revoked_device_is_told_so(remembering_api: RunningApi) -> None:
+    device = remembering_api.enrol()
     assert device.poll() is None
-    assert fresh_api.operator.post(f"/v1/devices/{device.device_id}/revoke").status_code == 200
-    settled(fresh_api)
+    assert remembering_api.operator.post(f"/v1/devices/{device.device_id}/revoke").status_code == 200
+    settled(remembering_api)
     assert status_of(device) == 403
 
 
-def test_a_wrong_credential_is_never_taken_for_a_known_one(fresh_api: RunningApi) -> None:
-    device = fresh_api.enrol()
+def test_a_wrong_credential_is_never_taken_for_a_known_one(remembering_api: RunningApi) -> None:
+    device = remembering_api.enrol()
     assert device.poll() is None
-    assert fresh_api.client(f"{device.device_id}.wrong").get("/v1/devices/me/assignment").status_code == 401
-    assert fresh_api.client(None).get("/v1/devices/me/assignment").status_code == 401
+    assert remembering_api.client(f"{device.device_id}.wrong").get("/v1/devices/me/assignment").status_code == 401
+    assert remembering_api.client(None).get("/v1/devices/me/assignment").status_code == 401
 
 
-def test_a_replaced_credential_is_void_after_the_next_one_was_used(
-    fresh_api: RunningApi, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(board, "TRUSTED_SECONDS", 0.2)
-    device = fresh_api.enrol()
+def test_a_replaced_credential_is_void_soon_after_the_next_one_was_used(remembering_api: RunningApi) -> None:
+    device = remembering_api.enrol()
     assert device.poll() is None
     replaced = device.http.post("/v1/devices/me/credential").json()["credential"]
-    assert fresh_api.client(replaced).get("/v1/devices/me/assignment").status_code == 204
-    time.sleep(0.25)
+    assert remembering_api.client(replaced).get("/v1/devices/me/assignment").status_code == 204
+    time.sleep(TRUSTED_SECONDS)
     assert status_of(device) == 401
 
 
-def test_devices_that_only_poll_are_seen(fresh_api: RunningApi, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_devices_that_only_poll_are_seen(remembering_api: RunningApi, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(board, "RENEWED_SECONDS", 0.1)
-    device = fresh_api.enrol()
+    device = remembering_api.enrol()
     assert device.poll() is None
     long_ago = datetime.now(UTC) - timedelta(hours=1)
-    with fresh_api.cloud.database.transaction() as session:
+    with remembering_api.cloud.database.transaction() as session:
         session.execute(update(DeviceRow).values(last_seen_at=long_ago))
     assert device.poll() is None
-    settled(fresh_api)
-    with fresh_api.cloud.database.reading() as session:
+    settled(remembering_api)
+    with remembering_api.cloud.database.reading() as session:
         assert devices.get_device(session, device.device_id).last_seen_at > long_ago + timedelta(minutes=59)
 
 
-def test_a_database_that_is_away_is_not_hidden(fresh_api: RunningApi) -> None:
-    device = fresh_api.enrol()
+def test_a_database_that_is_away_is_not_hidden(remembering_api: RunningApi) -> None:
+    device = remembering_api.enrol()
     assert device.poll() is None
-    home = fresh_api.cloud.settings.home
+    home = remembering_api.cloud.settings.home
     (home / "cotune.sqlite3").rename(home / "moved")
     (home / "cotune.sqlite3").mkdir()
-    fresh_api.cloud.database.engine.dispose()
-    settled(fresh_api)
+    remembering_api.cloud.database.engine.dispose()
+    settled(remembering_api)
     assert status_of(device) == 503
     (home / "cotune.sqlite3").rmdir()
     (home / "moved").rename(home / "cotune.sqlite3")
@@ -166,7 +172,7 @@ def test_no_more_devices_are_remembered_than_there_is_room_for(monkeypatch: pyte
     async def touch(_device_ids: Any) -> None:
         return None
 
-    remembering = board.WorkBoard(nothing, touch)
+    remembering = board.WorkBoard(nothing, touch, trusted_seconds=60)
     for number in range(5):
         remembering.remember(f"dev_{number}.secret", DeviceIdentity(f"dev_{number}", None, None))
     known = [remembering.recall(f"dev_{number}.secret") is not None for number in range(5)]

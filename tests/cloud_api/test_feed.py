@@ -23,7 +23,7 @@ class Table:
         self.events: list[Event] = []
         self.fault: Exception | None = None
         self.reads = 0
-        self.board = WorkBoard(self.look, self.touch)
+        self.board = WorkBoard(self.look, self.touch, trusted_seconds=0)
 
     async def look(self) -> OpenWork:
         return OpenWork(())

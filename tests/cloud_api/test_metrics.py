@@ -83,7 +83,7 @@ def test_who_asks_often_does_not_make_the_database_count_often(home: Path) -> No
 def test_waiting_devices_are_counted(fresh_api: RunningApi) -> None:
     device = fresh_api.enrol()
     with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(device.poll, 2)
+        waiting = pool.submit(device.poll, 5)
         while not waiting.done() and not metrics(fresh_api)["cotune_waiting_devices"][()]:
             pass
         assert not waiting.done()

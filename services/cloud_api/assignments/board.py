@@ -5,7 +5,7 @@ something was committed that offers work, and every few seconds in any case. It 
 say no to is looked at in the database. So what it can get wrong is a moment's delay: a device polls again, or is woken.
 
 A credential that was good a moment ago is trusted for such an answer, which tells nothing, until the feed says that the
-device's status has changed, or `TRUSTED_SECONDS` are over. Work is only given after a look at the database.
+device's status has changed, or `trusted_seconds` are over. Work is only given after a look at the database.
 """
 
 import time
@@ -18,7 +18,6 @@ from persistence.identifiers import sha256_text
 from persistence.open_work import OpenWork
 from protocol.events import Event, EventType
 
-TRUSTED_SECONDS = 30.0
 MOST_DEVICES = 100_000
 """So many are remembered; those that polled longest ago are forgotten first."""
 
@@ -38,13 +37,20 @@ class WorkBoard:
     Args:
         look: reads the open work.
         touch: writes down that devices were seen.
+        trusted_seconds: how long a credential is trusted for being told that there is nothing; 0: the database is asked
+            each time.
     """
 
     def __init__(
-        self, look: Callable[[], Awaitable[OpenWork]], touch: Callable[[Sequence[str]], Awaitable[None]]
+        self,
+        look: Callable[[], Awaitable[OpenWork]],
+        touch: Callable[[Sequence[str]], Awaitable[None]],
+        *,
+        trusted_seconds: float,
     ) -> None:
         self._look = look
         self._touch = touch
+        self._trusted_seconds = trusted_seconds
         self._work: OpenWork | None = None
         self._known: OrderedDict[str, _Known] = OrderedDict()
         self._credential_of: dict[str, str] = {}
@@ -61,7 +67,7 @@ class WorkBoard:
         if identity.next_credential_sha256 is not None:
             return  # its first use has a meaning, see `enrolment.adopt_credential`
         key = sha256_text(bearer)
-        self._known[key] = _Known(identity, time.monotonic() + TRUSTED_SECONDS)
+        self._known[key] = _Known(identity, time.monotonic() + self._trusted_seconds)
         self._credential_of[identity.device_id] = key
         if len(self._known) > MOST_DEVICES:
             _, oldest = self._known.popitem(last=False)
