@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import secrets
 import signal
 import threading
 import time
@@ -20,7 +21,7 @@ from persistence.database import Database
 from protocol.errors import DomainError
 from protocol.queue import embedded_broker_url
 
-KEY = "operator-key-of-the-chaos"
+KEY = secrets.token_hex(32)
 API, WORKER, CONTROLLER = "api", "worker", "controller"
 DATABASE, BROKER = "database", "broker"
 SERVICES = (API, WORKER, CONTROLLER)
@@ -221,6 +222,10 @@ class Cloud:
             "COTUNE_DATABASE_URL": self.database_url,
             "COTUNE_BROKER_URL": self.redis.url if self.redis else embedded_broker_url(self.state),
             "COTUNE_TORCH_THREADS": "1",
+            # Requests are replayed on purpose: what must hold of them must hold without signatures too.
+            "COTUNE_REQUIRE_SIGNATURES": "off",
+            "COTUNE_RATE_ENROLMENT": "1000/10000",
+            "COTUNE_RATE_DEVICE": "1000/10000",
             "TOKENIZERS_PARALLELISM": "false",
             CLOCK_SKEW: str(self.clocks.get(name, 0.0)),
         }
