@@ -107,7 +107,9 @@ class Api:
     def __init__(self, process: "subprocess.Popen[str]", url: str, home: Path, database_url: str) -> None:
         self.process = process
         self.url = url
-        self._operator = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {KEY}"}, trust_env=False)
+        self._operator = httpx.Client(
+            base_url=url, headers={"Authorization": f"Bearer {KEY}"}, trust_env=False, timeout=60
+        )
         self._database = Database(database_url)
         self._blobs = FolderBlobStore(home / "blobs")
 
