@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,21 @@ def postgresql_programs() -> Path:
     if not folders:
         raise Missing("PostgreSQL's server programs (initdb, postgres) are neither in PATH nor in /usr/lib/postgresql")
     return folders[-1]
+
+
+def _launch(command: Sequence[str | Path], folder: Path, log: Path, **as_user: Any) -> "subprocess.Popen[bytes]":
+    """Start a server in `folder` that writes to `log` and dies with this process."""
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            command,
+            cwd=folder,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+            preexec_fn=die_with_parent,  # noqa: PLW1509 - one system call, no Python lock
+            **as_user,
+        )
 
 
 @dataclass
@@ -96,20 +112,11 @@ class PostgresqlServer:
 
     def start(self) -> None:
         """Start it; it answers a moment later."""
-        with (self.folder.parent / "postgresql.log").open("ab") as log:
-            self._process = subprocess.Popen(
-                [
-                    *(self._programs / "postgres", "-D", self.folder / "data", "-p", str(self.port), "-h", HOST),
-                    *("-k", self.folder, "-c", "max_connections=60"),
-                ],
-                cwd=self.folder,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                preexec_fn=die_with_parent,  # noqa: PLW1509 - one system call, no Python lock
-                **self._as_user,
-            )
+        command = [
+            *(self._programs / "postgres", "-D", self.folder / "data", "-p", str(self.port), "-h", HOST),
+            *("-k", self.folder, "-c", "max_connections=60"),
+        ]
+        self._process = _launch(command, self.folder, self.folder.parent / "postgresql.log", **self._as_user)
 
     def alive(self) -> bool:
         """Return whether its first process lives."""
@@ -171,16 +178,8 @@ class RedisServer:
 
     def start(self) -> None:
         """Start it; it answers a moment later."""
-        with (self.folder / "redis.log").open("ab") as log:
-            self._process = subprocess.Popen(
-                [self._program, "--port", str(self.port), "--bind", HOST, "--save", "", "--appendonly", "no"],
-                cwd=self.folder,
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                start_new_session=True,
-                preexec_fn=die_with_parent,  # noqa: PLW1509 - one system call, no Python lock
-            )
+        command = [self._program, "--port", str(self.port), "--bind", HOST, "--save", "", "--appendonly", "no"]
+        self._process = _launch(command, self.folder, self.folder / "redis.log")
 
     def alive(self) -> bool:
         """Return whether it lives."""

@@ -11,6 +11,7 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from persistence import paging
 from persistence.operator_tables import AuditRow
 from protocol.errors import DomainError, ErrorCode
 from protocol.operators import AuditEntry
@@ -62,16 +63,14 @@ def list_entries(
     Raises:
         DomainError: INVALID_FIELD, the cursor is none of ours.
     """
-    query = select(AuditRow).order_by(AuditRow.sequence.desc()).limit(limit + 1)
+    query = select(AuditRow).order_by(AuditRow.sequence.desc())
     if cursor is not None:
         query = query.where(AuditRow.sequence < _sequence(cursor))
     wanted = ((AuditRow.key_id, key_id), (AuditRow.action, action), (AuditRow.subject, subject))
     for column, value in wanted:
         if value is not None:
             query = query.where(column == value)
-    rows = list(session.scalars(query))
-    more = len(rows) > limit
-    rows = rows[:limit]
+    rows, more = paging.take(session, query, limit)
     return Page[AuditEntry](items=[_entry(row) for row in rows], next_cursor=str(rows[-1].sequence) if more else None)
 
 

@@ -8,7 +8,8 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from persistence.tables import AssignmentRow, DeviceRow, JobRow, RoundRow, RunRow, TrafficRow
+from persistence import traffic
+from persistence.tables import AssignmentRow, DeviceRow, JobRow, RoundRow, RunRow
 from protocol.statuses import AssignmentStatus, DeviceStatus, JobKind, JobStatus, RoundStatus, RunStatus
 
 Statuses = Mapping[str, int]
@@ -39,18 +40,13 @@ def count_everything(session: Session) -> Counts:
         select(JobRow.kind, JobRow.status, func.count()).group_by(JobRow.kind, JobRow.status)
     ):
         jobs[kind.value, status.value] = number
-    traffic = session.execute(
-        select(TrafficRow.direction, TrafficRow.kind, func.sum(TrafficRow.num_bytes))
-        .group_by(TrafficRow.direction, TrafficRow.kind)
-        .order_by(TrafficRow.direction, TrafficRow.kind)
-    )
     return Counts(
         runs=_by_status(session, RunRow.status, RunStatus),
         rounds=_by_status(session, RoundRow.status, RoundStatus),
         devices=_by_status(session, DeviceRow.status, DeviceStatus),
         assignments=_by_status(session, AssignmentRow.status, AssignmentStatus),
         jobs=jobs,
-        num_bytes={(direction, kind): int(total) for direction, kind, total in traffic},
+        num_bytes=traffic.sums(session),
     )
 
 

@@ -6,7 +6,7 @@ from datetime import datetime, timedelta
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from persistence import federations, round_lifecycle
+from persistence import federations, paging, round_lifecycle
 from persistence.tables import AssignmentRow, DeviceRow, FederationDeviceRow, RoundRow
 from persistence.transitions import TAKES_UPDATES, UNDELIVERED, move
 from protocol.devices import Device, DeviceProfile, Heartbeat
@@ -81,7 +81,7 @@ def list_devices(
     federation: str | None = None,
 ) -> Page[Device]:
     """Return devices in the order of their enrolment; of one status or federation, if one is given."""
-    query = select(DeviceRow).order_by(DeviceRow.id).limit(limit + 1)
+    query = select(DeviceRow).order_by(DeviceRow.id)
     if cursor is not None:
         query = query.where(DeviceRow.id > cursor)
     if status is not None:
@@ -89,9 +89,7 @@ def list_devices(
     if federation is not None:
         query = query.join(FederationDeviceRow, FederationDeviceRow.device_id == DeviceRow.id)
         query = query.where(FederationDeviceRow.federation == federation)
-    rows = list(session.scalars(query))
-    more = len(rows) > limit
-    rows = rows[:limit]
+    rows, more = paging.take(session, query, limit)
     belongs = federations.of_devices(session, [row.id for row in rows])
     items = [_shown(row, belongs[row.id]) for row in rows]
     return Page[Device](items=items, next_cursor=rows[-1].id if more else None)

@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 from sqlalchemy import CursorResult, select, update
 from sqlalchemy.orm import Session
 
-from persistence import events, federations
+from persistence import events, federations, paging
 from persistence.identifiers import new_id, new_secret, sha256_text
 from persistence.tables import DeviceRow, EnrolmentTokenRow
 from protocol.devices import (
@@ -62,12 +62,10 @@ def create_token(session: Session, request: EnrolmentTokenCreate, now: datetime)
 
 def list_tokens(session: Session, *, cursor: str | None = None, limit: int = 50) -> Page[EnrolmentTokenState]:
     """Return tokens, the newest first, also those that are spent, expired or revoked."""
-    query = select(EnrolmentTokenRow).order_by(EnrolmentTokenRow.id.desc()).limit(limit + 1)
+    query = select(EnrolmentTokenRow).order_by(EnrolmentTokenRow.id.desc())
     if cursor is not None:
         query = query.where(EnrolmentTokenRow.id < cursor)
-    rows = list(session.scalars(query))
-    more = len(rows) > limit
-    rows = rows[:limit]
+    rows, more = paging.take(session, query, limit)
     return Page[EnrolmentTokenState](
         items=[_token_state(row) for row in rows], next_cursor=rows[-1].id if more else None
     )

@@ -6,7 +6,7 @@ from datetime import datetime
 from sqlalchemy import CursorResult, delete, func, insert, select
 from sqlalchemy.orm import Session
 
-from persistence import events
+from persistence import events, paging
 from persistence.inserting import insert_or_keep
 from persistence.tables import DeviceRow, EnrolmentTokenRow, FederationDeviceRow, FederationRow, RunRow
 from protocol.errors import DomainError, ErrorCode
@@ -32,12 +32,10 @@ def get_federation(session: Session, name: str) -> Federation:
 
 def list_federations(session: Session, *, cursor: str | None = None, limit: int = 50) -> Page[Federation]:
     """Return federations in the order of their names."""
-    query = select(FederationRow).order_by(FederationRow.name).limit(limit + 1)
+    query = select(FederationRow).order_by(FederationRow.name)
     if cursor is not None:
         query = query.where(FederationRow.name > cursor)
-    rows = list(session.scalars(query))
-    more = len(rows) > limit
-    rows = rows[:limit]
+    rows, more = paging.take(session, query, limit)
     return Page[Federation](items=_federations(session, rows), next_cursor=rows[-1].name if more else None)
 
 

@@ -5,6 +5,7 @@ from datetime import datetime, timedelta
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
+from persistence import paging
 from persistence.identifiers import new_id, new_secret, sha256_text
 from persistence.operator_tables import OperatorKeyRow
 from protocol.errors import DomainError, ErrorCode
@@ -42,12 +43,10 @@ def create_key(session: Session, request: OperatorKeyCreate, created_by: str, no
 
 def list_keys(session: Session, *, cursor: str | None = None, limit: int = 50) -> Page[OperatorKey]:
     """Return every key, also those that are void, in the order of their creation."""
-    query = select(OperatorKeyRow).order_by(OperatorKeyRow.id).limit(limit + 1)
+    query = select(OperatorKeyRow).order_by(OperatorKeyRow.id)
     if cursor is not None:
         query = query.where(OperatorKeyRow.id > cursor)
-    rows = list(session.scalars(query))
-    more = len(rows) > limit
-    rows = rows[:limit]
+    rows, more = paging.take(session, query, limit)
     return Page[OperatorKey](items=[_key(row) for row in rows], next_cursor=rows[-1].id if more else None)
 
 

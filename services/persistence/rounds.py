@@ -7,7 +7,7 @@ from typing import Any
 from sqlalchemy import func, or_, select, tuple_
 from sqlalchemy.orm import Session, aliased
 
-from persistence import waiting
+from persistence import paging, waiting
 from persistence.round_lifecycle import lock_round, settle
 from persistence.runs import find_run
 from persistence.tables import AssignmentRow, DeviceRow, RoundRow, RunRow
@@ -78,10 +78,8 @@ def list_rounds(
         number, _, attempt = cursor.partition(".")
         before = tuple_(RoundRow.number, RoundRow.attempt) < (number_cursor(number), number_cursor(attempt))
         query = query.where(before)
-    query = query.order_by(RoundRow.number.desc(), RoundRow.attempt.desc()).limit(limit + 1)
-    rows = list(session.scalars(query.execution_options(populate_existing=True)))
-    more = len(rows) > limit
-    rows = rows[:limit]
+    query = query.order_by(RoundRow.number.desc(), RoundRow.attempt.desc())
+    rows, more = paging.take(session, query, limit)
     items = [_round(session, run, row, now) for row in rows]
     return Page[Round](items=items, next_cursor=f"{rows[-1].number}.{rows[-1].attempt}" if more else None)
 

@@ -5,7 +5,7 @@ from datetime import datetime
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from persistence import events, federations, jobs, waiting
+from persistence import events, federations, jobs, paging, waiting
 from persistence.identifiers import new_id
 from persistence.run_endings import end_run, lock_run, run_not_found
 from persistence.tables import DeviceRow, FederationDeviceRow, RunRow
@@ -64,16 +64,14 @@ def list_runs(
     now: datetime | None = None,
 ) -> Page[Run]:
     """Return runs, the newest first; of one status or federation, if one is given."""
-    query = select(RunRow).order_by(RunRow.id.desc()).limit(limit + 1)
+    query = select(RunRow).order_by(RunRow.id.desc())
     if cursor is not None:
         query = query.where(RunRow.id < cursor)
     if status is not None:
         query = query.where(RunRow.status == status)
     if federation is not None:
         query = query.where(RunRow.federation == federation)
-    rows = list(session.scalars(query))
-    more = len(rows) > limit
-    rows = rows[:limit]
+    rows, more = paging.take(session, query, limit)
     return Page[Run](items=[_run(session, row, now) for row in rows], next_cursor=rows[-1].id if more else None)
 
 

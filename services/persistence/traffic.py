@@ -22,15 +22,18 @@ def add(  # noqa: PLR0917
     session.execute(statement.on_conflict_do_update(index_elements=key, set_={"num_bytes": total}))
 
 
+def sums(session: Session, run_id: str | None = None) -> dict[tuple[str, ...], int]:
+    """Return the bytes by direction and kind, over all devices; of one run, or of all."""
+    query = select(TrafficRow.direction, TrafficRow.kind, func.sum(TrafficRow.num_bytes))
+    if run_id is not None:
+        query = query.where(TrafficRow.run_id == run_id)
+    by_kind = query.group_by(TrafficRow.direction, TrafficRow.kind).order_by(TrafficRow.direction, TrafficRow.kind)
+    return {(direction, kind): int(total) for direction, kind, total in session.execute(by_kind)}
+
+
 def totals(session: Session, run_id: str) -> Traffic:
     """Return the run's bytes by direction and kind, over all devices."""
-    rows = session.execute(
-        select(TrafficRow.direction, TrafficRow.kind, func.sum(TrafficRow.num_bytes))
-        .where(TrafficRow.run_id == run_id)
-        .group_by(TrafficRow.direction, TrafficRow.kind)
-        .order_by(TrafficRow.direction, TrafficRow.kind)
-    )
     counted: dict[str, dict[str, int]] = {"up": {}, "down": {}}
-    for direction, kind, num_bytes in rows:
-        counted[direction][kind] = int(num_bytes)
+    for (direction, kind), num_bytes in sums(session, run_id).items():
+        counted[direction][kind] = num_bytes
     return Traffic(up=counted["up"], down=counted["down"])

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
+from persistence import paging
 from persistence.rounds import number_cursor
 from persistence.runs import find_run
 from persistence.tables import AssignmentRow, RoundRow, VersionRow
@@ -36,12 +37,10 @@ def get_version(session: Session, run_id: str, number: int) -> ModelVersion:
 def list_versions(session: Session, run_id: str, *, cursor: str | None = None, limit: int = 50) -> Page[ModelVersion]:
     """Return a run's versions, the newest first. Raises DomainError RUN_NOT_FOUND or INVALID_FIELD (the cursor)."""
     find_run(session, run_id)
-    query = select(VersionRow).where(VersionRow.run_id == run_id).order_by(VersionRow.number.desc()).limit(limit + 1)
+    query = select(VersionRow).where(VersionRow.run_id == run_id).order_by(VersionRow.number.desc())
     if cursor is not None:
         query = query.where(VersionRow.number < number_cursor(cursor))
-    rows = list(session.scalars(query.execution_options(populate_existing=True)))
-    more = len(rows) > limit
-    rows = rows[:limit]
+    rows, more = paging.take(session, query, limit)
     items = [_version(row, []) for row in rows]
     return Page[ModelVersion](items=items, next_cursor=str(rows[-1].number) if more else None)
 

@@ -13,7 +13,7 @@ from datetime import datetime, timedelta
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from persistence import events
+from persistence import events, paging
 from persistence.identifiers import new_id
 from persistence.operator_tables import WebhookRow
 from persistence.run_endings import run_not_found
@@ -79,12 +79,11 @@ def get(session: Session, webhook_id: str) -> Webhook:
 
 def list_webhooks(session: Session, *, cursor: str | None, limit: int) -> Page[Webhook]:
     """Return webhooks, the oldest first."""
-    query = select(WebhookRow).order_by(WebhookRow.id).limit(limit + 1)
+    query = select(WebhookRow).order_by(WebhookRow.id)
     if cursor is not None:
         query = query.where(WebhookRow.id > cursor)
-    rows = list(session.scalars(query))
-    page = rows[:limit]
-    return Page[Webhook](items=[_webhook(row) for row in page], next_cursor=page[-1].id if len(rows) > limit else None)
+    rows, more = paging.take(session, query, limit)
+    return Page[Webhook](items=[_webhook(row) for row in rows], next_cursor=rows[-1].id if more else None)
 
 
 def remove(session: Session, webhook_id: str) -> Webhook:

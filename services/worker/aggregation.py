@@ -8,6 +8,7 @@ its values are looked at. One that is refused is not counted, and its device and
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from sqlalchemy.orm import Session
 
@@ -57,22 +58,7 @@ def aggregate(work: Work) -> Finish:
     quarantines = isinstance(settings, CoPlmsSettings) and settings.norm_gate == "quarantine"
     kept = frozenset({ErrorCode.NORM_OUTLIER} if quarantines else ())
     adapter, state = _store(work, context, aggregate) if aggregate is not None else (None, None)
-    metrics = grown(
-        context,
-        RoundStatus.AGGREGATING,
-        time.perf_counter() - start,
-        num_updates=len(tally.counted),
-        num_examples=sum(_weight(update, settings) for update in tally.counted),
-        update_norms=tally.norms,
-        update_ranks={
-            update.device_id: update.adapter_rank for update in tally.counted if update.adapter_rank is not None
-        },
-        late_updates={u.assignment_id: u.staleness for u in tally.counted if u.staleness is not None},
-        rejected={update.device_id: code for update, code, _ in tally.refused if code not in kept},
-        quarantined={update.device_id: code for update, code, _ in tally.refused if code in kept},
-        alignment=_together(tally.counted),
-        aggregation_errors=aggregate.errors if aggregate is not None else {},
-    )
+    metrics = _metrics(context, settings, tally, aggregate, kept, time.perf_counter() - start)
 
     def finish(session: Session) -> None:
         now = utc_now()
@@ -95,6 +81,33 @@ def aggregate(work: Work) -> Finish:
         )
 
     return finish
+
+
+def _metrics(  # noqa: PLR0917
+    context: RoundContext,
+    settings: Strategy,
+    tally: _Tally,
+    aggregate: Aggregate | None,
+    kept: frozenset[ErrorCode],
+    seconds: float,
+) -> dict[str, Any]:
+    """What the round's metrics gain; `kept` are the codes of updates that are quarantined and not rejected."""
+    return grown(
+        context,
+        RoundStatus.AGGREGATING,
+        seconds,
+        num_updates=len(tally.counted),
+        num_examples=sum(_weight(update, settings) for update in tally.counted),
+        update_norms=tally.norms,
+        update_ranks={
+            update.device_id: update.adapter_rank for update in tally.counted if update.adapter_rank is not None
+        },
+        late_updates={u.assignment_id: u.staleness for u in tally.counted if u.staleness is not None},
+        rejected={update.device_id: code for update, code, _ in tally.refused if code not in kept},
+        quarantined={update.device_id: code for update, code, _ in tally.refused if code in kept},
+        alignment=_together(tally.counted),
+        aggregation_errors=aggregate.errors if aggregate is not None else {},
+    )
 
 
 def _combine(
