@@ -14,7 +14,7 @@ COLUMNS: Columns[AuditEntry] = {
     "Time (UTC)": lambda each: each.time,
     "Who": lambda each: f"{each.name} ({each.key_id})",
     "What": lambda each: each.action,
-    "To what": lambda each: each.subject,
+    "@To what": lambda each: each.subject,
     "Outcome": lambda each: each.outcome,
     "Request": lambda each: each.request_id,
 }

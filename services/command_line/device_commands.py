@@ -24,7 +24,7 @@ def _model(device: Device) -> str:
 
 
 DEVICE_COLUMNS: Columns[Device] = {
-    "Device": lambda each: each.device_id,
+    "@Device": lambda each: each.device_id,
     "Name": lambda each: each.name,
     "Status": lambda each: each.status,
     "Does": _activity,
@@ -34,7 +34,7 @@ DEVICE_COLUMNS: Columns[Device] = {
     "Last seen (UTC)": lambda each: each.last_seen_at,
 }
 TOKEN_COLUMNS: Columns[EnrolmentTokenState] = {
-    "Token": lambda each: each.token_id,
+    "@Token": lambda each: each.token_id,
     "Note": lambda each: each.note,
     "Used": lambda each: f"{each.used} of {each.uses}",
     "Approval": lambda each: each.approval,

@@ -16,7 +16,7 @@ NameArgument = Annotated[str, typer.Argument(metavar="FEDERATION", help="The fed
 Description = Annotated[str, typer.Option(help="What it is, for operators.")]
 
 COLUMNS: Columns[Federation] = {
-    "Federation": lambda each: each.name,
+    "@Federation": lambda each: each.name,
     "#Devices": lambda each: each.num_devices,
     "#Runs": lambda each: each.num_runs,
     "Description": lambda each: each.description,

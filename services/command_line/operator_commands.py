@@ -20,7 +20,7 @@ def _end(key: OperatorKey) -> object:
 
 
 COLUMNS: Columns[OperatorKey] = {
-    "Key": lambda each: each.key_id,
+    "@Key": lambda each: each.key_id,
     "Name": lambda each: each.name,
     "Role": lambda each: each.role,
     "Begins with": lambda each: f"{each.prefix}…",

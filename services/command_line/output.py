@@ -51,17 +51,13 @@ def print_items(items: Sequence[Item], output: OutputFormat, noun: str, columns:
 
 def print_rows(title: str, items: Sequence[Item], columns: Columns[Item]) -> None:
     """Print a table, a row an item, under its title."""
-    print_table(console(), title, list(columns), rows_of(items, columns))
-
-
-def rows_of(items: Sequence[Item], columns: Columns[Item]) -> list[list[str]]:
-    """Return a row of cells an item."""
-    return [[cell(value(item)) for value in columns.values()] for item in items]
+    rows = [[cell(value(item)) for value in columns.values()] for item in items]
+    print_table(console(), title, list(columns), rows)
 
 
 def facts_of(item: Item, columns: Columns[Item]) -> dict[str, object]:
     """Return what a row of an item says, by name, for `print_facts`."""
-    return {heading.removeprefix("#"): value(item) for heading, value in columns.items()}
+    return {_heading(heading): value(item) for heading, value in columns.items()}
 
 
 def print_facts(facts: Mapping[str, object]) -> None:
@@ -106,11 +102,18 @@ def print_table(out: Console, title: str, columns: Sequence[str], rows: Sequence
 
 
 def table(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
-    """Return a table; a column of numbers is one whose name starts with `#`, which is not shown."""
+    """Return a table. The first character of a column's name is not shown where it is one of these:
+
+    `#`: a column of numbers; `@`: of ids, which are never folded, so that they can be copied and searched for.
+    """
     result = Table(header_style="bold", box=None, pad_edge=False)
     for column in columns:
-        numeric = column.startswith("#")
-        result.add_column(column.removeprefix("#"), justify="right" if numeric else "left", overflow="fold")
+        result.add_column(
+            _heading(column),
+            justify="right" if column.startswith("#") else "left",
+            overflow="fold",
+            no_wrap=column.startswith("@"),
+        )
     for row in rows:
         result.add_row(*(Text(str(value)) if not isinstance(value, Text) else value for value in row))
     return result
@@ -130,6 +133,10 @@ def seconds_text(seconds: float) -> str:
     """Return a duration for a person: `8 s`, `2 min 05 s`."""
     whole = round(seconds)
     return f"{whole} s" if whole < 60 else f"{whole // 60} min {whole % 60:02d} s"
+
+
+def _heading(column: str) -> str:
+    return column[1:] if column[0:1] in ("#", "@") else column
 
 
 def _dump(value: BaseModel) -> Any:

@@ -46,9 +46,7 @@ COLUMNS: Columns[Round] = {
     "Waits for": lambda each: each.waiting.what if each.waiting else None,
     "#From version": lambda each: each.base_version,
     "Devices": lambda each: _told(Counter(device.status for device in each.devices)),
-    "Opened (UTC)": lambda each: each.opened_at,
     "Deadline (UTC)": lambda each: each.deadline_at,
-    "Finished (UTC)": lambda each: each.finished_at,
     "Why": lambda each: each.status_reason,
 }
 SHARE_COLUMNS: Columns[Share] = {
@@ -88,5 +86,6 @@ def shares(rounds: Iterable[Round]) -> list[Share]:
 
 
 def _describe(each: Round) -> None:
-    print_facts({"Id": each.round_id} | facts_of(each, COLUMNS))
+    times = {"Opened (UTC)": each.opened_at, "Finished (UTC)": each.finished_at}
+    print_facts({"Id": each.round_id} | facts_of(each, COLUMNS) | times)
     print_rows("Devices", shares([each]), SHARE_COLUMNS)

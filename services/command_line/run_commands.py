@@ -16,11 +16,12 @@ from command_line.output import (
     Columns,
     OutputFormat,
     bytes_text,
+    cell,
     console,
     print_item,
     print_items,
+    print_json,
     print_rows,
-    rows_of,
 )
 from command_line.round_commands import SHARE_COLUMNS, shares
 from command_line.watching import RunWatch, changes
@@ -34,7 +35,7 @@ FINISHED = frozenset({RunStatus.COMPLETED, RunStatus.FAILED, RunStatus.STOPPED})
 POLL_SECONDS = 0.5
 
 COLUMNS: Columns[Run] = {
-    "Run": lambda each: each.run_id,
+    "@Run": lambda each: each.run_id,
     "Name": lambda each: each.name,
     "Strategy": lambda each: each.config.strategy.name,
     "Federation": lambda each: each.federation,
@@ -42,13 +43,6 @@ COLUMNS: Columns[Run] = {
     "#Round": lambda each: f"{each.current_round}/{each.config.rounds}",
     "Created (UTC)": lambda each: each.created_at,
     "Why": lambda each: each.status_reason,
-}
-EVENT_COLUMNS: Columns[Event] = {
-    "#Event": lambda each: each.sequence,
-    "Time (UTC)": lambda each: each.time,
-    "Type": lambda each: each.type,
-    "Device": lambda each: each.device_id,
-    "Data": lambda each: json.dumps(each.data, ensure_ascii=False) if each.data else None,
 }
 
 
@@ -122,12 +116,15 @@ def events(
     server: Server = None,
     output: Format = OutputFormat.TABLE,
 ) -> None:
-    """List what happened in a run, oldest first. With --follow --format json: one object a line."""
+    """List what happened in a run, oldest first, one line an event. With --follow --format json: one object a line."""
     with connect(server) as client:
         if follow:
             _follow(client, run_id, after, timeout, output)
+        elif output is OutputFormat.JSON:
+            print_json(_events(client, run_id, after))
         else:
-            print_items(_events(client, run_id, after), output, "event(s)", EVENT_COLUMNS)
+            for event in _events(client, run_id, after):
+                _print_event(event, output)
 
 
 @app.command("stop")
@@ -256,7 +253,9 @@ def _print_event(event: Event, output: OutputFormat) -> None:
     if output is OutputFormat.JSON:
         typer.echo(event.model_dump_json())
     else:
-        typer.echo("  ".join(rows_of([event], EVENT_COLUMNS)[0]))
+        said = [event.device_id] if event.device_id else []
+        said += [f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in event.data.items()]
+        typer.echo(f"{event.sequence:>6}  {cell(event.time)}  {event.type:<26} {' '.join(said)}".rstrip())
 
 
 def _describe(run: Run) -> None:

@@ -14,7 +14,7 @@ app = typer.Typer(no_args_is_help=True, help="Servers of yours that are told of 
 WebhookArgument = Annotated[str, typer.Argument(metavar="WEBHOOK", help="The webhook's id, whk_….")]
 
 COLUMNS: Columns[Webhook] = {
-    "Webhook": lambda each: each.webhook_id,
+    "@Webhook": lambda each: each.webhook_id,
     "Address": lambda each: each.url,
     "Active": lambda each: each.active,
     "Run": lambda each: each.run_id or "all",

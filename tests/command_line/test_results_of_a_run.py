@@ -149,15 +149,14 @@ def test_events_are_listed_and_followed_to_the_end(connected: Cotune, played: Pl
     types = [each["type"] for each in as_json]
     assert types[0] == "run.created"
     assert {"update.quarantined", "update.rejected", "version.created"} <= set(types)
-    table = connected("run", "events", played.run_id).out
-    assert f"{len(as_json)} event(s)" in table
-    assert "update.quarantined" in table
+    lines = connected("run", "events", played.run_id).out.splitlines()
+    assert [int(line.split()[0]) for line in lines] == [each["sequence"] for each in as_json]
+    assert any("update.quarantined" in line and "norm_outlier: 98.25 is far from 1.5" in line for line in lines)
     middle = as_json[5]["sequence"]
     followed = connected("run", "events", played.run_id, "--follow", "--after", str(middle), "--format", "json")
     assert followed.code == ExitCode.OK
     assert [json.loads(line) for line in followed.out.splitlines()] == as_json[6:]
-    lines = connected("run", "events", played.run_id, "--follow").out.splitlines()
-    assert len(lines) == len(as_json)
+    assert connected("run", "events", played.run_id, "--follow").out.splitlines() == lines
 
 
 def test_a_run_shows_its_devices_and_bytes(connected: Cotune, played: Played) -> None:
@@ -165,3 +164,11 @@ def test_a_run_shows_its_devices_and_bytes(connected: Cotune, played: Played) ->
     assert "completed, round 1 of 1, newest promoted version: 1" in shown
     assert "quarantined" in shown
     assert "Bytes up: adapter_delta" in shown
+
+
+def test_an_id_is_never_folded(connected: Cotune, played: Played, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("command_line.output.PLAIN_WIDTH", 100)
+    for name in ("run", "device"):
+        shown = connected(name, "list").out
+        for each in json.loads(connected(name, "list", "--format", "json").out):
+            assert each[f"{name}_id"] in shown
