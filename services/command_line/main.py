@@ -8,7 +8,20 @@ from typing import Annotated
 
 import typer
 
-from command_line import demo_command, device_commands, operator_commands, run_commands, seed_command, up_command
+from command_line import (
+    audit_commands,
+    demo_command,
+    device_commands,
+    federation_commands,
+    model_commands,
+    operator_commands,
+    round_commands,
+    run_commands,
+    seed_command,
+    up_command,
+    update_commands,
+    webhook_commands,
+)
 from command_line.errors import CommandError
 from command_line.exit_codes import ExitCode
 from command_line.output import print_error
@@ -38,8 +51,14 @@ app.command("demo", help=_help_of(demo_command.demo))(demo_command.demo)
 app.command("demo-seed", help=_help_of(seed_command.demo_seed))(seed_command.demo_seed)
 app.command("up", help=_help_of(up_command.up))(up_command.up)
 app.add_typer(run_commands.app, name="run")
+app.add_typer(round_commands.app, name="round")
+app.add_typer(update_commands.app, name="update")
+app.add_typer(model_commands.app, name="model")
 app.add_typer(device_commands.app, name="device")
+app.add_typer(federation_commands.app, name="federation")
+app.add_typer(webhook_commands.app, name="webhook")
 app.add_typer(operator_commands.app, name="operator")
+app.add_typer(audit_commands.app, name="audit")
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,16 +1,32 @@
-"""`cotune operator`: operators' keys, and what was done with them."""
+"""`cotune operator`: operators' keys."""
 
 from typing import Annotated
 
 import typer
 
-from command_line.connection import Format, Server, connect
-from command_line.output import OutputFormat, console, print_json, print_table
-from protocol.operators import AuditEntry, OperatorKey, OperatorKeyCreate, OperatorRole
+from command_line.connection import Format, Server, checked, connect
+from command_line.output import Columns, OutputFormat, console, print_item, print_items
+from protocol.operators import OperatorKey, OperatorKeyCreate, OperatorKeyCreated, OperatorRole
 
-app = typer.Typer(no_args_is_help=True, help="Operators' keys, and what was done with them. For admins.")
+app = typer.Typer(no_args_is_help=True, help="Operators and their keys. For admins.")
 key_app = typer.Typer(no_args_is_help=True, help="Make, list and revoke operators' keys.")
 app.add_typer(key_app, name="key")
+
+
+def _end(key: OperatorKey) -> object:
+    if key.revoked_at:
+        return f"revoked {key.revoked_at:%Y-%m-%d %H:%M}"
+    return key.expires_at or "it is revoked"
+
+
+COLUMNS: Columns[OperatorKey] = {
+    "@Key": lambda each: each.key_id,
+    "Name": lambda each: each.name,
+    "Role": lambda each: each.role,
+    "Begins with": lambda each: f"{each.prefix}…",
+    "Made by": lambda each: each.created_by,
+    "Good until (UTC)": _end,
+}
 
 
 @key_app.command("create")
@@ -24,12 +40,30 @@ def create(
     output: Format = OutputFormat.TABLE,
 ) -> None:
     """Make a key. It is shown this once."""
-    request = OperatorKeyCreate(name=name, role=role, expires_in_seconds=expires_in_days * 86_400)
+    request = checked(OperatorKeyCreate, name=name, role=role, expires_in_seconds=expires_in_days * 86_400)
     with connect(server) as client:
-        created = client.create_operator_key(request)
-    if output is OutputFormat.JSON:
-        print_json(created)
-        return
+        print_item(client.create_operator_key(request), output, _introduce)
+
+
+@key_app.command("list")
+def list_keys(server: Server = None, output: Format = OutputFormat.TABLE) -> None:
+    """List every key, without its secret."""
+    with connect(server) as client:
+        print_items(client.list_operator_keys(), output, "key(s)", COLUMNS)
+
+
+@key_app.command("revoke")
+def revoke(
+    key_id: Annotated[str, typer.Argument(metavar="KEY", help="The key's id, key_….")],
+    server: Server = None,
+    output: Format = OutputFormat.TABLE,
+) -> None:
+    """Void a key for ever, at once."""
+    with connect(server) as client:
+        print_item(client.revoke_operator_key(key_id), output, _tell_revoked)
+
+
+def _introduce(created: OperatorKeyCreated) -> None:
     out = console()
     out.print(f"Key, shown this once: [bold]{created.key}[/bold]", soft_wrap=True)
     until = f"until {created.expires_at:%Y-%m-%d %H:%M} UTC" if created.expires_at else "until it is revoked"
@@ -38,58 +72,5 @@ def create(
     )
 
 
-@key_app.command("list")
-def list_keys(server: Server = None, output: Format = OutputFormat.TABLE) -> None:
-    """List every key, without its secret."""
-    with connect(server) as client:
-        keys = client.list_operator_keys()
-    if output is OutputFormat.JSON:
-        print_json(keys)
-        return
-    columns = ["Key", "Name", "Role", "Begins with", "Made by", "Good until (UTC)"]
-    print_table(console(), f"{len(keys)} key(s)", columns, [_row(key) for key in keys])
-
-
-@key_app.command("revoke")
-def revoke(
-    key_id: Annotated[str, typer.Argument(help="The key's id, key_….")],
-    server: Server = None,
-    output: Format = OutputFormat.TABLE,
-) -> None:
-    """Void a key for ever, at once."""
-    with connect(server) as client:
-        key = client.revoke_operator_key(key_id)
-    if output is OutputFormat.JSON:
-        print_json(key)
-        return
+def _tell_revoked(key: OperatorKey) -> None:
     console().print(f"{key.key_id} ({key.name}) is revoked.")
-
-
-@app.command("audit")
-def audit(
-    limit: Annotated[int, typer.Option(min=1, max=200, help="Most entries.")] = 50,
-    subject: Annotated[str | None, typer.Option(help="Only what was done to this run, device, token or key.")] = None,
-    server: Server = None,
-    output: Format = OutputFormat.TABLE,
-) -> None:
-    """Show what operators changed or tried to change, the newest first."""
-    with connect(server) as client:
-        entries = client.audit(limit=limit, subject=subject)
-    if output is OutputFormat.JSON:
-        print_json(entries)
-        return
-    columns = ["Time (UTC)", "Who", "What", "To what", "Outcome", "Request"]
-    print_table(console(), f"{len(entries)} entries", columns, [_entry(entry) for entry in entries])
-
-
-def _row(key: OperatorKey) -> list[str]:
-    until = f"{key.expires_at:%Y-%m-%d %H:%M}" if key.expires_at else "it is revoked"
-    return [
-        key.key_id, key.name, key.role, f"{key.prefix}…", key.created_by,
-        f"revoked {key.revoked_at:%Y-%m-%d %H:%M}" if key.revoked_at else until,
-    ]  # fmt: skip
-
-
-def _entry(entry: AuditEntry) -> list[str]:
-    when = f"{entry.time:%Y-%m-%d %H:%M:%S}"
-    return [when, f"{entry.name} ({entry.key_id})", entry.action, entry.subject or "-", entry.outcome, entry.request_id]

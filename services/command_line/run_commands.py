@@ -1,5 +1,6 @@
-"""`cotune run`: create, see, hold, retry, roll back and stop runs."""
+"""`cotune run`: create, see, follow, hold, retry, roll back and stop runs."""
 
+import json
 import time
 import tomllib
 from datetime import datetime
@@ -9,18 +10,40 @@ from typing import Annotated, Any
 import typer
 
 from command_line.api_client import ApiClient
-from command_line.connection import Format, Server, connect
+from command_line.connection import Format, RunArgument, Server, connect
 from command_line.errors import BadInput, RunFailed, TimedOut
-from command_line.output import OutputFormat, bytes_text, console, print_json, print_table
+from command_line.output import (
+    Columns,
+    OutputFormat,
+    bytes_text,
+    cell,
+    console,
+    print_item,
+    print_items,
+    print_json,
+    print_rows,
+)
+from command_line.round_commands import SHARE_COLUMNS, shares
 from command_line.watching import RunWatch, changes
-from protocol.runs import Round, RoundDevice, Run, Waiting
+from protocol.events import Event
+from protocol.runs import Run, Waiting
 from protocol.statuses import RunStatus
 
-app = typer.Typer(no_args_is_help=True, help="Create, see, watch, pause, resume, retry, roll back and stop runs.")
+app = typer.Typer(no_args_is_help=True, help="Create, see, follow, pause, resume, retry, roll back and stop runs.")
 
-RunId = Annotated[str, typer.Argument(metavar="RUN", help="The run's id, as `cotune run list` shows it.")]
 FINISHED = frozenset({RunStatus.COMPLETED, RunStatus.FAILED, RunStatus.STOPPED})
 POLL_SECONDS = 0.5
+
+COLUMNS: Columns[Run] = {
+    "@Run": lambda each: each.run_id,
+    "Name": lambda each: each.name,
+    "Strategy": lambda each: each.config.strategy.name,
+    "Federation": lambda each: each.federation,
+    "Status": lambda each: each.status,
+    "#Round": lambda each: f"{each.current_round}/{each.config.rounds}",
+    "Created (UTC)": lambda each: each.created_at,
+    "Why": lambda each: each.status_reason,
+}
 
 
 @app.command("create")
@@ -36,49 +59,36 @@ def create(
     with connect(server) as client:
         run = client.create_run(config)
         if watch:
-            _announce(run, output)
+            if output is OutputFormat.TABLE:
+                _announce(run)
             _watch(client, run.run_id, timeout, output)
-            return
-    if output is OutputFormat.JSON:
-        print_json(run)
-    else:
-        _announce(run, output)
-        console().print(f"Follow it with: cotune run watch {run.run_id}")
+        else:
+            print_item(run, output, _introduce)
 
 
 @app.command("list")
-def list_runs(server: Server = None, output: Format = OutputFormat.TABLE) -> None:
+def list_runs(
+    status: Annotated[RunStatus | None, typer.Option(help="Only runs in this status.")] = None,
+    federation: Annotated[str | None, typer.Option(help="Only runs of this federation.")] = None,
+    server: Server = None,
+    output: Format = OutputFormat.TABLE,
+) -> None:
     """List every run, newest first."""
     with connect(server) as client:
-        runs = sorted(client.list_runs(), key=lambda run: run.created_at, reverse=True)
-    if output is OutputFormat.JSON:
-        print_json(runs)
-        return
-    rows = [
-        [
-            run.run_id, run.name, run.config.strategy.name, run.status, f"{run.current_round}/{run.config.rounds}",
-            f"{run.created_at:%Y-%m-%d %H:%M}", run.status_reason or "",
-        ]
-        for run in runs
-    ]  # fmt: skip
-    columns = ["Run", "Name", "Strategy", "Status", "#Round", "Created (UTC)", "Why"]
-    print_table(console(), f"{len(runs)} run(s)", columns, rows)
+        print_items(client.list_runs(status=status, federation=federation), output, "run(s)", COLUMNS)
 
 
 @app.command("show")
-def show(run_id: RunId, server: Server = None, output: Format = OutputFormat.TABLE) -> None:
+def show(run_id: RunArgument, server: Server = None, output: Format = OutputFormat.TABLE) -> None:
     """Show a run: its status and why, its rounds, what each device did, the bytes that travelled."""
     with connect(server) as client:
         run = client.get_run(run_id)
+        print_item(run, output, _describe)
         if output is OutputFormat.JSON:
-            print_json(run)
             return
         rounds, traffic = client.list_rounds(run_id), client.traffic(run_id)
     out = console()
-    _describe(run)
-    rows = [_round_row(each, device) for each in rounds for device in each.devices]
-    columns = ["#Round", "Round is", "Device", "Device is", "Stage", "Losses", "Why"]
-    print_table(out, "Rounds", columns, rows)
+    print_rows("Rounds", shares(rounds), SHARE_COLUMNS)
     for direction, kinds in (("up", traffic.up), ("down", traffic.down)):
         text = ", ".join(f"{kind} {bytes_text(count)}" for kind, count in kinds.items() if count)
         out.print(f"Bytes {direction}: {text or 'none'}")
@@ -86,7 +96,7 @@ def show(run_id: RunId, server: Server = None, output: Format = OutputFormat.TAB
 
 @app.command("watch")
 def watch(
-    run_id: RunId,
+    run_id: RunArgument,
     timeout: Annotated[float | None, typer.Option(min=0, help="Seconds to wait at most; then exit code 3.")] = None,
     server: Server = None,
     output: Format = OutputFormat.TABLE,
@@ -96,47 +106,68 @@ def watch(
         _watch(client, run_id, timeout, output)
 
 
+@app.command("events")
+def events(
+    *,
+    run_id: RunArgument,
+    after: Annotated[int, typer.Option(min=0, help="Only events after this number.")] = 0,
+    follow: Annotated[bool, typer.Option("--follow", help="Stay until the run has ended.")] = False,
+    timeout: Annotated[float | None, typer.Option(min=0, help="With --follow: seconds to wait at most.")] = None,
+    server: Server = None,
+    output: Format = OutputFormat.TABLE,
+) -> None:
+    """List what happened in a run, oldest first, one line an event. With --follow --format json: one object a line."""
+    with connect(server) as client:
+        if follow:
+            _follow(client, run_id, after, timeout, output)
+        elif output is OutputFormat.JSON:
+            print_json(_events(client, run_id, after))
+        else:
+            for event in _events(client, run_id, after):
+                _print_event(event, output)
+
+
 @app.command("stop")
 def stop(
-    run_id: RunId,
+    run_id: RunArgument,
     reason: Annotated[str, typer.Option(help="Kept with the run, shown to devices.")] = "",
     server: Server = None,
     output: Format = OutputFormat.TABLE,
 ) -> None:
     """End a run. Its unfinished round is abandoned; published versions stay."""
     with connect(server) as client:
-        _show(client.stop_run(run_id, reason or None), output)
+        print_item(client.stop_run(run_id, reason or None), output, _describe)
 
 
 @app.command("pause")
 def pause(
-    run_id: RunId,
+    run_id: RunArgument,
     reason: Annotated[str, typer.Option(help="Kept with the run until it is resumed.")] = "",
     server: Server = None,
     output: Format = OutputFormat.TABLE,
 ) -> None:
     """Hold a run: no round opens, nothing is offered. What devices and workers have, they may finish."""
     with connect(server) as client:
-        _show(client.pause_run(run_id, reason or None), output)
+        print_item(client.pause_run(run_id, reason or None), output, _describe)
 
 
 @app.command("resume")
-def resume(run_id: RunId, server: Server = None, output: Format = OutputFormat.TABLE) -> None:
+def resume(run_id: RunArgument, server: Server = None, output: Format = OutputFormat.TABLE) -> None:
     """Let a paused run go on; its deadlines move by the length of the pause."""
     with connect(server) as client:
-        _show(client.resume_run(run_id), output)
+        print_item(client.resume_run(run_id), output, _describe)
 
 
 @app.command("retry")
-def retry(run_id: RunId, server: Server = None, output: Format = OutputFormat.TABLE) -> None:
+def retry(run_id: RunArgument, server: Server = None, output: Format = OutputFormat.TABLE) -> None:
     """Try a failed run again: its round opens as a new attempt from the same version, or it is prepared again."""
     with connect(server) as client:
-        _show(client.retry_run(run_id), output)
+        print_item(client.retry_run(run_id), output, _describe)
 
 
 @app.command("rollback")
 def roll_back(
-    run_id: RunId,
+    run_id: RunArgument,
     version: Annotated[int, typer.Argument(metavar="VERSION", min=0, help="A promoted version to go on from.")],
     reason: Annotated[str, typer.Option(help="Kept with the versions that are withdrawn.")] = "",
     server: Server = None,
@@ -144,7 +175,7 @@ def roll_back(
 ) -> None:
     """Go back to an earlier version: the next round starts from it. Later ones are withdrawn, and stay to be seen."""
     with connect(server) as client:
-        _show(client.roll_back_run(run_id, version, reason or None), output)
+        print_item(client.roll_back_run(run_id, version, reason or None), output, _describe)
 
 
 def read_config(file: Path) -> dict[str, Any]:
@@ -173,10 +204,7 @@ def _watch(client: ApiClient, run_id: str, timeout: float | None, output: Output
         time.sleep(POLL_SECONDS)
         before, now = now, follower.look()
     _print_changes(changes(before, now), output)
-    if output is OutputFormat.JSON:
-        print_json(now.run)
-    else:
-        _describe(now.run)
+    print_item(now.run, output, _describe)
     if now.run.status is not RunStatus.COMPLETED:
         raise RunFailed(f"run {run_id} {now.run.status}: {now.run.status_reason or 'no reason was given'}")
 
@@ -188,16 +216,46 @@ def _print_changes(lines: list[str], output: OutputFormat) -> None:
             out.print(line, markup=False)
 
 
-def _announce(run: Run, output: OutputFormat) -> None:
-    if output is OutputFormat.TABLE:
-        console().print(f"Created run [bold]{run.run_id}[/bold] ({run.name})")
+def _announce(run: Run) -> None:
+    console().print(f"Created run [bold]{run.run_id}[/bold] ({run.name})")
 
 
-def _show(run: Run, output: OutputFormat) -> None:
+def _introduce(run: Run) -> None:
+    _announce(run)
+    console().print(f"Follow it with: cotune run watch {run.run_id}")
+
+
+def _events(client: ApiClient, run_id: str, after: int) -> list[Event]:
+    """Every event of a run after a number, that there is by now."""
+    found: list[Event] = []
+    while more := client.events(run_id, after=found[-1].sequence if found else after, limit=1000):
+        found += more
+    return found
+
+
+def _follow(client: ApiClient, run_id: str, after: int, timeout: float | None, output: OutputFormat) -> None:
+    """Print events as they come, until the run has ended and its last one is printed."""
+    deadline = None if timeout is None else time.monotonic() + timeout
+    finished = False
+    while not finished:
+        # Asked first: what is written before a run ends is then among the events.
+        finished = client.get_run(run_id).status in FINISHED
+        for event in _events(client, run_id, after):
+            _print_event(event, output)
+            after = event.sequence
+        if not finished:
+            if deadline is not None and time.monotonic() >= deadline:
+                raise TimedOut(f"run {run_id} has not ended after {timeout:.0f} s; it goes on")
+            time.sleep(POLL_SECONDS)
+
+
+def _print_event(event: Event, output: OutputFormat) -> None:
     if output is OutputFormat.JSON:
-        print_json(run)
+        typer.echo(event.model_dump_json())
     else:
-        _describe(run)
+        said = [event.device_id] if event.device_id else []
+        said += [f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in event.data.items()]
+        typer.echo(f"{event.sequence:>6}  {cell(event.time)}  {event.type:<26} {' '.join(said)}".rstrip())
 
 
 def _describe(run: Run) -> None:
@@ -216,12 +274,3 @@ def _describe(run: Run) -> None:
 
 def _times(waiting: Waiting) -> list[tuple[str, datetime | None]]:
     return [("since", waiting.since), ("until", waiting.until)]
-
-
-def _round_row(each: Round, device: RoundDevice) -> list[str]:
-    steps = f" {device.step}/{device.steps}" if device.steps else ""
-    losses = ", ".join(f"{name} {value:.3f}" for name, value in device.losses.items())
-    why = device.reason or each.status_reason or ""
-    return [
-        str(each.number), each.status, device.device_name, device.status, f"{device.stage or ''}{steps}", losses, why,
-    ]  # fmt: skip

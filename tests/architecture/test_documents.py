@@ -78,11 +78,12 @@ def commands_of(program: typer.Typer, prefix: str) -> set[str]:
 
 def test_the_readme_names_every_command_and_no_other() -> None:
     section = README.partition("\n## Commands\n")[2].partition("\n\nEvery command")[0]
+    groups = {"cotune-agent", *(f"cotune {group.name}" for group in app.registered_groups)}
     named = set()
     for first, second in re.findall(r"^\| (`cotune.*?) \| (.*) \|$", section, re.MULTILINE):
         program, *alone = re.findall(r"`([^`]+)`", first)
         followed = re.findall(r"`([^`]+)`", second)
-        if program in ("cotune-agent", "cotune run", "cotune device", "cotune operator"):
+        if program in groups:
             named |= {f"{program} {each}" for each in followed}
         else:
             named |= {program, *(f"cotune {each}" for each in alone)}

@@ -202,7 +202,14 @@ class RunningApi:
         assert response.status_code == 201, response.text
         return Run.model_validate_json(response.content)
 
-    def prepare(self, run: Run, *, with_files: bool = True, tensors: Mapping[str, TensorInfo] = TENSORS) -> None:
+    def prepare(
+        self,
+        run: Run,
+        *,
+        with_files: bool = True,
+        tensors: Mapping[str, TensorInfo] = TENSORS,
+        metrics: Mapping[str, Any] | None = None,
+    ) -> None:
         """Do what a worker does for a new run: round 1 is open afterwards."""
         now = datetime.now(UTC)
         if not with_files:
@@ -224,6 +231,7 @@ class RunningApi:
                 llm_adapter_sha256=files["llm_adapter"].sha256,
                 probe_set_sha256=files["probe_set"].sha256,
                 expected_tensors=tensors,
+                metrics=metrics or {},
             )
             results.finish_prepare(session, job, "worker", result, now)
 

@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -41,9 +42,9 @@ class Cotune(Protocol):
     def __call__(self, *arguments: str) -> Ended: ...
 
 
-@pytest.fixture(scope="session")
-def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApi]:
-    home = tmp_path_factory.mktemp("api")
+@contextmanager
+def served(home: Path) -> Iterator[RunningApi]:
+    """Start an API with its state in `home`."""
     key = make_operator_key(home).read_text(encoding="ascii").strip()
     port = free_port()
     with Supervisor(home, notify=print, environment=without_our_settings()) as supervisor:
@@ -51,6 +52,12 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApi]:
         with ApiClient(f"http://{HOST}:{port}", key) as client:
             wait_until_ready(client, supervisor)
         yield RunningApi(f"http://{HOST}:{port}", key, home)
+
+
+@pytest.fixture(scope="session")
+def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApi]:
+    with served(tmp_path_factory.mktemp("api")) as running:
+        yield running
 
 
 @pytest.fixture
@@ -77,6 +84,12 @@ def connected(run_cotune: Cotune, api: RunningApi, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("COTUNE_SERVER", api.address)
     monkeypatch.setenv("COTUNE_OPERATOR_KEY", api.key)
     return run_cotune
+
+
+@pytest.fixture
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tables so wide that no cell is folded."""
+    monkeypatch.setattr("command_line.output.PLAIN_WIDTH", 400)
 
 
 class _Stranger(BaseHTTPRequestHandler):

@@ -66,8 +66,8 @@ def test_a_token_is_shown_with_the_command_for_the_device(connected: Cotune, api
 
 
 def test_no_device_is_an_empty_list(connected: Cotune) -> None:
-    assert json.loads(connected("device", "list", "--format", "json").out) == []
-    assert "0 device(s)" in connected("device", "list").out
+    assert json.loads(connected("device", "list", "--status", "offline", "--format", "json").out) == []
+    assert "0 device(s)" in connected("device", "list", "--status", "offline").out
 
 
 def test_a_token_is_listed_and_revoked(connected: Cotune) -> None:
@@ -109,14 +109,6 @@ def test_an_operators_key_works_until_it_is_revoked(connected: Cotune, api: Runn
         assert connected("operator", "key", "revoke", made["key_id"]).code == ExitCode.OK
         with pytest.raises(NotAuthorised, match="was revoked"):
             client.list_devices()
-
-
-def test_what_was_done_is_in_the_trail(connected: Cotune) -> None:
-    made = json.loads(connected("operator", "key", "create", "--name", "linus", "--format", "json").out)
-    assert "is revoked" in connected("operator", "key", "revoke", made["key_id"]).out
-    trail = connected("operator", "audit", "--subject", made["key_id"], "--format", "json")
-    assert [entry["action"] for entry in json.loads(trail.out)] == ["operator_key.revoke", "operator_key.create"]
-    assert "operator_key.revoke" in connected("operator", "audit", "--limit", "5").out
 
 
 def test_a_run_is_created_listed_shown_and_stopped(connected: Cotune, tmp_path: Path) -> None:
