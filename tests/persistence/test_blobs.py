@@ -5,6 +5,7 @@ import io
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -241,6 +242,19 @@ def test_addresses(tmp_path: Path) -> None:
         "bucket", "a/b/", "https://store:9000"
     )
     assert read_address({"COTUNE_BLOBS": "s3://bucket"}, tmp_path) == S3Address("bucket", "", None)
+
+
+def test_an_object_store_receives_into_the_folder_that_is_named(s3: str, tmp_path: Path) -> None:
+    named = {"COTUNE_BLOBS": "s3://bucket", "COTUNE_S3_SCRATCH": str(tmp_path / "disk")}
+    found = read_address(named, tmp_path)
+    assert found == S3Address("bucket", scratch=tmp_path / "disk")
+    place = replace(address(s3), scratch=tmp_path / "disk")
+    new_store(place, tmp_path)  # makes the bucket
+    store = open_store(place, tmp_path / "memory")
+    with store.writer() as writer:
+        writer.write(b"half")
+        assert len(list((tmp_path / "disk" / "incoming").iterdir())) == 1
+    assert not (tmp_path / "memory").exists()
 
 
 @pytest.mark.parametrize(
