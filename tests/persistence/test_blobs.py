@@ -249,7 +249,6 @@ def test_an_object_store_receives_into_the_folder_that_is_named(s3: str, tmp_pat
     found = read_address(named, tmp_path)
     assert found == S3Address("bucket", scratch=tmp_path / "disk")
     place = replace(address(s3), scratch=tmp_path / "disk")
-    new_store(place, tmp_path)  # makes the bucket
     store = open_store(place, tmp_path / "memory")
     with store.writer() as writer:
         writer.write(b"half")
