@@ -29,6 +29,7 @@ from typing import Any
 import httpx
 
 from benchmarks.measuring import Goal, compare, print_goals, print_table, write_results
+from edge_agent.uploading import CHUNK_BYTES
 from persistence import artifacts, jobs, results
 from persistence.blobs import FolderBlobStore
 from persistence.database import Database
@@ -85,6 +86,8 @@ class Work:
     assignment_id: str
     content: bytes
     digest: str
+    chunks: list[tuple[int, bytes, str]]
+    """Where each starts, its bytes and its digest: a device's work, which is not the service's."""
 
 
 def delta(base_sha256: str, proxy_sha256: str) -> bytes:
@@ -154,7 +157,9 @@ class Api:
         headers = {"Authorization": f"Bearer {credential}"}
         assignment = httpx.get(f"{self.url}/v1/devices/me/assignment", headers=headers).json()
         content = delta(assignment["adapter"]["sha256"], assignment["proxy_manifest"]["sha256"])
-        return Work(credential, assignment["assignment_id"], content, sha256(content).hexdigest())
+        chunks = [(offset, content[offset : offset + CHUNK_BYTES]) for offset in range(0, len(content), CHUNK_BYTES)]
+        with_digests = [(offset, chunk, sha256(chunk).hexdigest()) for offset, chunk in chunks]
+        return Work(credential, assignment["assignment_id"], content, sha256(content).hexdigest(), with_digests)
 
     def peak_mib(self) -> float:
         """The most memory that the process has held, MiB."""
@@ -219,18 +224,18 @@ def send_at_once(http: httpx.Client, url: str, work: Work) -> None:
 
 
 def send_in_chunks(http: httpx.Client, url: str, work: Work) -> None:
-    """As a device sends a large file."""
+    """As a device sends a large file: the first chunk begins the upload, the last one completes it."""
     who = {"Authorization": f"Bearer {work.credential}"}
     path = f"{url}/v1/assignments/{work.assignment_id}/parts/adapter_delta/uploads"
+    (_, first, digest), *others = work.chunks
     file = {UPLOAD_LENGTH_HEADER: str(len(work.content)), REPR_DIGEST_HEADER: content_digest(work.digest)}
-    upload = http.post(path, headers=who | file).raise_for_status().json()
+    headers = who | file | {CONTENT_DIGEST_HEADER: content_digest(digest)}
+    upload = http.post(path, content=first, headers=headers).raise_for_status().json()
     path = f"{path}/{upload['upload_id']}"
-    for offset in range(0, len(work.content), upload["chunk_bytes"]):
-        chunk = work.content[offset : offset + upload["chunk_bytes"]]
-        digest = content_digest(sha256(chunk).hexdigest())
-        headers = who | {CONTENT_DIGEST_HEADER: digest, UPLOAD_OFFSET_HEADER: str(offset)}
-        http.patch(path, content=chunk, headers=headers).raise_for_status()
-    http.post(f"{path}/completion", headers=who).raise_for_status()
+    for offset, chunk, digest in others:
+        headers = who | {CONTENT_DIGEST_HEADER: content_digest(digest), UPLOAD_OFFSET_HEADER: str(offset)}
+        upload = http.patch(path, content=chunk, headers=headers).raise_for_status().json()
+    assert upload["receipt"]["sha256"] == work.digest
 
 
 Sender = Callable[[httpx.Client, str, Work], None]

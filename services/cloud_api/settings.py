@@ -22,6 +22,7 @@ KEY_FILE = "operator.key"
 DEFAULT_UPLOAD_BYTES = 512 * 2**20
 MOST_PROCESSES = 64
 SMALLEST_CHUNK = 4 * 2**20
+LARGEST_CHUNK = 2 * SMALLEST_CHUNK
 """Bytes. Smaller ones would cost more requests, larger ones more to send again after a cut."""
 
 
@@ -104,7 +105,7 @@ class Settings:
             log_level=_choice(environment, "COTUNE_LOG_LEVEL", ("info", "debug", "warning", "error"), "info"),
             upload_limits={kind: _upload_limit(environment, kind) for kind in PartKind},
             link_seconds=_whole(environment, "COTUNE_LINK_SECONDS", 0, 86_400),
-            upload_chunk_bytes=_whole(environment, "COTUNE_UPLOAD_CHUNK_BYTES", SMALLEST_CHUNK, 2 * SMALLEST_CHUNK),
+            upload_chunk_bytes=_whole(environment, "COTUNE_UPLOAD_CHUNK_BYTES", SMALLEST_CHUNK, LARGEST_CHUNK),
             require_signatures=security.switch(environment, "COTUNE_REQUIRE_SIGNATURES", not embedded),
             rates=security.rates(environment),
             trusted_proxies=security.trusted_proxies(environment),

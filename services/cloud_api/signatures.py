@@ -1,7 +1,7 @@
 """Checks that a request was signed by the device that sends it, a moment ago, and for the first time (RFC 9421).
 
 The body is bound by `Content-Digest`, which the signature covers: JSON bodies are compared with it in `strict_json`,
-uploads while they come (`updates.receiving`).
+uploads while they come (`updates.receiving`). It also covers of which file a chunk is, and where it belongs.
 """
 
 import base64
@@ -14,11 +14,9 @@ from starlette.requests import Request
 
 from cloud_api.brief_memory import BriefMemory, keep_seconds
 from protocol.errors import DomainError, ErrorCode
-from protocol.headers import CONTENT_DIGEST_HEADER
 from protocol.signatures import (
     SIGNATURE_HEADER,
     SIGNATURE_INPUT_HEADER,
-    SIGNED_ALWAYS,
     SIGNED_BODY,
     SignatureError,
     SignatureInput,
@@ -26,6 +24,7 @@ from protocol.signatures import (
     parse_signature_input,
     request_values,
     signature_base,
+    signed_components,
 )
 
 
@@ -42,14 +41,13 @@ class RequestParts:
 def parts_of(request: Request) -> RequestParts:
     """Read a request's head."""
     headers, scope = request.headers, request.scope
-    digests = headers.getlist(CONTENT_DIGEST_HEADER)
     raw_path: bytes = scope.get("raw_path") or scope["path"].encode()
     return RequestParts(
         values=request_values(
             request.method,
             raw_path.decode("latin-1"),
             scope["query_string"].decode("latin-1"),
-            ", ".join(digests) if digests else None,
+            headers.getlist,
         ),
         has_body=headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in headers,
         signature_input=headers.get(SIGNATURE_INPUT_HEADER),
@@ -81,7 +79,7 @@ def verify(
     try:
         given = parse_signature_input(request.signature_input)
         signature = parse_signature(request.signature, given.label)
-        _check_coverage(given, device_id, has_body=request.has_body)
+        _check_coverage(given, device_id, request)
         base = signature_base(given.components, request.values, given.parameters)
     except SignatureError as error:
         raise DomainError(ErrorCode.SIGNATURE_INVALID, str(error)) from None
@@ -97,8 +95,8 @@ def verify(
         raise DomainError(ErrorCode.REQUEST_REPLAYED, detail)
 
 
-def _check_coverage(given: SignatureInput, device_id: str, *, has_body: bool) -> None:
-    needed = {*SIGNED_ALWAYS, SIGNED_BODY} if has_body else set(SIGNED_ALWAYS)
+def _check_coverage(given: SignatureInput, device_id: str, request: RequestParts) -> None:
+    needed = {*signed_components(request.values), *([SIGNED_BODY] if request.has_body else [])}
     if lacking := needed - set(given.components):
         raise SignatureError(f"expected a signature that covers {', '.join(sorted(needed))}; it lacks {lacking}")
     if given.keyid != device_id:

@@ -193,30 +193,31 @@ class CloudClient:
         )
         return _parse(self._exchange(request), PartReceipt)
 
-    def begin_upload(self, assignment: Assignment, part: Part) -> PartUpload:
-        """Say which file will come in chunks, and learn how much of it is there. Saying it again is harmless."""
-        headers = {
-            UPLOAD_LENGTH_HEADER: str(part.size_bytes),
-            REPR_DIGEST_HEADER: content_digest(part.sha256),
-        }
-        request = self._http.build_request("POST", f"{_part_path(assignment, part)}/uploads", headers=headers)
-        return _parse(self._exchange(request), PartUpload)
+    def begin_upload(self, assignment: Assignment, part: Part, first_chunk: bytes = b"") -> PartUpload:
+        """Say which file will come in chunks, perhaps with the first, and learn how much is there. Again: harmless."""
+        headers = {UPLOAD_LENGTH_HEADER: str(part.size_bytes), REPR_DIGEST_HEADER: content_digest(part.sha256)}
+        path = f"{_part_path(assignment, part)}/uploads"
+        if not first_chunk:
+            return _parse(self._exchange(self._http.build_request("POST", path, headers=headers)), PartUpload)
+        return self._send_chunk("POST", path, assignment, part, headers, first_chunk)
 
     def send_chunk(self, assignment: Assignment, part: Part, upload_id: str, offset: int, chunk: bytes) -> PartUpload:
         """Send the bytes of a file from `offset` on. Sending them again is harmless."""
-        sha256 = hashlib.sha256(chunk).hexdigest()
-        headers = {
-            "Content-Type": "application/octet-stream",
-            CONTENT_DIGEST_HEADER: content_digest(sha256),
-            UPLOAD_OFFSET_HEADER: str(offset),
-        }
-        self._ledger.record(purpose_of(assignment, part.kind.value), len(chunk), sha256, durable=True)
         path = f"{_part_path(assignment, part)}/uploads/{upload_id}"
-        request = self._http.build_request("PATCH", path, headers=headers, content=chunk)
-        return _parse(self._exchange(request), PartUpload)
+        return self._send_chunk("PATCH", path, assignment, part, {UPLOAD_OFFSET_HEADER: str(offset)}, chunk)
+
+    def _send_chunk(  # noqa: PLR0917
+        self, method: str, path: str, assignment: Assignment, part: Part, headers: dict[str, str], chunk: bytes
+    ) -> PartUpload:
+        sha256 = hashlib.sha256(chunk).hexdigest()
+        headers |= {"Content-Type": "application/octet-stream", CONTENT_DIGEST_HEADER: content_digest(sha256)}
+        self._ledger.record(purpose_of(assignment, part.kind.value), len(chunk), sha256, durable=True)
+        return _parse(
+            self._exchange(self._http.build_request(method, path, headers=headers, content=chunk)), PartUpload
+        )
 
     def complete_upload(self, assignment: Assignment, part: Part, upload_id: str) -> PartReceipt:
-        """Say that all chunks were sent. Saying it again is harmless."""
+        """Say that all chunks were sent, where no receipt came. Saying it again is harmless."""
         path = f"{_part_path(assignment, part)}/uploads/{upload_id}/completion"
         return _parse(self._send("POST", path), PartReceipt)
 

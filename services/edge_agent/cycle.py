@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Protocol
 
@@ -267,8 +268,9 @@ def send(agent: Agent, entry: OutboxEntry, *, again: bool) -> None:
     if receipt is None:
         announce_upload(agent, assignment)
         for part in submission.parts:
+            attempts = count()
             upload = partial(upload_file, agent.client, assignment, part, entry.file(part))
-            agent.retrier.call("upload", upload)
+            agent.retrier.call("upload", lambda: upload(fresh=not again and next(attempts) == 0))  # noqa: B023
         receipt = submit()
     entry.keep_receipt(receipt)
     log.info("update_submitted", update_sha256=receipt.update_sha256, parts=len(submission.parts))

@@ -18,17 +18,15 @@ import structlog
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
 from assets.atomic import write_atomically
-from protocol.headers import CONTENT_DIGEST_HEADER
 from protocol.signatures import (
     LABEL,
     SIGNATURE_HEADER,
     SIGNATURE_INPUT_HEADER,
-    SIGNED_ALWAYS,
-    SIGNED_BODY,
     format_signature,
     request_values,
     signature_base,
     signature_parameters,
+    signed_components,
 )
 
 KEY_FILE = "signing.key"
@@ -106,16 +104,16 @@ class DeviceAuthentication(httpx.Auth):
         request.headers["Authorization"] = f"Bearer {self.credential}"
         if self._key is None:
             return
-        digest = request.headers.get(CONTENT_DIGEST_HEADER)
-        components = [*SIGNED_ALWAYS, SIGNED_BODY] if digest is not None else [*SIGNED_ALWAYS]
         path, _, query = request.url.raw_path.decode("ascii").partition("?")
+        values = request_values(request.method, path, query, request.headers.get_list)
+        components = signed_components(values)
         parameters = signature_parameters(
             components,
             created=int(self._now().timestamp() + self._ahead_seconds),
             nonce=secrets.token_urlsafe(18),
             keyid=self.credential.partition(".")[0],
         )
-        base = signature_base(components, request_values(request.method, path, query, digest), parameters)
+        base = signature_base(components, values, parameters)
         request.headers[SIGNATURE_INPUT_HEADER] = f"{LABEL}={parameters}"
         request.headers[SIGNATURE_HEADER] = format_signature(self._key.sign(base))
 

@@ -10,27 +10,41 @@ from edge_agent.errors import CloudUnavailable
 from protocol.assignments import Assignment, Part, PartReceipt
 
 AT_ONCE_BYTES = 4 * 2**20
-"""A file of up to so many bytes is sent in one request: three requests would not save what a cut costs."""
+"""A file of up to so many bytes is sent in one request: more requests would not save what a cut costs."""
+
+CHUNK_BYTES = 8 * 2**20
+"""Of the first chunk where it begins the upload, and so of each that follows; the most that a server takes. A smaller
+one would save more at a cut, and cost a request, a commit and some hashing for each."""
 
 LARGEST_CHUNK_BYTES = 64 * 2**20
 """A chunk is held in memory, so a server cannot ask for larger ones."""
 
 
 def upload_file(
-    client: CloudClient, assignment: Assignment, part: Part, file: Path, *, at_once_bytes: int = AT_ONCE_BYTES
+    client: CloudClient,
+    assignment: Assignment,
+    part: Part,
+    file: Path,
+    *,
+    fresh: bool = False,
+    at_once_bytes: int = AT_ONCE_BYTES,
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> PartReceipt:
     """Send a file, or what the server lacks of it.
 
+    Args:
+        fresh: it was never tried before, so nothing of it is there: the first chunk goes without asking.
+
     Raises:
-        CloudUnavailable: it broke off; `progressed` says whether a chunk arrived. Call again.
+        CloudUnavailable: it broke off; `progressed` says whether a chunk arrived. Call again, not fresh.
         CloudRefused: the server does not want it.
     """
     if part.size_bytes <= at_once_bytes:
         return client.upload_part(assignment, part, file)
-    upload = client.begin_upload(assignment, part)
-    begun_at = upload.received_bytes
-    try:
-        with open(file, "rb") as stream:
+    with open(file, "rb") as stream:
+        upload = client.begin_upload(assignment, part, stream.read(chunk_bytes) if fresh else b"")
+        begun_at = 0 if fresh else upload.received_bytes
+        try:
             while upload.receipt is None and upload.received_bytes < part.size_bytes:
                 offset, upload_id = upload.received_bytes, upload.upload_id
                 if upload_id is None or not 1 <= upload.chunk_bytes <= LARGEST_CHUNK_BYTES:
@@ -41,9 +55,9 @@ def upload_file(
                 upload = client.send_chunk(assignment, part, upload_id, offset, stream.read(upload.chunk_bytes))
                 if upload.received_bytes <= offset:
                     raise CloudUnavailable(f"a chunk was sent from byte {offset} on, and {offset} bytes are there")
-        if upload.receipt is not None:
-            return upload.receipt
-        return client.complete_upload(assignment, part, upload.upload_id or "")
-    except CloudUnavailable as error:
-        error.progressed = error.progressed or upload.received_bytes > begun_at
-        raise
+            if upload.receipt is not None:
+                return upload.receipt
+            return client.complete_upload(assignment, part, upload.upload_id or "")
+        except CloudUnavailable as error:
+            error.progressed = error.progressed or upload.received_bytes > begun_at
+            raise

@@ -80,10 +80,14 @@ def list_devices(
     status: DeviceStatus | None = None,
     federation: str | None = None,
 ) -> Page[Device]:
-    """Return devices in the order of their enrolment; of one status or federation, if one is given."""
+    """Return devices in the order of their enrolment; of one status or federation, if one is given.
+
+    Raises:
+        DomainError: INVALID_FIELD (the cursor).
+    """
     query = select(DeviceRow).order_by(DeviceRow.id)
     if cursor is not None:
-        query = query.where(DeviceRow.id > cursor)
+        query = query.where(DeviceRow.id > paging.id_cursor(cursor, "dev"))
     if status is not None:
         query = query.where(DeviceRow.status == status)
     if federation is not None:

@@ -61,10 +61,14 @@ def create_token(session: Session, request: EnrolmentTokenCreate, now: datetime)
 
 
 def list_tokens(session: Session, *, cursor: str | None = None, limit: int = 50) -> Page[EnrolmentTokenState]:
-    """Return tokens, the newest first, also those that are spent, expired or revoked."""
+    """Return tokens, the newest first, also those that are spent, expired or revoked.
+
+    Raises:
+        DomainError: INVALID_FIELD (the cursor).
+    """
     query = select(EnrolmentTokenRow).order_by(EnrolmentTokenRow.id.desc())
     if cursor is not None:
-        query = query.where(EnrolmentTokenRow.id < cursor)
+        query = query.where(EnrolmentTokenRow.id < paging.id_cursor(cursor, "tok"))
     rows, more = paging.take(session, query, limit)
     return Page[EnrolmentTokenState](
         items=[_token_state(row) for row in rows], next_cursor=rows[-1].id if more else None

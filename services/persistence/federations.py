@@ -30,11 +30,18 @@ def get_federation(session: Session, name: str) -> Federation:
     return _federations(session, [find(session, name)])[0]
 
 
+_NAME = "[a-z0-9][a-z0-9-]{0,63}"
+
+
 def list_federations(session: Session, *, cursor: str | None = None, limit: int = 50) -> Page[Federation]:
-    """Return federations in the order of their names."""
+    """Return federations in the order of their names.
+
+    Raises:
+        DomainError: INVALID_FIELD (the cursor).
+    """
     query = select(FederationRow).order_by(FederationRow.name)
     if cursor is not None:
-        query = query.where(FederationRow.name > cursor)
+        query = query.where(FederationRow.name > paging.checked_cursor(cursor, _NAME))
     rows, more = paging.take(session, query, limit)
     return Page[Federation](items=_federations(session, rows), next_cursor=rows[-1].name if more else None)
 

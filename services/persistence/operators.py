@@ -42,10 +42,14 @@ def create_key(session: Session, request: OperatorKeyCreate, created_by: str, no
 
 
 def list_keys(session: Session, *, cursor: str | None = None, limit: int = 50) -> Page[OperatorKey]:
-    """Return every key, also those that are void, in the order of their creation."""
+    """Return every key, also those that are void, in the order of their creation.
+
+    Raises:
+        DomainError: INVALID_FIELD (the cursor).
+    """
     query = select(OperatorKeyRow).order_by(OperatorKeyRow.id)
     if cursor is not None:
-        query = query.where(OperatorKeyRow.id > cursor)
+        query = query.where(OperatorKeyRow.id > paging.id_cursor(cursor, "key"))
     rows, more = paging.take(session, query, limit)
     return Page[OperatorKey](items=[_key(row) for row in rows], next_cursor=rows[-1].id if more else None)
 

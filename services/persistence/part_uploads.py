@@ -13,6 +13,7 @@ from sqlalchemy import delete, or_, select
 from sqlalchemy.orm import Session
 
 from persistence import late_updates, updates
+from persistence.blobs import StagedChunk
 from persistence.identifiers import new_id
 from persistence.tables import AssignmentRow, PartUploadRow, RoundRow, RunRow, UploadChunkRow
 from persistence.transitions import UNDELIVERED
@@ -28,6 +29,8 @@ EXPIRES_AFTER = timedelta(days=1)
 class UploadPlace:
     """A place in an upload: where a chunk belongs, and how long it must be."""
 
+    sha256: str
+    """Of the whole file, as it was announced."""
     size_bytes: int
     """Of the whole file."""
     chunk_size: int
@@ -36,11 +39,11 @@ class UploadPlace:
 
 @dataclass(frozen=True)
 class ReceivedFile:
-    """All of a file's chunks, by the hashes under which they are staged, in order."""
+    """All of a file's chunks, in order, as they are staged."""
 
     sha256: str
     size_bytes: int
-    chunks: Sequence[str]
+    chunks: Sequence[StagedChunk]
 
 
 def begin(  # noqa: PLR0917
@@ -51,10 +54,15 @@ def begin(  # noqa: PLR0917
     size_bytes: int,
     chunk_bytes: int,
     now: datetime,
+    *,
+    upload_id: str | None = None,
 ) -> tuple[PartUpload, str | None]:
     """Begin to receive a file, or say how far it has come. For a part that `updates.admit_part` admitted here and now.
 
     An unfinished upload of another file for the same part is forgotten.
+
+    Args:
+        upload_id: from `new_upload_id`, if a chunk is staged under it already.
 
     Returns:
         The upload, and the id of one that was forgotten: its stage can be dropped after the commit.
@@ -65,9 +73,7 @@ def begin(  # noqa: PLR0917
     receipt = updates.find_receipt(session, assignment_id, kind, sha256)
     if receipt is not None:
         return complete(receipt, chunk_bytes), None
-    row = session.scalar(
-        select(PartUploadRow).where(PartUploadRow.assignment_id == assignment_id, PartUploadRow.kind == kind)
-    )
+    row = _of_part(session, assignment_id, kind)
     forgotten = None
     if row is not None and (row.sha256, row.size_bytes) != (sha256, size_bytes):
         forgotten = row.id
@@ -75,7 +81,7 @@ def begin(  # noqa: PLR0917
         row = None
     if row is None:
         row = PartUploadRow(
-            id=new_id("upl", now),
+            id=upload_id or new_upload_id(now),
             assignment_id=assignment_id,
             kind=kind,
             sha256=sha256,
@@ -89,6 +95,22 @@ def begin(  # noqa: PLR0917
     row.touched_at = now
     session.flush()
     return _shown(row), forgotten
+
+
+def new_upload_id(now: datetime) -> str:
+    """Return an id for an upload that will begin."""
+    return new_id("upl", now)
+
+
+def look(  # noqa: PLR0917
+    session: Session, assignment_id: str, kind: PartKind, sha256: str, size_bytes: int, chunk_bytes: int
+) -> PartUpload | None:
+    """Return how far a file has come, None if it was not begun. Raises DomainError UPDATE_CONFLICT as `begin`."""
+    receipt = updates.find_receipt(session, assignment_id, kind, sha256)
+    if receipt is not None:
+        return complete(receipt, chunk_bytes)
+    row = _of_part(session, assignment_id, kind)
+    return _shown(row) if row is not None and (row.sha256, row.size_bytes) == (sha256, size_bytes) else None
 
 
 def get(session: Session, assignment_id: str, kind: PartKind, upload_id: str) -> PartUpload:
@@ -105,7 +127,7 @@ def place(session: Session, assignment_id: str, kind: PartKind, upload_id: str, 
     row = _row(session, assignment_id, kind, upload_id)
     if offset > row.received_bytes or offset % row.chunk_bytes or offset >= row.size_bytes:
         raise _wrong_offset(row, offset)
-    return UploadPlace(row.size_bytes, min(row.chunk_bytes, row.size_bytes - offset))
+    return UploadPlace(row.sha256, row.size_bytes, min(row.chunk_bytes, row.size_bytes - offset))
 
 
 def refuse_other_chunk(  # noqa: PLR0917
@@ -151,9 +173,10 @@ def received_file(session: Session, assignment_id: str, kind: PartKind, upload_i
     if row.received_bytes != row.size_bytes:
         raise _wrong_offset(row, row.size_bytes)
     chunks = session.scalars(
-        select(UploadChunkRow.sha256).where(UploadChunkRow.upload_id == row.id).order_by(UploadChunkRow.number)
+        select(UploadChunkRow).where(UploadChunkRow.upload_id == row.id).order_by(UploadChunkRow.number)
     )
-    return ReceivedFile(row.sha256, row.size_bytes, chunks.all())
+    staged = [StagedChunk(each.number * row.chunk_bytes, each.size_bytes, each.sha256) for each in chunks]
+    return ReceivedFile(row.sha256, row.size_bytes, staged)
 
 
 def announced_file(session: Session, assignment_id: str, kind: PartKind, upload_id: str) -> str | None:
@@ -214,6 +237,12 @@ def complete(receipt: PartReceipt, chunk_bytes: int) -> PartUpload:
         received_bytes=receipt.size_bytes,
         expires_at=None,
         receipt=receipt,
+    )
+
+
+def _of_part(session: Session, assignment_id: str, kind: PartKind) -> PartUploadRow | None:
+    return session.scalar(
+        select(PartUploadRow).where(PartUploadRow.assignment_id == assignment_id, PartUploadRow.kind == kind)
     )
 
 

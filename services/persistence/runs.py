@@ -63,10 +63,14 @@ def list_runs(
     federation: str | None = None,
     now: datetime | None = None,
 ) -> Page[Run]:
-    """Return runs, the newest first; of one status or federation, if one is given."""
+    """Return runs, the newest first; of one status or federation, if one is given.
+
+    Raises:
+        DomainError: INVALID_FIELD (the cursor).
+    """
     query = select(RunRow).order_by(RunRow.id.desc())
     if cursor is not None:
-        query = query.where(RunRow.id < cursor)
+        query = query.where(RunRow.id < paging.id_cursor(cursor, "run"))
     if status is not None:
         query = query.where(RunRow.status == status)
     if federation is not None:

@@ -78,10 +78,14 @@ def get(session: Session, webhook_id: str) -> Webhook:
 
 
 def list_webhooks(session: Session, *, cursor: str | None, limit: int) -> Page[Webhook]:
-    """Return webhooks, the oldest first."""
+    """Return webhooks, the oldest first.
+
+    Raises:
+        DomainError: INVALID_FIELD (the cursor).
+    """
     query = select(WebhookRow).order_by(WebhookRow.id)
     if cursor is not None:
-        query = query.where(WebhookRow.id > cursor)
+        query = query.where(WebhookRow.id > paging.id_cursor(cursor, "whk"))
     rows, more = paging.take(session, query, limit)
     return Page[Webhook](items=[_webhook(row) for row in rows], next_cursor=rows[-1].id if more else None)
 

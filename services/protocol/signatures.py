@@ -1,8 +1,9 @@
 """What a signed request's signature covers, and how it is written: the part of RFC 9421 that we use. No cryptography.
 
-A device signs the method, the path, the query, and the digest of the body (RFC 9530) if there is one, with the time, a
-nonce and its id. So nobody who reads or changes traffic can use a request for another purpose, or twice. Not covered:
-the authority and the scheme, which a proxy in front of the API may change; a device's key is known to one server only.
+A device signs the method, the path, the query, and the header fields that say what is sent: the digest of the body and
+of the file (RFC 9530), the file's size, and where in it the body starts. With them the time, a nonce and its id. So
+nobody who reads or changes traffic can use a request for another purpose, or twice. Not covered: the authority and the
+scheme, which a proxy in front of the API may change; a device's key is known to one server only.
 
 One signature a request is read, in the one spelling that RFC 8941 calls canonical, so what was verified and what is
 acted upon cannot differ. A general library (http-message-signatures 3.0) was looked at: it verifies digests of whole
@@ -13,7 +14,7 @@ second library to parse structured fields; this is the hundred lines that are le
 import base64
 import binascii
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 SIGNATURE_HEADER = "Signature"
@@ -23,6 +24,8 @@ LABEL = "cotune"
 ALGORITHM = "ed25519"
 SIGNED_ALWAYS = ("@method", "@path", "@query")
 SIGNED_BODY = "content-digest"
+SIGNED_FIELDS = (SIGNED_BODY, "repr-digest", "upload-length", "upload-offset")
+"""Header fields that are signed wherever they are; the first one must be there with a body."""
 SIGNATURE_BYTES = 64
 
 LARGEST_CREATED = 2**40
@@ -76,15 +79,24 @@ def signature_base(components: Sequence[str], values: Mapping[str, str], paramet
     return "\n".join([*lines, f'"@signature-params": {parameters}']).encode("latin-1", "replace")
 
 
-def request_values(method: str, raw_path: str, query: str, content_digest: str | None) -> dict[str, str]:
+def request_values(
+    method: str, raw_path: str, query: str, field_lines: Callable[[str], Sequence[str]]
+) -> dict[str, str]:
     """Return the values of a request's components (RFC 9421, sections 2.1 and 2.2).
 
     Args:
         raw_path: as on the wire, percent-encoded, without the query.
         query: as on the wire, without the question mark.
+        field_lines: the values of the header field of a name, of each line one, none where it is not there.
     """
     values = {"@method": method, "@path": raw_path or "/", "@query": f"?{query}"}
-    return values if content_digest is None else values | {SIGNED_BODY: content_digest.strip()}
+    lines = {name: field_lines(name) for name in SIGNED_FIELDS}
+    return values | {name: ", ".join(line.strip() for line in found) for name, found in lines.items() if found}
+
+
+def signed_components(values: Mapping[str, str]) -> list[str]:
+    """Return what the signature of a request with these values must cover, in the order in which a device writes it."""
+    return [*SIGNED_ALWAYS, *(name for name in SIGNED_FIELDS if name in values)]
 
 
 def parse_signature_input(value: str) -> SignatureInput:

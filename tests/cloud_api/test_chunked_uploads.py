@@ -12,7 +12,8 @@ import httpx
 import pytest
 
 from cloud_api.cloud import open_cloud
-from persistence import schema
+from persistence import part_uploads, schema
+from persistence.blobs import StagedChunk
 from persistence.blobs.interface import BlobWriter
 from protocol.assignments import Assignment, PartUpload
 from protocol.errors import DomainError, ErrorCode
@@ -55,6 +56,20 @@ def sent(device: DeviceClient, upload: PartUpload, content: bytes, offset: int |
     return PartUpload.model_validate_json(response.content)
 
 
+def left_by_a_killed_process(api: RunningApi, device: DeviceClient, upload: PartUpload, content: bytes) -> PartUpload:
+    """Send all of a file, the last chunk as a process takes it that is killed between its record and the completion."""
+    while upload.received_bytes + upload.chunk_bytes < upload.size_bytes:
+        upload = sent(device, upload, content)
+    offset, upload_id = upload.received_bytes, str(upload.upload_id)
+    chunk = content[offset:]
+    with api.cloud.blobs.chunk_writer(upload_id, offset, len(chunk)) as writer:
+        writer.write(chunk)
+        sha256_hex = writer.commit().sha256
+    with api.cloud.database.transaction() as session:
+        arguments = (upload.assignment_id, upload.kind, upload_id, offset, sha256_hex, api.cloud.now())
+        return part_uploads.record_chunk(session, *arguments)
+
+
 def staged(api: RunningApi, upload: PartUpload) -> bool:
     return upload.upload_id in api.stages()
 
@@ -65,13 +80,13 @@ def test_a_file_in_chunks_is_stored_submitted_and_counted_as_traffic(store_api: 
     for kind, content in parts.items():
         assert len(content) > 100
         response = device.upload_in_chunks(assignment, kind, content)
-        assert response.status_code == 201, response.text
-        assert response.json()["sha256"] == sha256(content).hexdigest()
+        assert response.status_code == 200, response.text
+        assert response.json()["receipt"]["sha256"] == sha256(content).hexdigest()
         assert store_api.stored(content)
         again = begun(device, assignment, content, kind)
         assert (again.upload_id, again.received_bytes) == (None, len(content))
         assert again.receipt is not None
-        assert again.receipt.model_dump(mode="json") == response.json()
+        assert again.receipt.model_dump(mode="json") == response.json()["receipt"]
     assert store_api.stages() == []
     assert store_api.left_over() == []
     assert device.submit(assignment, parts).status_code == 201
@@ -93,8 +108,8 @@ def test_what_is_there_is_found_again_and_only_the_rest_is_sent(store_api: Runni
     assert again.received_bytes == asked.received_bytes == 200
     while again.received_bytes < again.size_bytes:
         again = sent(device, again, content)
-    assert device.complete(again).status_code == 201
-    assert device.complete(again).status_code == 200
+    assert again.receipt is not None
+    assert device.complete(upload).json() == again.receipt.model_dump(mode="json")
     assert not staged(store_api, upload)
 
 
@@ -106,9 +121,10 @@ def test_a_chunk_twice_is_one_and_another_for_its_place_a_conflict(store_api: Ru
     assert sent(device, upload, content, 0).received_bytes == first.received_bytes == 200
     other = bytes(len(content))
     refused(device.send_chunk(upload, other, 100), ErrorCode.UPDATE_CONFLICT, 409)
+    chunk = StagedChunk(100, 100, sha256(other[:100]).hexdigest())
     with pytest.raises(DomainError):  # Else a device could fill the disk with chunks for one place.
-        store_api.cloud.blobs.open_staged(str(upload.upload_id), sha256(other[:100]).hexdigest())
-    assert device.upload_in_chunks(assignment, "adapter_delta", content).status_code == 201
+        store_api.cloud.blobs.open_staged(str(upload.upload_id), chunk)
+    assert device.upload_in_chunks(assignment, "adapter_delta", content).status_code == 200
 
 
 def test_an_upload_that_is_completed_many_times_at_once_is_put_together_once(
@@ -116,17 +132,15 @@ def test_an_upload_that_is_completed_many_times_at_once_is_put_together_once(
 ) -> None:
     device, assignment = work
     content = delta_for(assignment)
-    upload = begun(device, assignment, content)
-    while upload.received_bytes < upload.size_bytes:
-        upload = sent(device, upload, content)
+    upload = left_by_a_killed_process(store_api, device, begun(device, assignment, content), content)
     store = store_api.cloud.blobs
     written: list[int | None] = []
     write = store.writer
 
-    def slowly(size: int | None = None, *, stage: str | None = None) -> BlobWriter:
+    def slowly(size: int | None = None) -> BlobWriter:
         written.append(size)
         time.sleep(0.2)
-        return write(size, stage=stage)
+        return write(size)
 
     monkeypatch.setattr(store, "writer", slowly)
     with ThreadPoolExecutor(8) as pool:
@@ -136,12 +150,10 @@ def test_an_upload_that_is_completed_many_times_at_once_is_put_together_once(
     assert written == [len(content)]
 
 
-def test_an_upload_is_not_completed_by_another_file_that_came_at_once(work: Work) -> None:
+def test_an_upload_is_not_completed_by_another_file_that_came_at_once(store_api: RunningApi, work: Work) -> None:
     device, assignment = work
     slow, quick = delta_for(assignment), delta_for(assignment, fill=1)
-    upload = begun(device, assignment, slow)
-    while upload.received_bytes < upload.size_bytes:
-        upload = sent(device, upload, slow)
+    upload = left_by_a_killed_process(store_api, device, begun(device, assignment, slow), slow)
     assert device.upload(assignment, "adapter_delta", quick).status_code == 201
     refused(device.complete(upload), ErrorCode.UPDATE_CONFLICT, 409)
 
@@ -221,9 +233,9 @@ def test_a_file_that_is_not_the_announced_one_is_forgotten(store_api: RunningApi
     device, assignment = work
     content, other = delta_for(assignment), delta_for(assignment, fill=1)
     upload = begun(device, assignment, content)
-    while upload.received_bytes < upload.size_bytes:
+    while upload.received_bytes + upload.chunk_bytes < upload.size_bytes:
         upload = sent(device, upload, other)
-    problem = refused(device.complete(upload), ErrorCode.DIGEST_MISMATCH, 422)
+    problem = refused(device.send_chunk(upload, other), ErrorCode.DIGEST_MISMATCH, 422)
     assert problem["expected"] == sha256(content).hexdigest()
     refused(device.complete(upload), ErrorCode.UPLOAD_NOT_FOUND, 404)
     assert not staged(store_api, upload)
@@ -235,7 +247,7 @@ def test_another_file_takes_the_place_of_an_unfinished_one(store_api: RunningApi
     device, assignment = work
     old, new = delta_for(assignment), delta_for(assignment, fill=1)
     upload = sent(device, begun(device, assignment, old), old)
-    assert device.upload_in_chunks(assignment, "adapter_delta", new).status_code == 201
+    assert device.upload_in_chunks(assignment, "adapter_delta", new).status_code == 200
     refused(device.send_chunk(upload, old), ErrorCode.UPLOAD_NOT_FOUND, 404)
     refused(device.begin(assignment, "adapter_delta", old), ErrorCode.UPDATE_CONFLICT, 409)
     assert not staged(store_api, upload)
@@ -244,12 +256,15 @@ def test_another_file_takes_the_place_of_an_unfinished_one(store_api: RunningApi
 def test_lost_chunks_mean_to_begin_again(store_api: RunningApi, work: Work) -> None:
     device, assignment = work
     content = delta_for(assignment)
-    upload = begun(device, assignment, content)
-    while upload.received_bytes < upload.size_bytes:
-        upload = sent(device, upload, content)
+    upload = left_by_a_killed_process(store_api, device, begun(device, assignment, content), content)
     store_api.cloud.blobs.drop_stage(upload.upload_id or "")
     refused(device.complete(upload), ErrorCode.UPLOAD_NOT_FOUND, 404)
-    assert device.upload_in_chunks(assignment, "adapter_delta", content).status_code == 201
+    upload = sent(device, begun(device, assignment, content), content)
+    store_api.cloud.blobs.drop_stage(upload.upload_id or "")
+    while upload.received_bytes + upload.chunk_bytes < upload.size_bytes:
+        upload = sent(device, upload, content)
+    refused(device.send_chunk(upload, content), ErrorCode.UPLOAD_NOT_FOUND, 404)
+    assert device.upload_in_chunks(assignment, "adapter_delta", content).status_code == 200
 
 
 def test_a_device_touches_its_own_uploads_only(store_api: RunningApi, work: Work) -> None:
@@ -279,7 +294,7 @@ def test_a_round_that_closes_takes_no_further_chunk(store_api: RunningApi) -> No
     upload = sent(slow, begun(slow, assignment, content), content)
     parts = {"adapter_delta": delta_for(theirs), "logits": logits()}
     for kind, part in parts.items():
-        assert quick.upload_in_chunks(theirs, kind, part).status_code == 201
+        assert quick.upload_in_chunks(theirs, kind, part).status_code == 200
     assert quick.submit(theirs, parts).status_code == 201
     refused(slow.send_chunk(upload, content), ErrorCode.ROUND_CLOSED, 409)
     refused(slow.begin(assignment, "adapter_delta", content), ErrorCode.ROUND_CLOSED, 409)
@@ -293,29 +308,110 @@ def test_senders_at_once_through_two_processes_make_one_right_file(store_api: Ru
     with running_api(store_api.cloud.settings) as second:
         other = DeviceClient(device.device_id, device.credential, second.client(device.credential))
         upload = begun(device, assignment, right)
-        while upload.received_bytes < upload.size_bytes:
+        while upload.receipt is None:
             start = Barrier(4)
 
             def send(sender: DeviceClient, content: bytes, at: PartUpload = upload, start: Barrier = start) -> int:
                 start.wait()
                 return sender.send_chunk(at, content).status_code
 
+            last = upload.received_bytes + upload.chunk_bytes >= upload.size_bytes
             with ThreadPoolExecutor(4) as pool:
                 senders = [(device, right), (other, right), (device, right), (other, right)]
-                assert set(pool.map(lambda pair: send(*pair), senders)) == {200}
+                answers = set(pool.map(lambda pair: send(*pair), senders))
+            # Who comes after the file is complete finds no upload; what it must never do is to spoil the file.
+            assert 200 in answers
+            assert answers <= ({200, 404} if last else {200})
             upload = begun(device, assignment, right)
-            if upload.received_bytes < upload.size_bytes:
+            if not last:
                 refused(other.send_chunk(upload, right[:99] + b"z", 0), ErrorCode.UPDATE_CONFLICT, 409)
-        with ThreadPoolExecutor(2) as pool:
-            answers = list(pool.map(lambda sender: sender.complete(upload), [device, other]))
-    # The slower one may find its chunks gone; what it must never do is to spoil the file.
-    assert {answer.status_code for answer in answers} <= {200, 201, 404}
-    assert 201 in {answer.status_code for answer in answers}
     assert store_api.stored(right)
     assert not store_api.stored(bytes(wrong))
     receipt = begun(device, assignment, right).receipt
     assert receipt is not None
     assert receipt.sha256 == sha256(right).hexdigest()
+
+
+def test_the_first_chunk_may_come_with_the_beginning(store_api: RunningApi, work: Work) -> None:
+    device, assignment = work
+    content = delta_for(assignment)
+    response = device.begin_with_chunk(assignment, "adapter_delta", content, 150)
+    assert (response.status_code, response.headers["Upload-Offset"]) == (201, "150")
+    upload = PartUpload.model_validate_json(response.content)
+    assert (upload.chunk_bytes, upload.received_bytes) == (150, 150)
+    asked = begun(device, assignment, content)
+    assert (asked.upload_id, asked.chunk_bytes, asked.received_bytes) == (upload.upload_id, 150, 150)
+    again = device.begin_with_chunk(assignment, "adapter_delta", content, 100)
+    assert again.status_code == 200
+    assert PartUpload.model_validate_json(again.content).received_bytes == 150
+    while upload.receipt is None:
+        upload = sent(device, upload, content)
+    assert store_api.stored(content)
+    assert not staged(store_api, asked)
+    assert store_api.left_over() == []
+    counted = store_api.operator.get(f"/v1/runs/{assignment.run_id}/traffic").json()["up"]
+    assert counted["adapter_delta"] == len(content)
+
+
+def test_a_file_may_be_one_chunk(store_api: RunningApi, work: Work) -> None:
+    device, assignment = work
+    content = delta_for(assignment)
+    before = store_api.stages()
+    response = device.begin_with_chunk(assignment, "adapter_delta", content, len(content))
+    assert response.status_code == 201, response.text
+    assert response.json()["receipt"]["sha256"] == sha256(content).hexdigest()
+    assert device.begin_with_chunk(assignment, "adapter_delta", content, len(content)).status_code == 200
+    assert store_api.stored(content)
+    assert store_api.stages() == before
+    assert store_api.left_over() == []
+
+
+def test_a_first_chunk_that_is_wrong_begins_nothing(store_api: RunningApi, work: Work) -> None:
+    device, assignment = work
+    content = delta_for(assignment)
+    problem = refused(device.begin_with_chunk(assignment, "adapter_delta", content, 99), ErrorCode.INVALID_FIELD, 422)
+    assert problem["expected"] == [100, 8 * 2**20]
+    other = digest_header(content[1:101])["Content-Digest"]
+    spoilt = device.begin_with_chunk(assignment, "adapter_delta", content, 100, Content_Digest=other)
+    refused(spoilt, ErrorCode.DIGEST_MISMATCH, 422)
+    foreign = b"not a safetensors file at all".ljust(1000)
+    refused(device.begin_with_chunk(assignment, "adapter_delta", foreign, 100), ErrorCode.NOT_SAFETENSORS, 422)
+    upload = begun(device, assignment, content)
+    assert upload.received_bytes == 0
+    problem = refused(device.begin_with_chunk(assignment, "adapter_delta", content, 101), ErrorCode.INVALID_FIELD, 422)
+    assert problem["expected"] == [100, 100]
+    response = device.begin_with_chunk(assignment, "adapter_delta", content, 100)
+    assert PartUpload.model_validate_json(response.content).upload_id == upload.upload_id
+    assert sent(device, upload, content, 0).received_bytes == 100
+    assert store_api.left_over() == []
+
+
+def test_two_that_begin_with_a_chunk_at_once_begin_one_upload(store_api: RunningApi, work: Work) -> None:
+    device, assignment = work
+    content = delta_for(assignment)
+    before = set(store_api.stages())
+    with running_api(store_api.cloud.settings) as second:
+        other = DeviceClient(device.device_id, device.credential, second.client(device.credential))
+        start = Barrier(4)
+
+        def begin(sender: DeviceClient) -> PartUpload:
+            start.wait()
+            response = sender.begin_with_chunk(assignment, "adapter_delta", content, 100)
+            assert response.is_success, response.text
+            return PartUpload.model_validate_json(response.content)
+
+        with ThreadPoolExecutor(4) as pool:
+            uploads = list(pool.map(begin, [device, other, device, other]))
+        assert {(each.upload_id, each.received_bytes) for each in uploads} == {(uploads[0].upload_id, 100)}
+        assert set(store_api.stages()) == before | {uploads[0].upload_id}
+        upload = uploads[0]
+        for sender in (other, device) * 100:  # in turns, so that no process has the whole file
+            upload = sent(sender, upload, content)
+            if upload.receipt is not None:
+                break
+    assert store_api.stored(content)
+    assert set(store_api.stages()) == before
+    assert store_api.left_over() == []
 
 
 def test_a_killed_process_loses_no_chunk_that_it_acknowledged(tmp_path: Path, migrated_file: Path) -> None:
@@ -346,9 +442,8 @@ def test_a_killed_process_loses_no_chunk_that_it_acknowledged(tmp_path: Path, mi
         ))  # fmt: skip
         upload = begun(again, assignment, content)
         assert upload.received_bytes == 4 * 2**20
-        while upload.received_bytes < upload.size_bytes:
+        while upload.receipt is None:
             upload = sent(again, upload, content)
-        assert again.complete(upload).status_code == 201
         again.http.close()
     assert api.stored(content)
     api.close()

@@ -21,8 +21,14 @@ from persistence import schema
 from protocol.assignments import Assignment
 from protocol.errors import ErrorCode
 from protocol.headers import content_digest
-from protocol.signatures import format_signature, request_values, signature_base, signature_parameters
-from tests.cloud_api.running_api import PROFILE, RunningApi, delta_for, running_api, settings_in
+from protocol.signatures import (
+    format_signature,
+    request_values,
+    signature_base,
+    signature_parameters,
+    signed_components,
+)
+from tests.cloud_api.running_api import PROFILE, DeviceClient, RunningApi, delta_for, running_api, settings_in
 
 REDIS = os.environ.get("COTUNE_TEST_REDIS", "redis://127.0.0.1:6379/0")
 HEARTBEAT = "/v1/devices/me/heartbeat"
@@ -41,22 +47,24 @@ class SigningDevice:
         self._count = 0
 
     def signed(self, method: str, path: str, body: bytes | None, **changed: Any) -> dict[str, str]:
-        """The headers for a request; `changed`: what is signed in place of the truth."""
+        """The headers for a request; `changed`: what is signed in place of the truth; `fields`: more headers."""
         self._count += 1
-        digest = None if body is None else content_digest(sha256(body).hexdigest())
-        components = changed.get("components", ["@method", "@path", "@query", *(["content-digest"] if digest else [])])
+        fields = dict(changed.get("fields", {}))
+        if body is not None:
+            fields["content-digest"] = content_digest(sha256(body).hexdigest())
+        bare, _, query = path.partition("?")
+        values = request_values(method, bare, query, lambda name: [fields[name]] if name in fields else [])
+        components = changed.get("components", signed_components(values))
         parameters = signature_parameters(
             components,
             created=changed.get("created", int(time.time())),
             nonce=changed.get("nonce", f"nonce-{self._count}"),
             keyid=changed.get("keyid", self.device_id),
         )
-        bare, _, query = path.partition("?")
-        values = request_values(method, bare, query, digest) | changed.get("values", {})
+        values |= changed.get("values", {})
         signature = changed.get("key", self.key).sign(signature_base(components, values, parameters))
         headers = {"Signature-Input": f"cotune={parameters}", "Signature": format_signature(signature)}
-        headers |= {"Content-Digest": digest} if digest else {}
-        return headers | {"Content-Type": "application/json"}
+        return headers | fields | {"Content-Type": "application/json"}
 
     def send(self, method: str, path: str, body: bytes | None, headers: Mapping[str, str]) -> httpx.Response:
         return self.http.request(method, path, content=body, headers=dict(headers))
@@ -114,7 +122,7 @@ def test_another_body_under_a_good_signature(device: SigningDevice) -> None:
     answer = device.send("POST", HEARTBEAT, b'{"activity": "training"}', headers)
     assert (answer.status_code, answer.json()["code"]) == (422, ErrorCode.DIGEST_MISMATCH)
     for digest in ("sha-256=:x:", "", "sha-512=:AAAA:"):
-        answer = device.send("POST", HEARTBEAT, b"{}", headers | {"Content-Digest": digest})
+        answer = device.send("POST", HEARTBEAT, b"{}", headers | {"content-digest": digest})
         assert answer.json()["code"] == ErrorCode.DIGEST_MISMATCH
     bare = device.signed("GET", "/v1/devices/me", None)
     assert refused(device.send("POST", HEARTBEAT, b"{}", bare)) is ErrorCode.SIGNATURE_INVALID
@@ -162,6 +170,37 @@ def test_an_upload_is_bound_to_its_bytes(api: RunningApi) -> None:
     assert (wrong.status_code, wrong.json()["code"]) == (422, ErrorCode.DIGEST_MISMATCH)
     assert not api.stored(other)
     assert device.send("PUT", path, content, device.signed("PUT", path, content)).status_code == 201
+
+
+def test_where_a_chunk_belongs_and_which_file_it_is_of_is_signed(api: RunningApi) -> None:
+    device = SigningDevice(api)
+    api.running_run(DeviceClient(device.device_id, device.credential, device.http))
+    assignment = Assignment.model_validate_json(
+        device.http.get("/v1/devices/me/assignment", headers=device.signed("GET", "/v1/devices/me/assignment", None))
+        .raise_for_status()
+        .content
+    )
+    content = delta_for(assignment)
+    path = f"/v1/assignments/{assignment.assignment_id}/parts/adapter_delta/uploads"
+    digest = content_digest(sha256(content).hexdigest())
+    file = {"upload-length": str(len(content)), "repr-digest": digest}
+    for name, forged in (("upload-length", str(len(content) + 1)), ("repr-digest", content_digest("0" * 64))):
+        headers = device.signed("POST", path, None, fields=file) | {name: forged}
+        assert refused(device.send("POST", path, None, headers)) is ErrorCode.SIGNATURE_INVALID
+    # Not to sign them is no way round either.
+    headers = device.signed("POST", path, None, fields=file, components=["@method", "@path", "@query"])
+    assert refused(device.send("POST", path, None, headers)) is ErrorCode.SIGNATURE_INVALID
+    begun = device.send("POST", path, None, device.signed("POST", path, None, fields=file))
+    assert begun.status_code == 201, begun.text
+    path += f"/{begun.json()['upload_id']}"
+    headers = device.signed("PATCH", path, content, fields={"upload-offset": "4194304"}) | {"upload-offset": "0"}
+    assert refused(device.send("PATCH", path, content, headers)) is ErrorCode.SIGNATURE_INVALID
+    added = device.signed("PATCH", path, content) | {"upload-offset": "0"}
+    assert refused(device.send("PATCH", path, content, added)) is ErrorCode.SIGNATURE_INVALID
+    headers = device.signed("PATCH", path, content, fields={"upload-offset": "0"})
+    sent = device.send("PATCH", path, content, headers)
+    assert sent.status_code == 200, sent.text
+    assert sent.json()["receipt"]["sha256"] == sha256(content).hexdigest()
 
 
 def test_a_server_may_take_signed_requests_only(tmp_path: Path) -> None:

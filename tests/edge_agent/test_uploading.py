@@ -33,24 +33,38 @@ class Sender:
     faults: list[str] = field(default_factory=list)
     """What the next chunks meet: `lost` (it never arrives), `unheard` (the answer does not), `` (nothing)."""
     sent: list[int] = field(default_factory=list)
+    brought: list[int] = field(default_factory=list)
+    """Sizes of the chunks that came with the beginning."""
 
     def part(self, **changed: object) -> Part:
         digest = sha256(self.content).hexdigest()
         part = Part(kind=PartKind.ADAPTER_DELTA, sha256=digest, size_bytes=len(self.content))
         return part.model_copy(update=changed)
 
-    def upload(self, part: Part | None = None, *, at_once_bytes: int = 100) -> PartReceipt:
-        """As a process that has just started does."""
+    def upload(self, part: Part | None = None, *, at_once_bytes: int = 100, fresh: bool = False) -> PartReceipt:
+        """As a process that has just started does; or, fresh, one that has just made the file."""
         now: Callable[[], datetime] = lambda: datetime.now(UTC)  # noqa: E731
         with FaultyClient(self.api.url, self.credential, self.ledger, threading.Event(), now=now) as client:
             client.sender = self
-            return upload_file(client, self.assignment, part or self.part(), self.file, at_once_bytes=at_once_bytes)
+            return upload_file(
+                client,
+                self.assignment,
+                part or self.part(),
+                self.file,
+                fresh=fresh,
+                at_once_bytes=at_once_bytes,
+                chunk_bytes=200,
+            )
 
 
 class FaultyClient(CloudClient):
     """The real client behind a bad connection."""
 
     sender: Sender
+
+    def begin_upload(self, assignment: Assignment, part: Part, first_chunk: bytes = b"") -> PartUpload:
+        self.sender.brought.append(len(first_chunk))
+        return super().begin_upload(assignment, part, first_chunk)
 
     def send_chunk(self, assignment: Assignment, part: Part, upload_id: str, offset: int, chunk: bytes) -> PartUpload:
         fault = self.sender.faults.pop(0) if self.sender.faults else ""
@@ -93,6 +107,17 @@ def test_each_chunk_is_sent_once_and_every_byte_is_in_the_ledger(sender: Sender)
     assert (
         sender.api.operator.get(path).json()["up"] == sender.ledger.totals() == {"adapter_delta": len(sender.content)}
     )
+
+
+def test_a_file_that_was_never_tried_begins_with_its_first_chunk(sender: Sender) -> None:
+    sender.faults = ["", "unheard"]
+    with pytest.raises(CloudUnavailable) as caught:
+        sender.upload(fresh=True)
+    assert caught.value.progressed
+    assert sender.upload().sha256 == sha256(sender.content).hexdigest()
+    assert sender.brought == [200, 0]
+    assert sender.sent == list(range(200, len(sender.content), 200))
+    assert sender.ledger.totals() == {"adapter_delta": len(sender.content)}
 
 
 @pytest.mark.parametrize("fault", ["lost", "unheard"])

@@ -5,6 +5,7 @@ import io
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from persistence.blobs import BlobStore, FolderBlobStore, S3Address, StoredBlob, open_store, read_address
+from persistence.blobs import BlobStore, FolderBlobStore, S3Address, StagedChunk, StoredBlob, open_store, read_address
 from persistence.errors import StorageError
 from protocol.errors import DomainError, ErrorCode
 from tests.s3_server import address, new_store
@@ -160,20 +161,24 @@ def test_a_listing_shows_every_file_and_its_age(store: BlobStore) -> None:
     assert not store.exists(sha(b"two"))
 
 
-def stage(store: BlobStore, name: str, content: bytes) -> str:
-    with store.writer(len(content), stage=name) as writer:
+def stage(store: BlobStore, name: str, content: bytes, offset: int = 0) -> StagedChunk:
+    with store.chunk_writer(name, offset, len(content)) as writer:
         writer.write(content)
-        return writer.commit(sha(content)).sha256
+        return StagedChunk(offset, len(content), writer.commit(sha(content)).sha256)
+
+
+def read_chunk(store: BlobStore, name: str, chunk: StagedChunk) -> bytes:
+    with store.open_staged(name, chunk) as file:
+        return file.read(chunk.size_bytes)
 
 
 def test_chunks_wait_in_their_stage_and_go_with_it(store: BlobStore) -> None:
-    first, second = stage(store, "upl_1", b"first"), stage(store, "upl_1", b"second")
+    first, second = stage(store, "upl_1", b"first"), stage(store, "upl_1", b"second", 5)
     other = stage(store, "upl_2", b"first")
     assert stage(store, "upl_1", b"first") == first == other
-    with store.open_staged("upl_1", first) as one, store.open_staged("upl_1", second) as two:
-        assert one.read() + two.read() == b"firstsecond"
+    assert read_chunk(store, "upl_1", first) + read_chunk(store, "upl_1", second) == b"firstsecond"
     assert list(store.objects()) == []
-    assert not store.exists(first)
+    assert not store.exists(first.sha256)
     assert {name for name, _ in store.stages()} == {"upl_1", "upl_2"}
     store.drop_stage("upl_1")
     store.drop_stage("upl_1")
@@ -181,13 +186,32 @@ def test_chunks_wait_in_their_stage_and_go_with_it(store: BlobStore) -> None:
         store.open_staged("upl_1", first)
     assert caught.value.code is ErrorCode.ARTIFACT_NOT_FOUND
     assert [name for name, _ in store.stages()] == ["upl_2"]
-    with store.open_staged("upl_2", other) as file:
-        assert file.read() == b"first"
+    assert read_chunk(store, "upl_2", other) == b"first"
+    assert stage(store, "upl_1", b"second", 5) == second  # a late one does not know that the stage was dropped
+    assert left_over(store) == []
+
+
+def test_a_chunk_that_was_given_up_or_is_wrong_spoils_no_other(store: BlobStore) -> None:
+    first = stage(store, "upl_1", b"first")
+    for wrong in (b"wrong", b"wr"):
+        with store.chunk_writer("upl_1", 5, 5) as writer:
+            writer.write(wrong)
+            with pytest.raises(DomainError):
+                writer.commit(sha(b"right"))
+    with store.chunk_writer("upl_1", 5, 5) as slow:
+        slow.write(b"ri")
+        second = stage(store, "upl_1", b"right", 5)
+        slow.write(b"ght")
+        assert slow.commit(sha(b"right")).sha256 == second.sha256
+    assert read_chunk(store, "upl_1", first) + read_chunk(store, "upl_1", second) == b"firstright"
+    with pytest.raises(DomainError), store.chunk_writer("upl_1", 10, 3) as writer:
+        writer.write(b"long")
+    assert left_over(store) == []
 
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../objects", "x" * 65])
 def test_what_is_not_the_name_of_a_stage_is_not_a_path(store: BlobStore, name: str) -> None:
-    for action in (lambda: store.writer(stage=name), lambda: store.drop_stage(name)):
+    for action in (lambda: store.chunk_writer(name, 0, 1), lambda: store.drop_stage(name)):
         with pytest.raises(ValueError, match="letters, digits"):
             action()
 
@@ -218,6 +242,18 @@ def test_addresses(tmp_path: Path) -> None:
         "bucket", "a/b/", "https://store:9000"
     )
     assert read_address({"COTUNE_BLOBS": "s3://bucket"}, tmp_path) == S3Address("bucket", "", None)
+
+
+def test_an_object_store_receives_into_the_folder_that_is_named(s3: str, tmp_path: Path) -> None:
+    named = {"COTUNE_BLOBS": "s3://bucket", "COTUNE_S3_SCRATCH": str(tmp_path / "disk")}
+    found = read_address(named, tmp_path)
+    assert found == S3Address("bucket", scratch=tmp_path / "disk")
+    place = replace(address(s3), scratch=tmp_path / "disk")
+    store = open_store(place, tmp_path / "memory")
+    with store.writer() as writer:
+        writer.write(b"half")
+        assert len(list((tmp_path / "disk" / "incoming").iterdir())) == 1
+    assert not (tmp_path / "memory").exists()
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from persistence.blobs import FolderBlobStore
+from persistence.blobs import FolderBlobStore, StagedChunk, StoredBlob
+from persistence.blobs.growing import MOST_GROWING, GrowingFile, GrowingFiles
 from persistence.errors import StorageError
 from protocol.errors import DomainError, ErrorCode
 
@@ -82,3 +83,78 @@ def test_a_folder_that_cannot_be_written_is_not_ready(store: FolderBlobStore) ->
     with pytest.raises(DomainError) as caught:
         store.check()
     assert caught.value.code is ErrorCode.UNAVAILABLE
+
+
+def stage(store: FolderBlobStore, content: bytes, offset: int) -> StagedChunk:
+    with store.chunk_writer("upl_1", offset, len(content)) as writer:
+        writer.write(content)
+        return StagedChunk(offset, len(content), writer.commit().sha256)
+
+
+def sha(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def adopt(store: FolderBlobStore, content: bytes) -> StoredBlob | None:
+    seen: list[bytes | None] = []
+    blob = store.adopt_stage("upl_1", sha(content), len(content), lambda file: seen.append(file.read(100)))
+    assert seen == ([content] if blob else [])
+    return blob
+
+
+def test_chunks_that_one_process_took_in_order_become_the_file_without_a_copy(store: FolderBlobStore) -> None:
+    stage(store, b"first ", 0)
+    with store.chunk_writer("upl_1", 6, 6) as writer:
+        writer.write(b"spoilt")
+        with pytest.raises(DomainError):
+            writer.commit(sha(b"second"))
+    last = stage(store, b"second", 6)
+    (staged,) = store.staged.glob(f"upl_1/6-{last.sha256}")
+    inode = staged.stat().st_ino
+    assert adopt(store, b"first second") == StoredBlob(sha(b"first second"), 12)
+    path = store.path(sha(b"first second"))
+    assert (path.read_bytes(), path.stat().st_ino) == (b"first second", inode)
+    stage(store, b"other!", 6)  # of a sender that comes too late: the file is nobody's to write any more
+    assert path.read_bytes() == b"first second"
+    assert adopt(store, b"first second") is None
+    store.drop_stage("upl_1")
+    assert path.read_bytes() == b"first second"
+
+
+def test_chunks_of_several_processes_are_not_adopted_and_are_all_there(store: FolderBlobStore) -> None:
+    other = FolderBlobStore(store.folder)
+    chunks = [
+        stage(each, text, n * 3) for n, (each, text) in enumerate([(store, b"one"), (other, b"two"), (store, b"end")])
+    ]
+    assert adopt(store, b"onetwoend") is None
+    assert adopt(other, b"onetwoend") is None
+    whole = b""
+    for chunk in chunks:
+        with store.open_staged("upl_1", chunk) as file:
+            whole += file.read(chunk.size_bytes)
+    assert whole == b"onetwoend"
+
+
+def test_a_wrong_file_is_not_adopted(store: FolderBlobStore) -> None:
+    def refuse(_: object) -> None:
+        raise DomainError(ErrorCode.NOT_SAFETENSORS, "no")
+
+    stage(store, b"wrong", 0)
+    with pytest.raises(DomainError) as caught:
+        adopt(store, b"right")
+    assert caught.value.code is ErrorCode.DIGEST_MISMATCH
+    store.drop_stage("upl_1")
+    stage(store, b"wrong", 0)
+    with pytest.raises(DomainError) as caught:
+        store.adopt_stage("upl_1", sha(b"wrong"), 5, refuse)
+    assert caught.value.code is ErrorCode.NOT_SAFETENSORS
+    assert list(store.objects()) == []
+
+
+def test_a_process_remembers_a_bounded_number_of_uploads() -> None:
+    files = GrowingFiles()
+    for number in range(MOST_GROWING + 1):
+        files.give(f"upl_{number}", GrowingFile(Path("x"), 1, None))
+    assert files.take("upl_0", 1) is None
+    assert files.take("upl_1", 1) is not None
+    assert files.take("upl_1", 1) is None

@@ -149,7 +149,7 @@ def test_two_sweeps_and_many_uploaders_at_once_lose_no_registered_file(place: Pl
 
 
 def test_chunks_of_uploads_that_are_no_more_go_when_they_are_old(place: Place) -> None:
-    with place.store.writer(stage="upl_gone") as writer:
+    with place.store.chunk_writer("upl_gone", 0, 100) as writer:
         writer.write(b"chunk")
         writer.commit()
     ((_, staged_at),) = place.store.stages()

@@ -8,6 +8,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from persistence import part_uploads, rounds, runs, updates
+from persistence.blobs import StagedChunk
 from persistence.part_uploads import EXPIRES_AFTER
 from persistence.tables import AssignmentRow, PartUploadRow, UploadChunkRow
 from persistence.transitions import move
@@ -59,7 +60,8 @@ def test_whatever_comes_in_whatever_order_what_is_there_has_no_hole(
     if received == SIZE:
         arguments = (upload.assignment_id, upload.kind, upload.upload_id)
         file = world.call(part_uploads.received_file, *arguments)
-        assert list(file.chunks) == [sha(str(offset)) for offset in range(0, SIZE, CHUNK)]
+        expected = [StagedChunk(at, min(CHUNK, SIZE - at), sha(str(at))) for at in range(0, SIZE, CHUNK)]
+        assert list(file.chunks) == expected
 
 
 def test_of_two_senders_of_a_place_one_is_recorded(world: World, assignment: Assignment) -> None:

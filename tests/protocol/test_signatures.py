@@ -16,7 +16,13 @@ from protocol.signatures import (
     request_values,
     signature_base,
     signature_parameters,
+    signed_components,
 )
+
+
+def no_fields(_name: str) -> tuple[str, ...]:
+    return ()
+
 
 # RFC 9421, section 2.5 and appendix B.1.4 and B.2.6: `test-key-ed25519` and the request that it signs.
 RFC_KEY = Ed25519PrivateKey.from_private_bytes(base64.b64decode("n4Ni+HpISpVObnQMW0wOhCKROaIKqKtW/2ZYb2p9KcU="))
@@ -29,7 +35,7 @@ RFC_SIGNATURE = "wqcAqbmYJ2ji2glfAMaRy4gruYYnx2nEFN2HN6jrnDnQCK1u02Gb04v9EDgwUPi
 
 
 def test_the_example_of_the_standard() -> None:
-    values = request_values("POST", "/foo", "param=Value&Pet=dog", None) | {
+    values = request_values("POST", "/foo", "param=Value&Pet=dog", no_fields) | {
         "date": "Tue, 20 Apr 2021 02:07:55 GMT",
         "@authority": "example.com",
         "content-type": "application/json",
@@ -51,7 +57,15 @@ def test_what_was_written_is_read() -> None:
 
 def test_an_empty_path_and_query_have_their_values() -> None:
     """RFC 9421, 2.2.6 and 2.2.7: an empty path is `/`, no query is `?`."""
-    assert request_values("GET", "", "", None) == {"@method": "GET", "@path": "/", "@query": "?"}
+    assert request_values("GET", "", "", no_fields) == {"@method": "GET", "@path": "/", "@query": "?"}
+
+
+def test_the_fields_that_say_what_is_sent_are_signed_wherever_they_are() -> None:
+    """RFC 9421, 2.1: several lines of a field are one value."""
+    lines = {"upload-offset": ["4194304"], "content-digest": [" sha-256=:one: ", "sha-256=:two:"]}
+    values = request_values("PATCH", "/x", "", lambda name: lines.get(name, []))
+    assert values["content-digest"] == "sha-256=:one:, sha-256=:two:"
+    assert signed_components(values) == ["@method", "@path", "@query", "content-digest", "upload-offset"]
 
 
 GOOD = 'cotune=("@method" "@path");created=1;nonce="n";keyid="k";alg="ed25519"'
@@ -94,7 +108,7 @@ def test_what_is_no_signature(value: str) -> None:
 
 def test_a_component_that_the_request_lacks() -> None:
     with pytest.raises(SignatureError, match="content-digest"):
-        signature_base(("@method", "content-digest"), request_values("GET", "/", "", None), "()")
+        signature_base(("@method", "content-digest"), request_values("GET", "/", "", no_fields), "()")
 
 
 @given(st.text(st.characters(codec="latin-1"), max_size=200), st.text(st.characters(codec="latin-1"), max_size=200))
@@ -121,7 +135,7 @@ def test_different_requests_have_different_bases(one: tuple[str, str, str], othe
         path, query = path.replace("\n", ""), query.replace("\n", "")  # noqa: PLW2901
         bases.append(
             (
-                signature_base(SIGNED_ALWAYS, request_values(method, path or "/", query, None), "p"),
+                signature_base(SIGNED_ALWAYS, request_values(method, path or "/", query, no_fields), "p"),
                 (method, path or "/", query),
             )
         )

@@ -62,13 +62,13 @@ def test_the_store_is_swept_of_what_nothing_refers_to(cloud: Cloud, llm: str) ->
     assignment = cloud.take(device)
     kept = {each.sha256 for each in cloud.blobs.objects()}
     orphan = cloud.blobs.put_bytes(b"registered by nobody").sha256
-    with cloud.blobs.writer(stage="upl_gone") as writer:
+    with cloud.blobs.chunk_writer("upl_gone", 0, 100) as writer:
         writer.write(b"a chunk of a forgotten upload")
         writer.commit()
     (cloud.blobs.incoming / "half").write_bytes(b"half")
     arguments = (assignment.assignment_id, PartKind.LOGITS, "0" * 64, 100, 10)
     upload, _ = cloud.call(part_uploads.begin, *arguments, utc_now())
-    with cloud.blobs.writer(stage=upload.upload_id) as writer:
+    with cloud.blobs.chunk_writer(upload.upload_id, 0, 100) as writer:
         writer.write(b"a chunk of it")
         writer.commit()
 

@@ -44,6 +44,11 @@ class HeaderGate:
             if impossible or len(self._head) >= _LENGTH_BYTES + length:
                 self.finish()
 
+    @property
+    def passed(self) -> bool:
+        """Whether the header was whole, and right."""
+        return self._open
+
     def finish(self) -> None:
         """Check the header, if that has not been done.
 

@@ -6,29 +6,20 @@ itself and any process of the API can take the next one; and an upload is found 
 device need not remember its address.
 """
 
-from datetime import datetime
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Path, Request, Response
-from sqlalchemy.orm import Session
-from starlette.concurrency import run_in_threadpool
 
 from cloud_api.assignments.endpoints import AssignmentPath
-from cloud_api.authentication import Presented, authenticate_device
-from cloud_api.cloud import Cloud
 from cloud_api.dependencies import CloudHere, DeviceKey
 from cloud_api.documentation import DEVICE, answers
 from cloud_api.idempotency import repeats_by_content
 from cloud_api.strict_json import StrictJsonRoute
 from cloud_api.updates import examples
-from cloud_api.updates.admission import HeaderGate
+from cloud_api.updates.chunked import ChunkedPart
 from cloud_api.updates.endpoints import FILE_ERRORS, UPDATE_ERRORS
-from cloud_api.updates.receiving import Announced, announced, assemble, most_bytes, receive_file
-from persistence import assignments, part_uploads, traffic, updates
-from persistence.part_uploads import ReceivedFile, UploadPlace
-from persistence.updates import PartAdmission
 from protocol.assignments import PartReceipt, PartUpload
-from protocol.errors import DomainError, ErrorCode
+from protocol.errors import ErrorCode
 from protocol.headers import (
     CONTENT_DIGEST_HEADER,
     REPR_DIGEST_HEADER,
@@ -49,50 +40,52 @@ UploadPath = Annotated[
 Offset = Annotated[
     int, Header(alias=UPLOAD_OFFSET_HEADER, ge=0, le=2**53, description="Where the chunk starts in the file, bytes.")
 ]
-_WRONG_UPLOAD = frozenset(
-    {
-        ErrorCode.DIGEST_MISMATCH,
-        ErrorCode.NOT_SAFETENSORS,
-        ErrorCode.WRONG_BASE_VERSION,
-        ErrorCode.WRONG_TENSOR_NAMES,
-        ErrorCode.WRONG_TENSOR_SHAPE,
-        ErrorCode.WRONG_TENSOR_DTYPE,
-        ErrorCode.LOGITS_MISMATCH,
-    }
-)
-"""What no further chunk can mend."""
-
 _UPLOAD_ERRORS = (ErrorCode.UPLOAD_NOT_FOUND, ErrorCode.UPLOAD_OFFSET_MISMATCH)
 
 
-def _header(name: str, description: str, example: str) -> dict[str, Any]:
+def _header(name: str, description: str, example: str, *, required: bool = True) -> dict[str, Any]:
     schema = {"type": "string"}
     return {
-        "name": name, "in": "header", "required": True, "schema": schema, "description": description,
+        "name": name, "in": "header", "required": required, "schema": schema, "description": description,
         "example": example,
     }  # fmt: skip
 
 
-_BEGIN_REQUEST = {
-    "parameters": [
-        _header(UPLOAD_LENGTH_HEADER, "Size of the whole file, bytes.", "10485760"),
-        _header(REPR_DIGEST_HEADER, "RFC 9530, of the whole file.", content_digest("9d" * 32)),
-    ]
-}
-_CHUNK_REQUEST = {
-    "parameters": [
-        _header(CONTENT_DIGEST_HEADER, "RFC 9530, of the chunk. `Content-Length` too.", content_digest("7c" * 32))
-    ],
-    "requestBody": {
-        "required": True,
-        "description": "The bytes of the chunk.",
+def _chunk_body(description: str, *, required: bool) -> dict[str, Any]:
+    return {
+        "required": required,
+        "description": description,
         "content": {
             "application/octet-stream": {
                 "schema": {"type": "string", "format": "binary"},
                 "example": "(bytes of a part of a safetensors file)",
             }
         },
-    },
+    }
+
+
+_BEGIN_REQUEST = {
+    "parameters": [
+        _header(UPLOAD_LENGTH_HEADER, "Size of the whole file, bytes.", "10485760"),
+        _header(REPR_DIGEST_HEADER, "RFC 9530, of the whole file.", content_digest("9d" * 32)),
+        _header(
+            CONTENT_DIGEST_HEADER,
+            "RFC 9530, of the first chunk, if it comes with this request. `Content-Length` too.",
+            content_digest("7c" * 32),
+            required=False,
+        ),
+    ],
+    "requestBody": _chunk_body(
+        "The file's first chunk, or nothing. It has the server's `chunk_bytes` (4 MiB where nothing else was set) to "
+        "8 MiB, or all of a smaller file; each chunk that follows has as many bytes as this one.",
+        required=False,
+    ),
+}
+_CHUNK_REQUEST = {
+    "parameters": [
+        _header(CONTENT_DIGEST_HEADER, "RFC 9530, of the chunk. `Content-Length` too.", content_digest("7c" * 32))
+    ],
+    "requestBody": _chunk_body("The bytes of the chunk.", required=True),
 }
 
 
@@ -105,8 +98,7 @@ _CHUNK_REQUEST = {
         examples.PART_UPLOAD,
         DEVICE,
         UPDATE_ERRORS,
-        ErrorCode.LENGTH_REQUIRED,
-        ErrorCode.BODY_TOO_LARGE,
+        FILE_ERRORS,
         status=201,
         description="Begun.",
         also={200: {"description": "It was begun before, or is complete.", "model": PartUpload}},
@@ -124,24 +116,12 @@ async def begin_upload(
 ) -> PartUpload:
     """Say which file will come; the answer says how many of its bytes are there. The same again finds the same upload.
 
-    After a cut of any kind, also of the device's power: ask this, send the chunks from `received_bytes` on, complete.
-    Another file for the same part takes the place of an unfinished one.
+    The first chunk may come with it; if it is there already, or more, it is not read. After a cut of any kind, also of
+    the device's power: ask this without a chunk, send the chunks from `received_bytes` on, and complete if no receipt
+    has come. Another file for the same part takes the place of an unfinished one.
     """
-    now = cloud.now()
-
-    def begin(session: Session) -> tuple[PartUpload, str | None]:
-        admission = _admit(session, cloud, presented, assignment_id, kind)[1]
-        file = announced(
-            request, most_bytes(cloud, kind, admission), length_header=UPLOAD_LENGTH_HEADER,
-            digest_header=REPR_DIGEST_HEADER,
-        )  # fmt: skip
-        chunk_bytes = cloud.settings.upload_chunk_bytes
-        return part_uploads.begin(session, assignment_id, kind, file.sha256, file.size_bytes, chunk_bytes, now)
-
-    upload, forgotten = await cloud.write(begin)
-    if forgotten is not None:
-        await run_in_threadpool(cloud.blobs.drop_stage, forgotten)
-    response.status_code = 200 if upload.receipt or upload.received_bytes else 201
+    upload, begun = await ChunkedPart(cloud, presented, assignment_id, kind).begin(request)
+    response.status_code = 201 if begun else 200
     response.headers[UPLOAD_OFFSET_HEADER] = str(upload.received_bytes)
     return upload
 
@@ -162,11 +142,8 @@ async def ask_upload(
 ) -> PartUpload:
     """How many bytes are there."""
 
-    def ask(session: Session) -> PartUpload:
-        assignments.owned(session, authenticate_device(session, cloud, presented), assignment_id)
-        return part_uploads.get(session, assignment_id, kind, upload_id)
-
-    upload = await cloud.read(ask)
+    part = ChunkedPart(cloud, presented, assignment_id, kind)
+    upload = await cloud.read(lambda session: part.ask(session, upload_id))
     response.headers[UPLOAD_OFFSET_HEADER] = str(upload.received_bytes)
     return upload
 
@@ -193,30 +170,9 @@ async def send_chunk(
     """Send the bytes from `Upload-Offset` on: `chunk_bytes` of them, or what is left of the file.
 
     The same chunk again changes nothing; another one for the same place gets 409. The first one is refused if the
-    header in it is not the round's.
+    header in it is not the round's. The last one completes the file: the answer has its `receipt`.
     """
-
-    def admit(session: Session) -> tuple[PartAdmission, UploadPlace, Announced]:
-        admission = _admit(session, cloud, presented, assignment_id, kind)[1]
-        place = part_uploads.place(session, assignment_id, kind, upload_id, offset)
-        chunk = announced(request, place.chunk_size)
-        part_uploads.refuse_other_chunk(session, assignment_id, kind, upload_id, offset, chunk.sha256)
-        return admission, place, chunk
-
-    admission, place, chunk = await cloud.write(admit)
-    if chunk.size_bytes != place.chunk_size:
-        detail = f"expected a chunk of {place.chunk_size} bytes at {offset}, `Content-Length` says {chunk.size_bytes}"
-        raise DomainError(ErrorCode.INVALID_FIELD, detail, expected=place.chunk_size, received=chunk.size_bytes)
-    gate = HeaderGate(kind, admission, place.size_bytes) if offset == 0 else None
-    stored = await receive_file(request, cloud, chunk, gate, stage=upload_id)
-    now = cloud.now()
-
-    def record(session: Session) -> PartUpload:
-        device_id = authenticate_device(session, cloud, presented)  # It may have been revoked while the bytes came.
-        traffic.add(session, admission.run_id, device_id, "up", kind.value, stored.size)
-        return part_uploads.record_chunk(session, assignment_id, kind, upload_id, offset, stored.sha256, now)
-
-    upload = await cloud.write(record)
+    upload = await ChunkedPart(cloud, presented, assignment_id, kind).send(request, upload_id, offset)
     response.headers[UPLOAD_OFFSET_HEADER] = str(upload.received_bytes)
     return upload
 
@@ -246,62 +202,10 @@ async def complete_upload(
     kind: Kind,
     upload_id: UploadPath,
 ) -> PartReceipt:
-    """Have the chunks put together and the whole checked: its digest, its tensors' names, shapes and dtypes.
+    """Have a file put together whose chunks are all there and for which no receipt came, and the whole checked.
 
-    A file that is wrong is forgotten with its chunks.
+    Checked are its digest, its tensors' names, shapes and dtypes. A file that is wrong is forgotten with its chunks.
     """
-
-    # Side by side, each would write the whole file, and ask for nothing but one small request.
-    async with cloud.completing.of(upload_id):
-        receipt, now = await _complete(cloud, presented, assignment_id, kind, upload_id)
-    response.status_code = 201 if receipt.received_at == now else 200
+    receipt, new = await ChunkedPart(cloud, presented, assignment_id, kind).complete(upload_id)
+    response.status_code = 201 if new else 200
     return receipt
-
-
-async def _complete(
-    cloud: Cloud, presented: Presented, assignment_id: str, kind: PartKind, upload_id: str
-) -> tuple[PartReceipt, datetime | None]:
-    """Return the receipt, and when it was made if it was made now."""
-
-    def find(session: Session) -> tuple[PartAdmission, ReceivedFile | PartReceipt]:
-        admission = _admit(session, cloud, presented, assignment_id, kind)[1]
-        sha256 = part_uploads.announced_file(session, assignment_id, kind, upload_id)
-        known = updates.find_receipt(session, assignment_id, kind, sha256)
-        return admission, known or part_uploads.received_file(session, assignment_id, kind, upload_id)
-
-    admission, file = await cloud.write(find)
-    if isinstance(file, PartReceipt):
-        return file, None
-    gate = HeaderGate(kind, admission, file.size_bytes)
-    try:
-        blob = await run_in_threadpool(assemble, cloud, upload_id, file, gate)
-    except DomainError as error:
-        if error.code in _WRONG_UPLOAD:
-            await _forget(cloud, upload_id)
-        elif error.code is ErrorCode.ARTIFACT_NOT_FOUND:
-            await _forget(cloud, upload_id)
-            raise DomainError(ErrorCode.UPLOAD_NOT_FOUND, "chunks of it are gone; begin again") from error
-        raise
-    now = cloud.now()
-
-    def record(session: Session) -> PartReceipt:
-        device_id = authenticate_device(session, cloud, presented)
-        receipt = updates.record_part(session, device_id, assignment_id, kind, blob.sha256, blob.size, now)
-        part_uploads.forget(session, upload_id)
-        return receipt
-
-    receipt = await cloud.write(record)
-    await run_in_threadpool(cloud.blobs.drop_stage, upload_id)
-    return receipt, now
-
-
-def _admit(
-    session: Session, cloud: Cloud, presented: Presented, assignment_id: str, kind: PartKind
-) -> tuple[str, PartAdmission]:
-    device_id = authenticate_device(session, cloud, presented)
-    return device_id, updates.admit_part(session, device_id, assignment_id, kind, cloud.now())
-
-
-async def _forget(cloud: Cloud, upload_id: str) -> None:
-    await cloud.write(lambda session: part_uploads.forget(session, upload_id))
-    await run_in_threadpool(cloud.blobs.drop_stage, upload_id)

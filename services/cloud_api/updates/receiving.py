@@ -4,10 +4,10 @@ Memory does not grow with the file. Nothing is kept of a file that is cut, too l
 """
 
 import asyncio
+import io
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
-from functools import partial
 
 from fastapi import Request
 from starlette.concurrency import run_in_threadpool
@@ -15,7 +15,7 @@ from starlette.requests import ClientDisconnect
 
 from cloud_api.cloud import Cloud
 from cloud_api.updates.admission import HeaderGate
-from persistence.blobs import StoredBlob
+from persistence.blobs import BlobWriter, StoredBlob
 from persistence.part_uploads import ReceivedFile
 from persistence.updates import PartAdmission
 from protocol.errors import DomainError, ErrorCode
@@ -24,6 +24,9 @@ from protocol.statuses import PartKind
 
 BLOCK_BYTES = 256 * 1024
 """Written and hashed at once, in a thread; small enough for a thousand uploads at a time."""
+
+HEADER_BLOCK_BYTES = 16 * 1024
+"""Read at once of a file of which only the header is looked at."""
 
 
 @dataclass(frozen=True)
@@ -65,47 +68,78 @@ def most_bytes(cloud: Cloud, kind: PartKind, admission: PartAdmission) -> int:
     return limit if admission.most_bytes is None else min(limit, admission.most_bytes)
 
 
-async def receive_file(
-    request: Request, cloud: Cloud, body: Announced, gate: HeaderGate | None, *, stage: str | None = None
-) -> StoredBlob:
+async def receive_file(request: Request, cloud: Cloud, body: Announced, gate: HeaderGate) -> StoredBlob:
     """Store the request's body durably and return what was stored.
-
-    Args:
-        gate: looks at the bytes; None for a chunk that holds nothing of a header.
-        stage: the upload of which the body is a chunk; the gate then need not be passed by its end.
 
     Raises:
         DomainError: TRUNCATED_BODY, DIGEST_MISMATCH, UNAVAILABLE (the disk is full), or what the gate refuses.
     """
-    with await run_in_threadpool(partial(cloud.blobs.writer, body.size_bytes, stage=stage)) as writer:
-
-        def take(block: bytes) -> None:
-            if gate is not None:
-                gate.take(block)
-            writer.write(block)
+    with await run_in_threadpool(cloud.blobs.writer, body.size_bytes) as writer:
 
         def finish() -> StoredBlob:
-            if gate is not None and stage is None:
-                gate.finish()
+            gate.finish()
             return writer.commit(body.sha256)
 
-        async with aclosing(_blocks(request, body.size_bytes, cloud.settings.upload_idle_seconds)) as blocks:
-            async for block in blocks:
-                await run_in_threadpool(take, block)
+        await _receive(request, cloud, body, gate, writer)
         return await run_in_threadpool(finish)
 
 
+async def receive_chunk(  # noqa: PLR0917
+    request: Request, cloud: Cloud, body: Announced, gate: HeaderGate | None, upload_id: str, offset: int
+) -> StoredBlob:
+    """Stage the request's body as the chunk of an upload that starts at `offset`. Raises as `receive_file`.
+
+    Args:
+        gate: looks at the bytes, and need not be passed by their end; None for a chunk that holds nothing of a header.
+    """
+    with await run_in_threadpool(cloud.blobs.chunk_writer, upload_id, offset, body.size_bytes) as writer:
+        await _receive(request, cloud, body, gate, writer)
+        return await run_in_threadpool(writer.commit, body.sha256)
+
+
+async def _receive(
+    request: Request, cloud: Cloud, body: Announced, gate: HeaderGate | None, writer: BlobWriter
+) -> None:
+    def take(block: bytes) -> None:
+        if gate is not None:
+            gate.take(block)
+        writer.write(block)
+
+    async with aclosing(_blocks(request, body.size_bytes, cloud.settings.upload_idle_seconds)) as blocks:
+        async for block in blocks:
+            await run_in_threadpool(take, block)
+
+
+def adopt(cloud: Cloud, upload_id: str, file: Announced, gate: HeaderGate) -> StoredBlob | None:
+    """Make a file of its chunks without a copy, where the store can: see `BlobStore.adopt_stage`. For a thread.
+
+    Only its header is read.
+
+    Raises:
+        DomainError: DIGEST_MISMATCH, what the gate refuses, UNAVAILABLE.
+    """
+
+    def admit(stream: io.RawIOBase) -> None:
+        while not gate.passed and (block := stream.read(HEADER_BLOCK_BYTES)):
+            gate.take(block)
+        gate.finish()
+
+    return cloud.blobs.adopt_stage(upload_id, file.sha256, file.size_bytes, admit)
+
+
 def assemble(cloud: Cloud, upload_id: str, file: ReceivedFile, gate: HeaderGate) -> StoredBlob:
-    """Put a file together from its chunks. For a thread.
+    """Put a file together by copying its chunks. For a thread.
 
     Raises:
         DomainError: DIGEST_MISMATCH, what the gate refuses, ARTIFACT_NOT_FOUND (a chunk was lost, or the upload was
             ended meanwhile), UNAVAILABLE.
     """
     with cloud.blobs.writer(file.size_bytes) as writer:
-        for sha256 in file.chunks:
-            with cloud.blobs.open_staged(upload_id, sha256) as chunk:
-                while block := chunk.read(BLOCK_BYTES):
+        for chunk in file.chunks:
+            left = chunk.size_bytes
+            with cloud.blobs.open_staged(upload_id, chunk) as stream:
+                while block := stream.read(min(BLOCK_BYTES, left)):
+                    left -= len(block)
                     gate.take(block)
                     writer.write(block)
         gate.finish()

@@ -6,6 +6,16 @@ same content again changes nothing. Memory does not grow with a file.
 
 from persistence.blobs.address import S3Address, open_store, read_address
 from persistence.blobs.folder import FolderBlobStore
-from persistence.blobs.interface import BlobStore, StoredBlob, StoredObject
+from persistence.blobs.interface import BlobStore, BlobWriter, StagedChunk, StoredBlob, StoredObject
 
-__all__ = ["BlobStore", "FolderBlobStore", "S3Address", "StoredBlob", "StoredObject", "open_store", "read_address"]
+__all__ = [
+    "BlobStore",
+    "BlobWriter",
+    "FolderBlobStore",
+    "S3Address",
+    "StagedChunk",
+    "StoredBlob",
+    "StoredObject",
+    "open_store",
+    "read_address",
+]

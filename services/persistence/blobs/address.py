@@ -16,6 +16,7 @@ from persistence.errors import StorageError
 
 BLOBS = "COTUNE_BLOBS"
 ENDPOINT = "COTUNE_S3_ENDPOINT_URL"
+SCRATCH = "COTUNE_S3_SCRATCH"
 _BUCKET = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
 _PREFIX = re.compile(r"[A-Za-z0-9/._-]*")
 
@@ -27,6 +28,8 @@ class S3Address:
     bucket: str
     prefix: str = ""
     endpoint_url: str | None = None
+    scratch: Path | None = None
+    """Where files wait on this machine that come from or go to the store; None: where `open_store` is told."""
 
 
 def read_address(environment: Mapping[str, str], home: Path) -> Path | S3Address:
@@ -46,14 +49,17 @@ def read_address(environment: Mapping[str, str], home: Path) -> Path | S3Address
     endpoint_url = environment.get(ENDPOINT) or None
     if endpoint_url is not None:
         _check_endpoint(endpoint_url)
-    return S3Address(parts.netloc, f"{prefix}/" if prefix else "", endpoint_url)
+    scratch = environment.get(SCRATCH)
+    folder = Path(scratch).expanduser().absolute() if scratch else None
+    return S3Address(parts.netloc, f"{prefix}/" if prefix else "", endpoint_url, folder)
 
 
 def open_store(address: Path | S3Address, scratch: Path) -> BlobStore:
     """Open the store.
 
     Args:
-        scratch: a folder of this machine where files wait that come from or go to another one.
+        scratch: a folder of this machine where files wait that come from or go to another one, if the address names
+            none.
 
     Raises:
         StorageError: it cannot be used.
@@ -66,7 +72,7 @@ def open_store(address: Path | S3Address, scratch: Path) -> BlobStore:
         raise StorageError(
             f"{BLOBS} names an S3 store, for which Python needs the package {error.name}: pip install 'cotune[s3]'"
         ) from None
-    return S3BlobStore(address, scratch)
+    return S3BlobStore(address, address.scratch or scratch)
 
 
 def _check_endpoint(value: str) -> None:

@@ -1,21 +1,33 @@
 """A folder as a blob store.
 
-`<folder>/objects/<first two digits>/<sha256>` holds the files, `<folder>/staged/<upload>/<sha256>` the chunks of
-uploads; `<folder>/incoming/` holds what is still being written. A file is written there, synchronised, renamed, and
-then its folder is synchronised: after a power cut either the old state or the new one is found. Several processes, also
-of several machines, may share the folder.
+`<folder>/objects/<first two digits>/<sha256>` holds the files, `<folder>/staged/<upload>/` the chunks of uploads (see
+`persistence.blobs.growing`); `<folder>/incoming/` holds what is still being written. A file is written there,
+synchronised, renamed, and then its folder is synchronised: after a power cut either the old state or the new one is
+found. Several processes, also of several machines, may share the folder.
 """
 
 import io
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO
 
-from persistence.blobs.interface import BlobStore, StoredObject, check_sha256, check_stage, missing
+from persistence.blobs.growing import GrowingFiles, GrowingWriter, chunk_path
+from persistence.blobs.interface import (
+    BlobStore,
+    BlobWriter,
+    StagedChunk,
+    StoredBlob,
+    StoredObject,
+    check_sha256,
+    check_stage,
+    missing,
+    other_bytes,
+    unavailable,
+)
 from persistence.errors import StorageError
 from protocol.errors import DomainError, ErrorCode
 
@@ -31,6 +43,7 @@ class FolderBlobStore(BlobStore):
         self.folder = Path(folder)
         self.objects_folder = self.folder / "objects"
         self.staged = self.folder / "staged"
+        self._growing = GrowingFiles()
         super().__init__(self.folder / "incoming")
         try:
             self.objects_folder.mkdir(exist_ok=True)
@@ -77,17 +90,54 @@ class FolderBlobStore(BlobStore):
                 if (found := _stat(path)) is not None:
                     yield found
 
-    def open_staged(self, stage: str, sha256: str) -> BinaryIO:
+    def chunk_writer(self, stage: str, offset: int, size_bytes: int) -> BlobWriter:
         """As in `BlobStore`."""
+        folder = self._stage(stage)
+        try:
+            growing = self._growing.take(stage, offset)
+            if growing is not None:
+                try:
+                    return GrowingWriter(self._growing, folder, growing, growing.path, size_bytes)
+                except FileNotFoundError:  # the stage was dropped, by another process too
+                    pass
+            return GrowingWriter(self._growing, folder, offset, self._new_path(), size_bytes)
+        except OSError as error:
+            raise unavailable(error) from error
+
+    def open_staged(self, stage: str, chunk: StagedChunk) -> BinaryIO:
+        """As in `BlobStore`."""
+        check_sha256(chunk.sha256)
+        file = _open(chunk_path(self._stage(stage), chunk.offset, chunk.sha256), chunk.sha256)
+        file.seek(chunk.offset)
+        return file
+
+    def adopt_stage(
+        self, stage: str, sha256: str, size_bytes: int, admit: Callable[[io.RawIOBase], None]
+    ) -> StoredBlob | None:
+        """As in `BlobStore`. From here on nobody writes to the file: it is taken, and not given back."""
         check_sha256(sha256)
-        return _open(self._stage(stage) / sha256, sha256)
+        growing = self._growing.take(stage, size_bytes)
+        if growing is None or growing.digest is None:
+            return None
+        if growing.digest.hexdigest() != sha256:
+            raise other_bytes(sha256, growing.digest.hexdigest())
+        try:
+            with growing.path.open("rb", buffering=0) as file:
+                admit(file)
+                self._adopt(file, growing.path, sha256)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            raise unavailable(error) from error
+        return StoredBlob(sha256, size_bytes)
 
     def drop_stage(self, stage: str) -> None:
         """As in `BlobStore`."""
+        self._growing.forget(stage)
         shutil.rmtree(self._stage(stage), ignore_errors=True)
 
     def stages(self) -> Iterator[tuple[str, datetime]]:
-        """As in `BlobStore`. A folder changes with each chunk that is renamed into it."""
+        """As in `BlobStore`. A folder changes with each chunk, which gets a name in it."""
         for folder in sorted(self.staged.iterdir()):
             try:
                 yield folder.name, datetime.fromtimestamp(folder.stat().st_mtime, UTC)
@@ -99,14 +149,9 @@ class FolderBlobStore(BlobStore):
         if not os.access(self.incoming, os.W_OK | os.X_OK):
             raise DomainError(ErrorCode.UNAVAILABLE, f"{self.incoming} cannot be written")
 
-    def _adopt(self, file: io.FileIO, path: Path, sha256: str, stage: str | None) -> None:
-        target = self.path(sha256) if stage is None else self._stage(stage) / sha256
+    def _adopt(self, file: io.FileIO, path: Path, sha256: str) -> None:
+        target = self.path(sha256)
         if target.exists():
-            return
-        if stage is not None:
-            # Not synchronised: a kill loses nothing, and a power cut only chunks that the whole file's hash gives away.
-            target.parent.mkdir(exist_ok=True)
-            os.replace(path, target)
             return
         os.fsync(file.fileno())
         new_folder = not target.parent.is_dir()

@@ -2,7 +2,7 @@
 and only then let it into the store.
 
 Beside the files, which are named by their hash and never change, a store has *stages*: the chunks of one upload that
-is under way. A stage is dropped as a whole.
+is under way. A stage is dropped as a whole, or becomes a file.
 """
 
 import hashlib
@@ -36,6 +36,15 @@ class StoredBlob:
 
 
 @dataclass(frozen=True)
+class StagedChunk:
+    """A chunk of an upload: where it starts in the file, its size in bytes and its hash."""
+
+    offset: int
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
 class StoredObject:
     """A file as a listing of the store shows it."""
 
@@ -51,11 +60,11 @@ Adopt = Callable[[io.FileIO, Path, str], None]
 class BlobWriter:
     """Takes one file in pieces. Use as a context manager: leaving it without `commit` removes what was written."""
 
-    def __init__(self, incoming: Path, max_bytes: int | None, adopt: Adopt) -> None:
+    def __init__(self, path: Path, max_bytes: int | None, adopt: Adopt) -> None:
         self._max_bytes = max_bytes
         self._adopt = adopt
-        self._path = incoming / secrets.token_hex(16)
-        self._file = self._path.open("x+b", buffering=0)
+        self._path = path
+        self._file = self._open(path)
         self._digest = hashlib.sha256()
         self.size = 0
 
@@ -86,14 +95,16 @@ class BlobWriter:
         """
         sha256 = self._digest.hexdigest()
         if expected_sha256 is not None and expected_sha256 != sha256:
-            detail = f"expected bytes with SHA-256 {expected_sha256}, these have {sha256}"
-            raise DomainError(ErrorCode.DIGEST_MISMATCH, detail, expected=expected_sha256, received=sha256)
+            raise other_bytes(expected_sha256, sha256)
         try:
             self._adopt(self._file, self._path, sha256)
         except OSError as error:
             raise unavailable(error) from error
         self.abort()
         return StoredBlob(sha256, self.size)
+
+    def _open(self, path: Path) -> io.FileIO:
+        return path.open("x+b", buffering=0)
 
     def abort(self) -> None:
         """Forget what was written and not committed. May be called at any time, also twice."""
@@ -137,14 +148,10 @@ class BlobStore(ABC):
                 f"the blob folder {incoming.parent} must be a folder that can be written: {reason}"
             ) from error
 
-    def writer(self, max_bytes: int | None = None, *, stage: str | None = None) -> BlobWriter:
-        """Start to store a file of at most `max_bytes` bytes; with `stage`, a chunk of that upload."""
-        if stage is not None:
-            check_stage(stage)
+    def writer(self, max_bytes: int | None = None) -> BlobWriter:
+        """Start to store a file of at most `max_bytes` bytes."""
         try:
-            return BlobWriter(
-                self.incoming, max_bytes, lambda file, path, sha256: self._adopt(file, path, sha256, stage)
-            )
+            return BlobWriter(self._new_path(), max_bytes, self._adopt)
         except OSError as error:
             raise unavailable(error) from error
 
@@ -213,8 +220,27 @@ class BlobStore(ABC):
         """Yield every file, in the order of the hashes."""
 
     @abstractmethod
-    def open_staged(self, stage: str, sha256: str) -> BinaryIO:
-        """Open a chunk of an upload for reading."""
+    def chunk_writer(self, stage: str, offset: int, size_bytes: int) -> BlobWriter:
+        """Start to stage the chunk of an upload that starts at `offset` of its file and has `size_bytes` bytes."""
+
+    @abstractmethod
+    def open_staged(self, stage: str, chunk: StagedChunk) -> BinaryIO:
+        """Open the file of a chunk of an upload where the chunk starts; the bytes after its end mean nothing."""
+
+    @abstractmethod
+    def adopt_stage(
+        self, stage: str, sha256: str, size_bytes: int, admit: Callable[[io.RawIOBase], None]
+    ) -> StoredBlob | None:
+        """Make the chunks of an upload a file of the store, durably, if that needs no copy; else return None.
+
+        It needs none where this very process took every chunk of the file, one after the other.
+
+        Args:
+            admit: is given the file, whose hash is right, to read; what it raises keeps the file out of the store.
+
+        Raises:
+            DomainError: DIGEST_MISMATCH, the chunks make another file than `sha256`; UNAVAILABLE.
+        """
 
     @abstractmethod
     def drop_stage(self, stage: str) -> None:
@@ -229,8 +255,11 @@ class BlobStore(ABC):
         """Raise DomainError UNAVAILABLE if the store cannot be written to now."""
 
     @abstractmethod
-    def _adopt(self, file: io.FileIO, path: Path, sha256: str, stage: str | None) -> None:
+    def _adopt(self, file: io.FileIO, path: Path, sha256: str) -> None:
         """Move a written file into the store, durably and in one step. What is there already stays."""
+
+    def _new_path(self) -> Path:
+        return self.incoming / secrets.token_hex(16)
 
 
 def check_sha256(sha256: str) -> None:
@@ -249,6 +278,12 @@ def check_stage(stage: str) -> None:
 def missing(sha256: str) -> DomainError:
     """The error for a file that is not there."""
     return DomainError(ErrorCode.ARTIFACT_NOT_FOUND, f"the store has no file {sha256}", received=sha256)
+
+
+def other_bytes(expected: str, received: str) -> DomainError:
+    """The error for bytes that are not the ones announced; both are hashes."""
+    detail = f"expected bytes with SHA-256 {expected}, these have {received}"
+    return DomainError(ErrorCode.DIGEST_MISMATCH, detail, expected=expected, received=received)
 
 
 def unavailable(error: OSError) -> DomainError:

@@ -11,7 +11,7 @@ import io
 import logging
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -26,10 +26,14 @@ from persistence.blobs.address import S3Address
 from persistence.blobs.interface import (
     COPY_BYTES,
     BlobStore,
+    BlobWriter,
+    StagedChunk,
+    StoredBlob,
     StoredObject,
     check_sha256,
     check_stage,
     missing,
+    unavailable,
 )
 from persistence.errors import StorageError
 from protocol.errors import DomainError, ErrorCode
@@ -139,9 +143,25 @@ class S3BlobStore(BlobStore):
         for each in self._list("objects/"):
             yield StoredObject(each["Key"].rpartition("/")[2], each["Size"], each["LastModified"])
 
-    def open_staged(self, stage: str, sha256: str) -> BinaryIO:
+    def chunk_writer(self, stage: str, offset: int, size_bytes: int) -> BlobWriter:
+        """As in `BlobStore`. A chunk is an object of its own: whichever machine takes the next one, it is there."""
+        check_stage(stage)
+        try:
+            return BlobWriter(
+                self._new_path(), size_bytes, lambda file, _, sha256: self._send(file, self._key(sha256, stage), sha256)
+            )
+        except OSError as error:
+            raise unavailable(error) from error
+
+    def open_staged(self, stage: str, chunk: StagedChunk) -> BinaryIO:
         """As in `BlobStore`."""
-        return self._open(self._key(sha256, stage), sha256)
+        return self._open(self._key(chunk.sha256, stage), chunk.sha256)
+
+    def adopt_stage(
+        self, stage: str, sha256: str, size_bytes: int, admit: Callable[[io.RawIOBase], None]
+    ) -> StoredBlob | None:
+        """As in `BlobStore`: None. Objects are put together by writing them again."""
+        return None
 
     def drop_stage(self, stage: str) -> None:
         """As in `BlobStore`."""
@@ -177,10 +197,11 @@ class S3BlobStore(BlobStore):
         with self._talking(self._where):
             self._client.head_bucket(Bucket=self._bucket)
 
-    def _adopt(self, file: io.FileIO, path: Path, sha256: str, stage: str | None) -> None:
-        key = self._key(sha256, stage)
-        if stage is None and self.stat(sha256) is not None:
-            return
+    def _adopt(self, file: io.FileIO, path: Path, sha256: str) -> None:
+        if self.stat(sha256) is None:
+            self._send(file, self._key(sha256), sha256)
+
+    def _send(self, file: io.FileIO, key: str, sha256: str) -> None:
         size = os.fstat(file.fileno()).st_size
         file.seek(0)
         if size > PART_BYTES:
