@@ -24,8 +24,8 @@ demo: $(STAMP)
 	@exec $(BIN)/cotune demo $(if $(DATA),--data "$(DATA)") $(if $(DOMAINS),--domains "$(DOMAINS)") \
 		$(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(OUT),--out "$(OUT)") $(if $(KEEP),--keep)
 
-# Two processes share the files (tests/distribution.py): many tests wait, or start processes of their own, so more than
-# one a core gains nothing. WORKERS=0 runs all in this process, as `pytest` by itself does.
+# So many processes share the test files (tests/distribution.py); 0: all in one, as `pytest` by itself does. Each needs
+# the memory for torch, and many tests start processes of their own.
 WORKERS ?= 2
 
 test: $(STAMP)
