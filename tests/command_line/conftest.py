@@ -41,7 +41,7 @@ class Cotune(Protocol):
     def __call__(self, *arguments: str) -> Ended: ...
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApi]:
     home = tmp_path_factory.mktemp("api")
     key = make_operator_key(home).read_text(encoding="ascii").strip()
