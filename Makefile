@@ -9,7 +9,7 @@ STAMP := .venv/.installed
 help:
 	@echo "make demo                            co-tune an LLM and three small models on this machine"
 	@echo "make demo DATA=<folder> DOMAINS=a,b  the same on your own data"
-	@echo "make test                            run the tests (make test-slow: those that take minutes)"
+	@echo "make test                            run the tests (make test-slow: those that take minutes); WORKERS=0: one process"
 	@echo "make fuzz                            schemathesis on every operation of the API (COTUNE_FUZZ_CASES=60)"
 	@echo "make chaos                           kills, cuts, a full disk, 20,000 spoilt uploads (CHAOS_ARGS=\"--seed 2\")"
 	@echo "make compose-test                    docker-compose.yml for real: a demo in it, kills, backup and restore"
@@ -24,8 +24,12 @@ demo: $(STAMP)
 	@exec $(BIN)/cotune demo $(if $(DATA),--data "$(DATA)") $(if $(DOMAINS),--domains "$(DOMAINS)") \
 		$(if $(ROUNDS),--rounds $(ROUNDS)) $(if $(OUT),--out "$(OUT)") $(if $(KEEP),--keep)
 
+# So many processes share the test files (tests/distribution.py); 0: all in one, as `pytest` by itself does. Each needs
+# the memory for torch, and many tests start processes of their own.
+WORKERS ?= 2
+
 test: $(STAMP)
-	$(BIN)/pytest -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/pytest -m "not slow" -n $(WORKERS) $(PYTEST_ARGS)
 
 test-slow: $(STAMP)
 	$(BIN)/pytest -m slow $(PYTEST_ARGS)

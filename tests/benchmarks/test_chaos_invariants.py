@@ -1,5 +1,7 @@
 """The checker that judges the chaos must itself notice what is wrong: each test spoils one thing of a finished run."""
 
+import copy
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,7 +9,6 @@ import pytest
 from sqlalchemy import text
 
 from benchmarks.chaos import invariants
-from persistence import schema
 from persistence.blobs import FolderBlobStore
 from persistence.database import Database
 from tests.persistence.world import World
@@ -17,12 +18,9 @@ class Finished:
     """A run of two devices and two rounds."""
 
     def __init__(self, folder: Path) -> None:
-        url = f"sqlite:///{folder / 'cotune.sqlite3'}"
-        schema.upgrade(url)
-        sent: list[str] = []
-        self.database = Database(url, dispatch=lambda message: sent.append(message.job_id))
-        self.blobs = FolderBlobStore(folder / "blobs")
-        world = World(self.database, sent)
+        self.sent: list[str] = []
+        self.open(folder)
+        world = World(self.database, self.sent)
         self.devices = world.enrol_many("a", "b")
         self.run_id = world.start_run("standalone", min_updates=2).run_id
         self.receipts = {}
@@ -31,6 +29,12 @@ class Finished:
                 assignment = world.deliver(device)
                 self.receipts[assignment.assignment_id] = world.submit(assignment, device).update_sha256
             world.finish_round()
+
+    def open(self, folder: Path) -> None:
+        url = f"sqlite:///{folder / 'cotune.sqlite3'}"
+        self.folder = folder
+        self.database = Database(url, dispatch=lambda message: self.sent.append(message.job_id))
+        self.blobs = FolderBlobStore(folder / "blobs")
 
     def spoil(self, statement: str) -> None:
         with self.database.transaction() as session:
@@ -46,9 +50,20 @@ class Finished:
         return invariants.violations(history, **(values | changed))  # type: ignore[arg-type]
 
 
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory, migrated_sqlite: Path) -> Finished:
+    folder = tmp_path_factory.mktemp("original")
+    shutil.copy(migrated_sqlite, folder)
+    original = Finished(folder)
+    original.database.dispose()
+    return original
+
+
 @pytest.fixture
-def finished(tmp_path: Path) -> Iterator[Finished]:
-    finished = Finished(tmp_path)
+def finished(original: Finished, tmp_path: Path) -> Iterator[Finished]:
+    """A copy of the run, to be spoilt."""
+    finished = copy.copy(original)
+    finished.open(shutil.copytree(original.folder, tmp_path / "copy"))
     yield finished
     finished.database.dispose()
 

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import structlog
 
-from persistence import schema
 from tests.cloud_api.running_api import RunningApi, running_api, settings_in
 from tests.s3_server import address
 
@@ -23,10 +22,8 @@ def quiet_logs() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def migrated_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("sqlite") / "migrated.sqlite3"
-    schema.upgrade(f"sqlite:///{path}")
-    return path
+def migrated_file(migrated_sqlite: Path) -> Path:
+    return migrated_sqlite
 
 
 @pytest.fixture

@@ -18,13 +18,8 @@ REDIS = os.environ.get("COTUNE_TEST_REDIS", "redis://127.0.0.1:6379/0")
 
 
 @pytest.fixture
-def prefix() -> Iterator[str]:
-    prefix = f"cotune-test-{secrets.token_hex(6)}:"
-    yield prefix
-    client = redis.Redis.from_url(REDIS)
-    for key in client.scan_iter(f"{prefix}*"):
-        client.delete(key)
-    client.close()
+def prefix() -> str:
+    return f"cotune-test-{secrets.token_hex(6)}:"
 
 
 @pytest.fixture
@@ -33,12 +28,14 @@ def redis_memory(prefix: str) -> Iterator[RedisMemory]:
     try:
         client.ping()
     except redis.RedisError:
-        pytest.skip(f"no Redis answers at {REDIS}")
-    finally:
         client.close()
+        pytest.skip(f"no Redis answers at {REDIS}")
     memory = RedisMemory(REDIS, prefix)
     yield memory
     memory.close()
+    for key in client.scan_iter(f"{prefix}*"):
+        client.delete(key)
+    client.close()
 
 
 @pytest.fixture(params=["process", pytest.param("redis", marks=pytest.mark.services)])

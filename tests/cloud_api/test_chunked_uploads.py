@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from cloud_api.cloud import open_cloud
-from persistence import part_uploads, schema
+from persistence import part_uploads
 from persistence.blobs import StagedChunk
 from persistence.blobs.interface import BlobWriter
 from protocol.assignments import Assignment, PartUpload
@@ -419,7 +419,6 @@ def test_a_killed_process_loses_no_chunk_that_it_acknowledged(tmp_path: Path, mi
     home = tmp_path / "home"
     home.mkdir()
     shutil.copy(migrated_file, home / "cotune.sqlite3")
-    schema.upgrade(f"sqlite:///{home / 'cotune.sqlite3'}")
     settings = settings_in(home)
     tensors = {"a.lora_A.weight": TensorInfo("F32", (1024, 2304))}
     with started(home, tmp_path / "1.log", COTUNE_OPERATOR_KEY=KEY) as first:

@@ -18,7 +18,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.cloud_api.running_api import PROFILE
+from tests.cloud_api.running_api import PROFILE, plain_client
 
 SERVICES = Path(__file__).parents[2] / "services"
 HEAVY = ("torch", "transformers", "safetensors", "peft", "tokenizers", "datasets", "assets", "cotuning", "worker")
@@ -38,7 +38,7 @@ class Process:
 
     def operator(self) -> httpx.Client:
         key = (self.home / "operator.key").read_text().strip()
-        return httpx.Client(base_url=self.url, headers={"Authorization": f"Bearer {key}"}, timeout=40, trust_env=False)
+        return plain_client(self.url, {"Authorization": f"Bearer {key}"})
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -10,7 +11,6 @@ from pathlib import Path
 
 import pytest
 
-from persistence import schema
 from tests.cloud_api.running_api import RunningApi, eventually, running_api, settings_in
 from tests.cloud_api.test_process import Process, refused, started
 
@@ -83,10 +83,10 @@ def test_a_number_of_processes_that_cannot_be_used(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def two_apis(tmp_path: Path) -> Iterator[tuple[RunningApi, RunningApi]]:
+def two_apis(tmp_path: Path, migrated_sqlite: Path) -> Iterator[tuple[RunningApi, RunningApi]]:
     """Two whole applications on one database: what they know of each other is what the database says."""
     settings = settings_in(tmp_path)
-    schema.upgrade(settings.database_url)
+    shutil.copy(migrated_sqlite, tmp_path / "cotune.sqlite3")
     with running_api(settings) as one, running_api(settings) as other:
         yield one, other
 

@@ -4,6 +4,7 @@ import base64
 import json
 import os
 import secrets
+import shutil
 import threading
 import time
 from collections.abc import Mapping
@@ -17,7 +18,6 @@ import pytest
 import redis
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 
-from persistence import schema
 from protocol.assignments import Assignment
 from protocol.errors import ErrorCode
 from protocol.headers import content_digest
@@ -203,8 +203,8 @@ def test_where_a_chunk_belongs_and_which_file_it_is_of_is_signed(api: RunningApi
     assert sent.json()["receipt"]["sha256"] == sha256(content).hexdigest()
 
 
-def test_a_server_may_take_signed_requests_only(tmp_path: Path) -> None:
-    schema.upgrade(f"sqlite:///{tmp_path / 'cotune.sqlite3'}")
+def test_a_server_may_take_signed_requests_only(tmp_path: Path, migrated_sqlite: Path) -> None:
+    shutil.copy(migrated_sqlite, tmp_path / "cotune.sqlite3")
     settings = settings_in(tmp_path)
     with running_api(settings) as api:
         unsigned = api.enrol()
@@ -222,14 +222,14 @@ def test_a_server_may_take_signed_requests_only(tmp_path: Path) -> None:
 
 
 @pytest.mark.services
-def test_a_request_that_one_process_answered_is_a_replay_for_another(tmp_path: Path) -> None:
+def test_a_request_that_one_process_answered_is_a_replay_for_another(tmp_path: Path, migrated_sqlite: Path) -> None:
     """Several API processes share their nonces through Redis; without it each knows its own only."""
     broker, prefix = redis.Redis.from_url(REDIS, socket_connect_timeout=1), f"cotune-test-{secrets.token_hex(6)}-"
     try:
         broker.ping()
     except redis.RedisError:
         pytest.skip(f"no Redis answers at {REDIS}")
-    schema.upgrade(f"sqlite:///{tmp_path / 'cotune.sqlite3'}")
+    shutil.copy(migrated_sqlite, tmp_path / "cotune.sqlite3")
     alone = settings_in(tmp_path)
     shared = replace(alone, broker_url=REDIS, queue_prefix=prefix)
     try:

@@ -54,7 +54,7 @@ def served(home: Path) -> Iterator[RunningApi]:
         yield RunningApi(f"http://{HOST}:{port}", key, home)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningApi]:
     with served(tmp_path_factory.mktemp("api")) as running:
         yield running

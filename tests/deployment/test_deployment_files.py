@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,6 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
-from persistence import schema
 from tests.cloud_api.running_api import running_api, settings_in
 
 ROOT = Path(__file__).parents[2]
@@ -91,10 +91,10 @@ Samples = Mapping[str, Mapping[str, set[str]]]
 
 
 @pytest.fixture(scope="module")
-def samples(tmp_path_factory: pytest.TempPathFactory) -> Samples:
+def samples(tmp_path_factory: pytest.TempPathFactory, migrated_sqlite: Path) -> Samples:
     """What the API's /metrics has once a device has asked for work, and `up`, which Prometheus itself adds."""
     home = tmp_path_factory.mktemp("home")
-    schema.upgrade(f"sqlite:///{home / 'cotune.sqlite3'}")
+    shutil.copy(migrated_sqlite, home / "cotune.sqlite3")
     with running_api(settings_in(home)) as api:
         device = api.enrol()
         api.running_run(device)

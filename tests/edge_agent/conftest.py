@@ -1,6 +1,7 @@
 """Fixtures: the faulty cloud, a client of it, and an agent whose training takes no time."""
 
 import random
+import ssl
 import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime, timedelta
@@ -23,6 +24,9 @@ from protocol.strategies import CoPlmsSettings
 from tests.edge_agent.byte_trainer import ByteTrainer
 from tests.edge_agent.fake_cloud import FakeCloud, running_cloud
 
+UNUSED_TLS = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+"""For clients that speak plain HTTP: by default each loads the certificates of the world, which takes 20 ms."""
+
 SHORT = httpx.Timeout(connect=1.0, read=1.0, write=1.0, pool=1.0)
 
 
@@ -44,7 +48,9 @@ def ledger(tmp_path: Path) -> Ledger:
 
 @pytest.fixture
 def client(cloud: FakeCloud, ledger: Ledger, stop: threading.Event) -> Iterator[CloudClient]:
-    with CloudClient(cloud.url, "dev_1.secret", ledger, stop, now=lambda: datetime.now(UTC), timeout=SHORT) as client:
+    with CloudClient(
+        cloud.url, "dev_1.secret", ledger, stop, now=lambda: datetime.now(UTC), tls=UNUSED_TLS, timeout=SHORT
+    ) as client:
         yield client
 
 

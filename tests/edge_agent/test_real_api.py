@@ -24,7 +24,7 @@ from edge_agent.ledger import Ledger
 from edge_agent.local_state import LocalState
 from edge_agent.outbox import OutboxEntry
 from edge_agent.rotation import CredentialRotation
-from persistence import devices, jobs, runs, schema, traffic
+from persistence import devices, jobs, runs, traffic
 from protocol.assignments import Assignment
 from protocol.devices import Heartbeat
 from protocol.runs import RoundMetrics, Run
@@ -77,11 +77,11 @@ class Whole:
 
 
 @pytest.fixture
-def whole(tmp_path: Path, world: TinyWorld) -> Iterator[Whole]:
+def whole(tmp_path: Path, migrated_sqlite: Path, world: TinyWorld) -> Iterator[Whole]:
     server, home = tmp_path / "server", tmp_path / "home"
     server.mkdir()
     home.mkdir()
-    schema.upgrade(f"sqlite:///{server / 'cotune.sqlite3'}")
+    shutil.copy(migrated_sqlite, server / "cotune.sqlite3")
     worker_settings = Settings.from_environment({"COTUNE_HOME": str(server), "COTUNE_TORCH_THREADS": "1"})
     prepare_folders(worker_settings)
     worker = worker_cloud.Cloud(worker_settings)
@@ -286,9 +286,9 @@ def test_devices_of_different_ranks_complete_their_rounds(whole: Whole, tmp_path
 
 
 def test_an_enrolment_whose_answer_was_lost_spends_a_one_time_token_once(
-    tmp_path: Path, world: TinyWorld, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, migrated_sqlite: Path, world: TinyWorld, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    schema.upgrade(f"sqlite:///{tmp_path / 'cotune.sqlite3'}")
+    shutil.copy(migrated_sqlite, tmp_path / "cotune.sqlite3")
     home, data = tmp_path / "home", world.config.data
     home.mkdir()
     with running_api(settings_in(tmp_path)) as api:
@@ -310,8 +310,10 @@ def test_an_enrolment_whose_answer_was_lost_spends_a_one_time_token_once(
             assert client.whoami().device_id == device_id
 
 
-def test_a_device_that_waits_for_approval_works_once_it_is_approved(tmp_path: Path, world: TinyWorld) -> None:
-    schema.upgrade(f"sqlite:///{tmp_path / 'cotune.sqlite3'}")
+def test_a_device_that_waits_for_approval_works_once_it_is_approved(
+    tmp_path: Path, migrated_sqlite: Path, world: TinyWorld
+) -> None:
+    shutil.copy(migrated_sqlite, tmp_path / "cotune.sqlite3")
     home, data = tmp_path / "home", world.config.data
     home.mkdir()
     with running_api(settings_in(tmp_path)) as api:

@@ -83,7 +83,7 @@ def test_a_hanging_server_blocks_neither_training_nor_its_end(
         train_until(reporter, lambda: bool(cloud.requests("progress")))
         before = time.monotonic()
         reporter.on_progress("mutual_learning", 1, 2, {})
-        assert time.monotonic() - before < 0.05
+        assert time.monotonic() - before < 0.5  # it would hang for 2
     assert time.monotonic() - started < 1
 
 

@@ -14,7 +14,6 @@ from edge_agent.client import CloudClient
 from edge_agent.errors import CloudRefused, CloudUnavailable
 from edge_agent.ledger import Ledger
 from edge_agent.uploading import upload_file
-from persistence import schema
 from protocol.assignments import Assignment, Part, PartReceipt, PartUpload
 from protocol.statuses import PartKind
 from tests.cloud_api.running_api import RunningApi, delta_for, running_api, settings_in
@@ -78,10 +77,10 @@ class FaultyClient(CloudClient):
 
 
 @pytest.fixture
-def sender(tmp_path: Path) -> Iterator[Sender]:
+def sender(tmp_path: Path, migrated_sqlite: Path) -> Iterator[Sender]:
     server = tmp_path / "server"
     server.mkdir()
-    schema.upgrade(f"sqlite:///{server / 'cotune.sqlite3'}")
+    shutil.copy(migrated_sqlite, server / "cotune.sqlite3")
     with running_api(settings_in(server, upload_chunk_bytes=100)) as api:
         device = api.enrol()
         api.running_run(device)

@@ -55,7 +55,7 @@ def small_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return made
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="package")  # its processes end before the other folders' tests
 def cloud(
     tmp_path_factory: pytest.TempPathFactory, small_models: dict[str, Path], small_data: dict[str, Path]
 ) -> Iterator[SmallCloud]:

@@ -3,6 +3,7 @@
 Its other half, PostgreSQL in a deployment, is tried by `make compose-test`.
 """
 
+import shutil
 import subprocess
 import sys
 import threading
@@ -27,11 +28,11 @@ def backup(*arguments: str | Path) -> tuple[int, str]:
 
 
 @pytest.fixture
-def home(tmp_path: Path) -> Path:
+def home(tmp_path: Path, migrated_sqlite: Path) -> Path:
     """A home with a migrated database and three files."""
     home = tmp_path / "home"
     home.mkdir()
-    schema.upgrade(f"sqlite:///{home}/cotune.sqlite3")
+    shutil.copy(migrated_sqlite, home / "cotune.sqlite3")
     for number in range(3):
         FolderBlobStore(home / "blobs").put_bytes(bytes([number]) * 1000)
     return home

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from assets.models import save_language_model
-from persistence import schema
 from tests.tiny_models import tiny_language_model
 from tests.worker.cloud import Cloud
 from worker.settings import Settings, prepare_folders
@@ -22,13 +21,6 @@ def llm(tmp_path_factory: pytest.TempPathFactory) -> str:
     folder = tmp_path_factory.mktemp("models") / "llm"
     save_language_model(tiny_language_model("llama"), folder)
     return str(folder)
-
-
-@pytest.fixture(scope="session")
-def migrated_sqlite(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("sqlite") / "cotune.sqlite3"
-    schema.upgrade(f"sqlite:///{path}")
-    return path
 
 
 @pytest.fixture
