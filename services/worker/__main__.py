@@ -2,7 +2,8 @@
 
 `--check` only looks whether a process with these settings could work, for health checks.
 
-Exit codes: 0 stopped as asked, 1 a fault, 2 settings, or something that they name, cannot be used.
+Exit codes: 0 stopped as asked, 1 a fault, 2 settings, or something that they name, cannot be used, 3 a stage stood
+still (`worker.stalls`).
 """
 
 import argparse

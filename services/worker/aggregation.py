@@ -122,7 +122,8 @@ def _combine(
     assert context.proxy_manifest_sha256 is not None
     shared = get_adapter(work.blobs, context.base_adapter_sha256)
     assert context.probe_set_sha256 is not None
-    proxy = work.cache.proxy(context.proxy_manifest_sha256)
+    with work.lease.long_call("loading the proxy"):
+        proxy = work.cache.proxy(context.proxy_manifest_sha256)
     reader = LogitsReader(work.blobs, proxy, get_rows(work.blobs, context.probe_set_sha256), settings)
     state = context.base_optimizer_sha256
     aggregator = RoundAggregator(shared, settings, get_optimizer_state(work.blobs, state) if state else None)

@@ -47,7 +47,8 @@ def co_tune(work: Work) -> Finish:
     if not isinstance(context.config.strategy, CoPlmsSettings) or rows is None:
         metrics = grown(context, RoundStatus.CO_TUNING, time.perf_counter() - start)
         return lambda session: results.finish_co_tuning(session, work.job, work.owner, None, None, metrics, utc_now())
-    result = _learn(work, context, context.config.strategy, rows, counted)
+    with work.lease.long_call("beginning the mutual learning"):
+        result = _learn(work, context, context.config.strategy, rows, counted)
     metrics = grown(
         context,
         RoundStatus.CO_TUNING,
@@ -90,9 +91,10 @@ def _learn(
     proxy = work.cache.proxy(context.proxy_manifest_sha256)
     probe = get_rows(work.blobs, context.probe_set_sha256)
     reader = LogitsReader(work.blobs, proxy, probe, settings)
-    logits: list[PayloadRows] = (
-        [] if settings.server.device_teacher == "off" else [reader.read(each) for each in counted]
-    )
+    logits: list[PayloadRows] = []
+    for update in counted if settings.server.device_teacher != "off" else ():
+        work.lease.check()
+        logits.append(reader.read(update))
     try:
         return co_plms.server_step(
             llm=llm,

@@ -60,7 +60,9 @@ def _measure(
     assert context.proxy_manifest_sha256 is not None
     assert context.candidate_adapter_sha256 is not None
     assert context.candidate_llm_adapter_sha256 is not None
-    llm, proxy = work.cache.llm(config.llm, config.llm_loading), work.cache.proxy(context.proxy_manifest_sha256)
+    with work.lease.long_call("loading the models"):
+        llm = work.cache.llm(config.llm, config.llm_loading)
+        proxy = work.cache.proxy(context.proxy_manifest_sha256)
     omega = get_adapter(work.blobs, context.candidate_llm_adapter_sha256)
     theta = get_adapter(work.blobs, context.candidate_adapter_sha256)
     last = context.number == config.rounds

@@ -76,18 +76,20 @@ def _prepare(work: Work, config: RunCreate, settings: CoPlmsSettings) -> Finish:
     assert config.llm is not None
     watch = Stopwatch()
     drop_outdated(work)
-    with watch.measure("loading"):
+    with watch.measure("loading"), work.lease.long_call("reading the rows, loading the LLM"):
         rows, test_rows = _read_rows(config)
         check_memory(config, settings, rows.training)
         llm = work.cache.llm(config.llm, config.llm_loading)
-    work.lease.check()
     with watch.measure("distillation"):
-        fresh_proxy = _make_proxy(llm, rows.training, config)
-        fresh_proxy.model.to(llm.device)
-        distilled = _distil(work, llm, fresh_proxy, rows.training, config)
-        manifest, proxy_files = store_model(work.blobs, fresh_proxy)
-        # From now on the one that everybody loads, also here.
-        proxy = work.cache.proxy(manifest.sha256)
+        with work.lease.long_call("making the proxy"):
+            fresh_proxy = _make_proxy(llm, rows.training, config)
+            fresh_proxy.model.to(llm.device)
+        with work.lease.long_call("beginning the distillation"):
+            distilled = _distil(work, llm, fresh_proxy, rows.training, config)
+        with work.lease.long_call("storing the proxy"):
+            manifest, proxy_files = store_model(work.blobs, fresh_proxy)
+            # From now on the one that everybody loads, also here.
+            proxy = work.cache.proxy(manifest.sha256)
     row_files, row_blobs = _store_rows(work.blobs, rows, test_rows)
     files = _Files(
         manifest,

@@ -14,12 +14,16 @@ from protocol.statuses import CONTROL_QUEUE, TRAINING_QUEUE
 from worker import webhook_sender
 from worker.celery_app import consume, make_app, request_stop, sender, start_beat
 from worker.settings import Settings
-from worker.stopping import watch_signals
+from worker.stalls import EXIT_STALLED, Guard
+from worker.stopping import end_process, watch_signals
 from worker.tasks import JobRunner, register_jobs, register_sweep
 
 log = structlog.get_logger("worker.processes")
 
 EXIT_FAULT = 1
+
+GRACE_LEASES = 2
+"""A worker that stands still has so many leases' time to say why and end itself before the watchdog kills it."""
 
 WEBHOOK_SECONDS = 1.0
 """Between two looks for events that webhooks have not been told of."""
@@ -32,6 +36,7 @@ def run_trainer(settings: Settings, owner: str, stop: threading.Event) -> int:
         StorageError: the database or the blob store cannot be used.
     """
     watch_signals(stop, request_stop)
+    guard = Guard(GRACE_LEASES * settings.lease_seconds)  # early, while there is memory
     app, database, blobs = _connect(settings)
 
     def end() -> None:
@@ -39,7 +44,16 @@ def run_trainer(settings: Settings, owner: str, stop: threading.Event) -> int:
         stop.set()
         request_stop(EXIT_FAULT)
 
-    runner = JobRunner(settings, database, blobs, owner, stop, end)
+    runner = JobRunner(
+        settings,
+        database,
+        blobs,
+        owner,
+        stop,
+        on_damage=end,
+        on_stall=lambda: end_process(EXIT_STALLED),
+        promise=guard.expect,
+    )
     register_jobs(app, runner)
     return consume(app, TRAINING_QUEUE, settings, node=f"trainer@{owner}")
 

@@ -22,9 +22,10 @@ from persistence.errors import LeaseLost
 from persistence.jobs import JobRecord
 from protocol.errors import DomainError, ErrorCode
 from protocol.statuses import SWEEP_TASK_NAME, JobKind
-from worker.leases import Abandoned, Lease
+from worker.leases import Abandoned, Lease, Silence
 from worker.settings import Settings
 from worker.stage import Finish, Stage, Work, utc_now
+from worker.stalls import where_it_stands
 from worker.sweep import sweep, sweep_store
 
 if TYPE_CHECKING:
@@ -54,6 +55,10 @@ class JobRunner:
     stop: threading.Event = field(default_factory=threading.Event)
     on_damage: Callable[[], None] = lambda: None
     """Called after a job that ended with one of `DAMAGING`; the process should be replaced."""
+    on_stall: Callable[[], None] = lambda: None
+    """Called, in another thread, when a stage shows no progress for too long; the process should end at once."""
+    promise: Callable[[float], None] = lambda seconds: None
+    """See `leases.Silence`."""
 
     @cached_property
     def _cache(self) -> "ModelCache":
@@ -86,8 +91,10 @@ class JobRunner:
 
     def _attempt(self, job: JobRecord) -> None:
         try:
-            with Lease(lambda: self._renew(job), self.settings.lease_seconds, self.stop) as lease:
-                finish = load_stage(job.kind)(self._work(job, lease))
+            with self._lease(job) as lease:
+                with lease.long_call("importing torch"):
+                    stage, work = load_stage(job.kind), self._work(job, lease)
+                finish = stage(work)
                 lease.check()
                 write_result(self.database, finish, lease, self.stop)
             log.info("job_done", kind=job.kind.value)
@@ -114,6 +121,24 @@ class JobRunner:
             lease=lease,
             checkpoints=self.settings.home / "checkpoints",
         )
+
+    def _lease(self, job: JobRecord) -> Lease:
+        silence = Silence(
+            step_seconds=self.settings.stall_seconds,
+            long_call_seconds=self.settings.long_call_seconds,
+            on_stall=lambda reason: self._stalled(job, reason),
+            promise=self.promise,
+        )
+        return Lease(lambda: self._renew(job), self.settings.lease_seconds, self.stop, silence)
+
+    def _stalled(self, job: JobRecord, reason: str) -> None:
+        """Give back the job of a stage that stands still, and have the process ended, whatever that meets."""
+        try:
+            log.error("stage_stalled", kind=job.kind.value, job_id=job.job_id, reason=reason, stack=where_it_stands())
+            said = f"{job.kind.value} stood still in worker {self.owner}: {reason}"
+            self._fail(job, ErrorCode.JOB_FAILED, said, retry=True)
+        finally:
+            self.on_stall()
 
     def _renew(self, job: JobRecord) -> bool:
         with self.database.transaction() as session:
