@@ -6,6 +6,7 @@ from sqlalchemy.orm import Session
 
 from cotuning.adapters import adapted
 from persistence import results, rounds, versions
+from persistence.clock import database_now
 from persistence.rounds import RoundContext
 from protocol.runs import Scores
 from protocol.statuses import RoundStatus
@@ -14,7 +15,7 @@ from worker.adapter_files import get_adapter, peft_config
 from worker.round_metrics import grown
 from worker.row_files import RowFiles, get_rows
 from worker.scoring import ModelScores, not_worse, score
-from worker.stage import Finish, Work, utc_now
+from worker.stage import Finish, Work
 
 
 def evaluate_round(work: Work) -> Finish:
@@ -47,7 +48,7 @@ def evaluate_round(work: Work) -> Finish:
     )
 
     def finish(session: Session) -> None:
-        results.finish_evaluation(session, work.job, work.owner, metrics, promoted, utc_now())
+        results.finish_evaluation(session, work.job, work.owner, metrics, promoted, database_now(session))
 
     return finish
 

@@ -17,6 +17,7 @@ import structlog
 
 from persistence import jobs
 from persistence.blobs import BlobStore
+from persistence.clock import database_now
 from persistence.database import Database
 from persistence.errors import LeaseLost
 from persistence.jobs import JobRecord
@@ -24,7 +25,7 @@ from protocol.errors import DomainError, ErrorCode
 from protocol.statuses import SWEEP_TASK_NAME, JobKind
 from worker.leases import Abandoned, Lease, Silence
 from worker.settings import Settings
-from worker.stage import Finish, Stage, Work, utc_now
+from worker.stage import Finish, Stage, Work
 from worker.stalls import where_it_stands
 from worker.sweep import sweep, sweep_store
 
@@ -78,7 +79,7 @@ class JobRunner:
             return
         try:
             with self.database.transaction() as session:
-                job = jobs.claim(session, job_id, self.owner, self.settings.lease_seconds, utc_now())
+                job = jobs.claim(session, job_id, self.owner, self.settings.lease_seconds, database_now(session))
         except DomainError as error:
             log.warning("job_not_claimed", job_id=job_id, reason=error.detail)
             return
@@ -142,19 +143,19 @@ class JobRunner:
 
     def _renew(self, job: JobRecord) -> bool:
         with self.database.transaction() as session:
-            return jobs.renew(session, job.job_id, self.owner, self.settings.lease_seconds, utc_now())
+            return jobs.renew(session, job.job_id, self.owner, self.settings.lease_seconds, database_now(session))
 
     def _give_back(self, job: JobRecord) -> None:
         try:
             with self.database.transaction() as session:
-                jobs.release(session, job.job_id, self.owner, "the worker was stopped", utc_now())
+                jobs.release(session, job.job_id, self.owner, "the worker was stopped", database_now(session))
         except DomainError as error:  # the lease runs out by itself
             log.warning("job_not_given_back", kind=job.kind.value, reason=str(error))
 
     def _fail(self, job: JobRecord, code: ErrorCode, reason: str, *, retry: bool) -> None:
         try:
             with self.database.transaction() as session:
-                jobs.fail(session, job.job_id, self.owner, code, reason, utc_now(), retry=retry)
+                jobs.fail(session, job.job_id, self.owner, code, reason, database_now(session), retry=retry)
         except DomainError as error:  # the lease runs out by itself
             log.warning("failure_not_written", kind=job.kind.value, reason=error.detail)
 
@@ -212,9 +213,11 @@ def register_sweep(app: celery.Celery, settings: Settings, database: Database, b
 
     def run_sweep() -> None:
         nonlocal store_swept_at
-        sweep(settings, database, utc_now())
+        with database.reading() as session:
+            now = database_now(session)
+        sweep(settings, database, now)
         if store_swept_at is None or time.monotonic() >= store_swept_at + settings.orphan_sweep_seconds:
             store_swept_at = time.monotonic()
-            sweep_store(settings, database, blobs, utc_now())
+            sweep_store(settings, database, blobs, now)
 
     app.task(run_sweep, name=SWEEP_TASK_NAME, ignore_result=True)

@@ -14,6 +14,7 @@ import torch
 from assets.tensors import read_tensors
 from cotuning.aggregation import StreamingMean
 from persistence import rounds, schema, updates
+from persistence.clock import utc_now
 from protocol.events import EventType
 from protocol.queue import queue_folder
 from protocol.runs import Run
@@ -22,7 +23,6 @@ from tests.worker.cloud import Cloud
 from tests.worker.processes import Processes
 from worker.celery_app import make_app, sender
 from worker.settings import Settings
-from worker.stage import utc_now
 
 
 @pytest.fixture
