@@ -10,13 +10,14 @@ from persistence import schema
 from persistence.blobs import BlobStore, open_store
 from persistence.database import Database
 from persistence.errors import StorageError
-from protocol.statuses import CONTROL_QUEUE, TRAINING_QUEUE
+from protocol.statuses import TRAINING_QUEUE
 from worker import webhook_sender
-from worker.celery_app import consume, make_app, request_stop, sender, start_beat
+from worker.celery_app import consume, make_app, request_stop, sender
+from worker.controller import Controller
 from worker.settings import Settings
 from worker.stalls import EXIT_STALLED, Guard
 from worker.stopping import end_process, watch_signals
-from worker.tasks import JobRunner, register_jobs, register_sweep
+from worker.tasks import JobRunner, register_jobs
 
 log = structlog.get_logger("worker.processes")
 
@@ -64,12 +65,12 @@ def run_controller(settings: Settings, owner: str, stop: threading.Event) -> int
     Raises:
         StorageError: the database or the blob store cannot be used.
     """
-    watch_signals(stop, request_stop)
-    app, database, blobs = _connect(settings)
-    register_sweep(app, settings, database, blobs)
-    start_beat(app, settings)
+    watch_signals(stop, lambda: None)
+    _, database, blobs = _connect(settings)
     webhook_sender.start(database, WEBHOOK_SECONDS, stop)
-    return consume(app, CONTROL_QUEUE, settings, node=f"controller@{owner}")
+    log.info("sweeping", every_seconds=settings.sweep_seconds)
+    Controller(settings, database, blobs, owner).run(stop)
+    return 0
 
 
 def _connect(settings: Settings) -> tuple[celery.Celery, Database, BlobStore]:

@@ -1,12 +1,11 @@
-"""The Celery tasks: shells around the stages and the sweep.
+"""The Celery tasks: shells around the stages.
 
-A training task gets a job id and nothing else. It claims the job by lease (None: done, taken or withdrawn; nothing to
+A task gets a job id and nothing else. It claims the job by lease (None: done, taken or withdrawn; nothing to
 do), runs the stage, and commits the stage's result together with the end of the job in one transaction. A second
 delivery of the same message therefore finds nothing to do. Torch is imported when the first training task runs.
 """
 
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -22,12 +21,11 @@ from persistence.database import Database
 from persistence.errors import LeaseLost
 from persistence.jobs import JobRecord
 from protocol.errors import DomainError, ErrorCode
-from protocol.statuses import SWEEP_TASK_NAME, JobKind
+from protocol.statuses import JobKind
 from worker.leases import Abandoned, Lease, Silence
 from worker.settings import Settings
 from worker.stage import Finish, Stage, Work
 from worker.stalls import where_it_stands
-from worker.sweep import sweep, sweep_store
 
 if TYPE_CHECKING:
     from worker.model_cache import ModelCache
@@ -205,19 +203,3 @@ def register_jobs(app: celery.Celery, runner: JobRunner) -> None:
 
     for kind in JobKind:
         app.task(run_job, name=kind.task_name, acks_late=True, ignore_result=True)
-
-
-def register_sweep(app: celery.Celery, settings: Settings, database: Database, blobs: BlobStore) -> None:
-    """Make the sweep known to `app`, by name. The blob store is swept every `settings.orphan_sweep_seconds`."""
-    store_swept_at: float | None = None
-
-    def run_sweep() -> None:
-        nonlocal store_swept_at
-        with database.reading() as session:
-            now = database_now(session)
-        sweep(settings, database, now)
-        if store_swept_at is None or time.monotonic() >= store_swept_at + settings.orphan_sweep_seconds:
-            store_swept_at = time.monotonic()
-            sweep_store(settings, database, blobs, now)
-
-    app.task(run_sweep, name=SWEEP_TASK_NAME, ignore_result=True)
