@@ -2,8 +2,7 @@
 
 `--check` only looks whether a process with these settings could work, for health checks.
 
-Exit codes: 0 stopped as asked, 1 a fault, 2 settings, or something that they name, cannot be used, 3 a stage stood
-still (`worker.stalls`).
+Exit codes: `protocol.exit_codes`.
 """
 
 import argparse
@@ -16,10 +15,8 @@ from collections.abc import Sequence
 
 import structlog
 
+from protocol.exit_codes import ServiceExit
 from worker.stopping import block_signals, end_process
-
-EXIT_FAULT = 1
-EXIT_SETTINGS = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         found = problems(settings)
         sys.stdout.write("".join(f"{each}\n" for each in found) or "ok\n")
-        return EXIT_FAULT if found else 0
+        return ServiceExit.FAULT if found else ServiceExit.STOPPED
 
     from persistence.errors import StorageError
     from worker.processes import run_controller, run_trainer
@@ -62,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _refuse(error: Exception) -> int:
     sys.stderr.write(f"worker: {error}\n")
-    return EXIT_SETTINGS
+    return ServiceExit.SETTINGS
 
 
 if __name__ == "__main__":

@@ -10,18 +10,17 @@ from persistence import schema
 from persistence.blobs import BlobStore, open_store
 from persistence.database import Database
 from persistence.errors import StorageError
+from protocol.exit_codes import ServiceExit
 from protocol.statuses import TRAINING_QUEUE
 from worker import webhook_sender
 from worker.celery_app import consume, make_app, request_stop, sender
 from worker.controller import Controller
 from worker.settings import Settings
-from worker.stalls import EXIT_STALLED, Guard
+from worker.stalls import Guard
 from worker.stopping import end_process, watch_signals
 from worker.tasks import JobRunner, register_jobs
 
 log = structlog.get_logger("worker.processes")
-
-EXIT_FAULT = 1
 
 GRACE_LEASES = 2
 """A worker that stands still has so many leases' time to say why and end itself before the watchdog kills it."""
@@ -43,7 +42,7 @@ def run_trainer(settings: Settings, owner: str, stop: threading.Event) -> int:
     def end() -> None:
         log.error("worker_damaged")
         stop.set()
-        request_stop(EXIT_FAULT)
+        request_stop(ServiceExit.FAULT)
 
     runner = JobRunner(
         settings,
@@ -52,7 +51,7 @@ def run_trainer(settings: Settings, owner: str, stop: threading.Event) -> int:
         owner,
         stop,
         on_damage=end,
-        on_stall=lambda: end_process(EXIT_STALLED),
+        on_stall=lambda: end_process(ServiceExit.STALLED),
         promise=guard.expect,
     )
     register_jobs(app, runner)

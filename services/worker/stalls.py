@@ -22,9 +22,6 @@ from threading import main_thread
 
 from worker import watchdog
 
-EXIT_STALLED = 3
-"""A stage stood still. Not a fault of the settings: the process should be started again."""
-
 SPEAK_SECONDS = 1.0
 """Marks that come faster than this are not all passed on to the watchdog."""
 

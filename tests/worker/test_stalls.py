@@ -12,12 +12,12 @@ import pytest
 
 from persistence import schema
 from protocol.events import EventType
+from protocol.exit_codes import ServiceExit
 from protocol.statuses import RunStatus
 from tests.worker.cloud import Cloud
 from tests.worker.processes import Processes
 from worker.celery_app import make_app, sender
 from worker.settings import Settings
-from worker.stalls import EXIT_STALLED
 
 # `worker.preparation`, in the way of a worker: it says that it is in the stage, then never moves again.
 HINDRANCE = """
@@ -46,7 +46,7 @@ HANGS = {
         "                ready.wait()"
     ),
 }
-ENDS = {"asleep in a native call": EXIT_STALLED, "asleep with the interpreter's lock": -signal.SIGKILL}
+ENDS = {"asleep in a native call": ServiceExit.STALLED, "asleep with the interpreter's lock": -signal.SIGKILL}
 """With no memory it depends on what still fits."""
 
 
@@ -83,14 +83,14 @@ def test_another_worker_takes_the_job_of_one_that_stands_still(
     stalled = processes.start(environment={"PYTHONPATH": ":".join([str(hindrance), *sys.path])})
     processes.wait_for("the stage", lambda: "in the stage" in processes.log.read_text(), 300)
     code = processes.wait_for("the worker's end", lambda: processes.ended(stalled), 300)
-    expected = {EXIT_STALLED, -signal.SIGKILL} if "memory" in hang else {ENDS[hang]}
+    expected = {ServiceExit.STALLED, -signal.SIGKILL} if "memory" in hang else {ENDS[hang]}
     assert code in expected, processes.tail()
 
     processes.start()
     processes.wait_for("round 1", lambda: cloud.run(run.run_id).status is RunStatus.RUNNING, 300)
     resent = next(event for event in cloud.events(run.run_id) if event.type is EventType.JOB_RESENT)
     log = processes.log.read_text()
-    if code == EXIT_STALLED and "memory" not in hang:
+    if code == ServiceExit.STALLED and "memory" not in hang:
         assert "prepare_run stood still in worker" in resent.data["reason"]
         assert "at most 6 s" in resent.data["reason"]
         assert "in prepare" in log, "the log has the stack"
