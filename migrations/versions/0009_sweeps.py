@@ -1,4 +1,4 @@
-"""Whose turn it is to sweep, and when that was last done.
+"""Whose turn it is to sweep, and when that was last done; the trace that a job belongs to.
 
 Revision: 0009; after: 0007.
 """
@@ -15,6 +15,8 @@ depends_on = None
 
 
 def upgrade() -> None:
+    with op.batch_alter_table("jobs", schema=None) as batch_op:
+        batch_op.add_column(sa.Column("traceparent", sa.String(length=64), nullable=True))
     op.create_table(
         "sweeps",
         sa.Column("id", sa.String(length=64), nullable=False),
@@ -27,3 +29,5 @@ def upgrade() -> None:
 
 def downgrade() -> None:
     op.drop_table("sweeps")
+    with op.batch_alter_table("jobs", schema=None) as batch_op:
+        batch_op.drop_column("traceparent")

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import tracing
 from protocol.exit_codes import ServiceExit
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = Settings.from_environment(os.environ)
         logging.configure(settings.log_format, settings.log_level)
+        tracing.start("cotune-api", os.environ)
         if options.socket is not None:
             return _serve(settings, socket.socket(fileno=options.socket), lifeline=sys.stdin.fileno())
         if options.migrate:
@@ -70,6 +72,7 @@ def _serve(settings: "Settings", listener: socket.socket, lifeline: int | None =
 
     cloud = open_cloud(settings)
     serve(create_app(cloud), cloud, listener, lifeline)
+    tracing.flush()
     return 0
 
 

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 
 import structlog
 
+import tracing
 from protocol.exit_codes import ServiceExit
 from worker.stopping import block_signals, end_process
 
@@ -38,6 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         return _refuse(error)
     logging.configure(settings.log_format)
+    try:
+        tracing.start("cotune-controller" if options.controller else "cotune-worker", os.environ)
+    except tracing.TracingUnavailable as error:
+        return _refuse(error)
     if options.check:
         from worker.readiness import problems
 
@@ -55,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run_controller(settings, owner, stop) if options.controller else run_trainer(settings, owner, stop)
     except StorageError as error:
         return _refuse(error)
+    finally:
+        tracing.flush()
 
 
 def _refuse(error: Exception) -> int:

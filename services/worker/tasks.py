@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, assert_never
 import celery
 import structlog
 
+import tracing
 from persistence import jobs
 from persistence.blobs import BlobStore
 from persistence.clock import database_now
@@ -84,7 +85,11 @@ class JobRunner:
         if job is None:
             log.info("nothing_to_do", job_id=job_id)
             return
-        with structlog.contextvars.bound_contextvars(job_id=job.job_id, run_id=job.run_id, round_id=job.round_id):
+        ids = {"job_id": job.job_id, "run_id": job.run_id, "round_id": job.round_id}
+        with (
+            structlog.contextvars.bound_contextvars(**ids),
+            tracing.span(job.kind.value, parent=job.traceparent, **ids, worker=self.owner),
+        ):
             log.info("job_started", kind=job.kind.value, attempt=job.attempts)
             self._attempt(job)
 
