@@ -2,8 +2,8 @@
 
 `--migrate` brings the database's schema up to date and ends; a start without it does so too, before it serves.
 
-Exit codes: 0 stopped as asked, 1 a fault, 2 settings that cannot be used (also: the port is taken, the home folder
-cannot be written, the database does not answer).
+Exit codes: `protocol.exit_codes`. Settings that cannot be used are also a port that is taken, a home folder that cannot
+be written, a database that does not answer.
 """
 
 import argparse
@@ -13,11 +13,11 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import tracing
+from protocol.exit_codes import ServiceExit
+
 if TYPE_CHECKING:
     from cloud_api.settings import Settings
-
-EXIT_FAULT = 1
-EXIT_SETTINGS = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,6 +38,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         settings = Settings.from_environment(os.environ)
         logging.configure(settings.log_format, settings.log_level)
+        tracing.start("cotune-api", os.environ)
         if options.socket is not None:
             return _serve(settings, socket.socket(fileno=options.socket), lifeline=sys.stdin.fileno())
         if options.migrate:
@@ -47,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return _serve_together(settings, listener) if settings.processes > 1 else _serve(settings, listener)
     except (ValueError, OSError, CannotListen, StorageError, DomainError) as error:
         sys.stderr.write(f"cloud_api: {error}\n")
-        return EXIT_SETTINGS
+        return ServiceExit.SETTINGS
 
 
 def _migrate(settings: "Settings") -> int:
@@ -71,6 +72,7 @@ def _serve(settings: "Settings", listener: socket.socket, lifeline: int | None =
 
     cloud = open_cloud(settings)
     serve(create_app(cloud), cloud, listener, lifeline)
+    tracing.flush()
     return 0
 
 
@@ -80,7 +82,7 @@ def _serve_together(settings: "Settings", listener: socket.socket) -> int:
 
     listener.listen(BACKLOG)  # who connects from now on waits for the first process
     announce(listener, "https" if settings.tls else "http")
-    return serve_in_processes(settings.processes, listener, hopeless_exit_code=EXIT_SETTINGS)
+    return serve_in_processes(settings.processes, listener, hopeless_exit_code=ServiceExit.SETTINGS)
 
 
 def _port(text: str) -> int:

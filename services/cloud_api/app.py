@@ -78,7 +78,7 @@ def create_app(cloud: Cloud) -> FastAPI:
         # A generated client's functions are named after these.
         generate_unique_id_function=lambda route: route.name,
         lifespan=lifespan,
-        telemetry={"tracing": False, "metrics": False, "logs": False},
+        telemetry={"tracing": cloud.settings.traced, "metrics": False, "logs": False, "auto_configure": False},
     )
     app.state.cloud = cloud
     # What is added last is outermost.

@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import TypeVar
 
 from fastapi.concurrency import contextmanager_in_threadpool
@@ -23,6 +23,7 @@ from cloud_api.request_metrics import RequestMetrics
 from cloud_api.settings import Settings
 from persistence import devices, events, open_work
 from persistence.blobs import BlobStore, open_store
+from persistence.clock import DatabaseClock
 from persistence.counts import Counts
 from persistence.database import Database
 from protocol.events import Event
@@ -32,11 +33,6 @@ Result = TypeVar("Result")
 
 FEED_PAGE = 500
 """Events that the feed reads at once."""
-
-
-def utc_now() -> datetime:
-    """Return the time that everything this process does is stamped with."""
-    return datetime.now(UTC)
 
 
 class Transactions:
@@ -96,6 +92,7 @@ class Cloud:
     feed: Feed
     board: WorkBoard
     now: Callable[[], datetime]
+    """The time that everything this process does is stamped with: the database's."""
     memory: BriefMemory
     limits: RateLimits
     counts: Recent[Counts | None]
@@ -121,7 +118,7 @@ class Cloud:
         self.database.dispose()
 
 
-def open_cloud(settings: Settings, *, now: Callable[[], datetime] = utc_now) -> Cloud:
+def open_cloud(settings: Settings) -> Cloud:
     """Connect to everything that the settings name. The database's schema must be there.
 
     Raises:
@@ -131,9 +128,14 @@ def open_cloud(settings: Settings, *, now: Callable[[], datetime] = utc_now) -> 
     dispatcher = Dispatcher(settings.broker_url, settings.queue_prefix)
     database = Database(settings.database_url, dispatch=dispatcher.send, stored=blobs.exists)
     transactions = Transactions(database)
+    clock = DatabaseClock(database)
+
+    def look(session: Session) -> int:
+        clock.follow(session)
+        return events.last_sequence(session)
 
     async def newest() -> int:
-        return await transactions.read(events.last_sequence)
+        return await transactions.read(look)
 
     async def after(sequence: int) -> list[Event]:
         return await transactions.read(
@@ -141,7 +143,7 @@ def open_cloud(settings: Settings, *, now: Callable[[], datetime] = utc_now) -> 
         )
 
     async def touch(device_ids: Sequence[str]) -> None:
-        await transactions.write(lambda session: devices.touch_many(session, device_ids, now()))
+        await transactions.write(lambda session: devices.touch_many(session, device_ids, clock.now()))
 
     board = WorkBoard(lambda: transactions.read(open_work.look), touch, trusted_seconds=settings.trusted_seconds)
     feed = Feed(newest, after, board=board, interval_seconds=settings.feed_seconds)
@@ -149,7 +151,9 @@ def open_cloud(settings: Settings, *, now: Callable[[], datetime] = utc_now) -> 
     limits = RateLimits(memory, settings.rates)
     counts: Recent[Counts | None] = Recent(settings.probe_seconds)
     checks: Recent[dict[str, str]] = Recent(settings.probe_seconds)
-    return Cloud(settings, database, transactions, blobs, dispatcher, feed, board, now, memory, limits, counts, checks)
+    return Cloud(
+        settings, database, transactions, blobs, dispatcher, feed, board, clock.now, memory, limits, counts, checks
+    )
 
 
 def _brief_memory(settings: Settings) -> BriefMemory:

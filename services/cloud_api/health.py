@@ -8,6 +8,7 @@ from cloud_api.cloud import Cloud
 from cloud_api.dependencies import CloudHere
 from cloud_api.documentation import answers
 from cloud_api.release import VERSION
+from persistence import sweeping
 from protocol import PROTOCOL_VERSION
 from protocol.errors import DomainError
 from protocol.health import Health, Readiness
@@ -15,9 +16,15 @@ from protocol.health import Health, Readiness
 router = APIRouter(tags=["service"])
 
 _HEALTH = Health(version=VERSION, protocol=PROTOCOL_VERSION)
-_READY = Readiness(status="ready", checks={"database": "ok", "blobs": "ok", "queue": "ok"})
+_READY = Readiness(status="ready", checks={"database": "ok", "blobs": "ok", "queue": "ok", "controller": "ok"})
 _NOT_READY = Readiness(
-    status="not_ready", checks={"database": "the database does not answer: timeout", "blobs": "ok", "queue": "ok"}
+    status="not_ready",
+    checks={
+        "database": "the database does not answer: timeout",
+        "blobs": "ok",
+        "queue": "ok",
+        "controller": "the database does not answer: timeout",
+    },
 )
 
 
@@ -42,10 +49,10 @@ async def health() -> Health:
     ),
 )
 async def ready(cloud: CloudHere, response: Response) -> Readiness:
-    """Checks the database, the blob store and the queue. For readiness probes.
+    """Checks the database, the blob store, the queue, and whether a controller sweeps. For readiness probes.
 
-    A queue that does not answer is named, and does not make the service unready: jobs wait in the database until it
-    answers again.
+    A queue that does not answer, or a sweep that nobody does, is named, and does not make the service unready: jobs and
+    deadlines wait in the database until it is done again.
     """
     checks = await cloud.checks.get(lambda: _check(cloud))
     works = checks["database"] == "ok" and checks["blobs"] == "ok"
@@ -60,6 +67,7 @@ async def _check(cloud: Cloud) -> dict[str, str]:
         "database": await run_in_threadpool(_database, cloud),
         "blobs": await run_in_threadpool(_blobs, cloud),
         "queue": await run_in_threadpool(cloud.dispatcher.check),
+        "controller": await run_in_threadpool(_controller, cloud),
     }
 
 
@@ -69,6 +77,14 @@ def _database(cloud: Cloud) -> str:
     except DomainError as error:
         return error.detail
     return "ok"
+
+
+def _controller(cloud: Cloud) -> str:
+    try:
+        with cloud.database.reading() as session:
+            return sweeping.missing_controller(session) or "ok"
+    except DomainError as error:
+        return error.detail
 
 
 def _blobs(cloud: Cloud) -> str:

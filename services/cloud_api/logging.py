@@ -5,6 +5,7 @@ import sys
 
 import structlog
 
+import tracing
 from cloud_api.settings import LogFormat, LogLevel
 
 
@@ -19,6 +20,7 @@ def configure(log_format: LogFormat, level: LogLevel) -> None:
         )
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
+        tracing.add_trace_id,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]

@@ -83,6 +83,8 @@ def _of_the_service(counts: Counts | None) -> Iterable[Metric]:
     yield GaugeMetricFamily("cotune_database_up", "Whether the database answers.", float(counts is not None))
     if counts is None:
         return
+    age = counts.sweep_age_seconds
+    yield GaugeMetricFamily("cotune_sweep_age_seconds", "Seconds since a controller swept; +Inf: none has.", age)
     yield _by_status("cotune_runs", "Runs.", counts.runs)
     yield _by_status("cotune_rounds", "Rounds.", counts.rounds)
     yield _by_status("cotune_devices", "Enrolled devices.", counts.devices)

@@ -13,6 +13,7 @@ import structlog
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+import tracing
 from cloud_api.problems import problem_response, request_facts
 from cloud_api.request_metrics import RequestMetrics
 from protocol import PROTOCOL_VERSION
@@ -97,6 +98,8 @@ class _Exchange:
             headers = MutableHeaders(scope=message)
             headers[REQUEST_ID_HEADER] = self.request_id
             headers[PROTOCOL_HEADER] = PROTOCOL_VERSION
+            # Now: the request's span ends with the last part of the answer.
+            tracing.describe({"request_id": self.request_id, **self._scope.get("path_params", {}), **self._facts})
         await self._send(message)
 
     async def refuse(self, code: ErrorCode, detail: str, receive: Receive, scope: Scope) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, TypeVar
 
+import tracing
 from cloud_api import security
 from cloud_api.security import Rates, Tls
 from persistence.addresses import database_address
@@ -40,6 +41,8 @@ class Settings:
     operator_key: str = field(repr=False)
     processes: int = 1
     """How many processes serve; each uses one core."""
+    traced: bool = False
+    """Whether the standard OTEL_* variables ask for traces."""
     log_format: LogFormat = "console"
     log_level: LogLevel = "info"
     upload_limits: Mapping[PartKind, int] = field(default_factory=lambda: dict.fromkeys(PartKind, DEFAULT_UPLOAD_BYTES))
@@ -94,6 +97,7 @@ class Settings:
         if folder is not None:
             prepare_folder(folder)
         return cls(
+            traced=tracing.wanted(environment),
             home=home,
             database_url=database_url,
             broker_url=broker_url,

@@ -11,6 +11,7 @@ from typing import TypeVar
 from command_line.api_client import ApiClient
 from command_line.errors import CommandError, TimedOut, Unreachable
 from command_line.supervisor import ProcessSpec, Supervisor
+from protocol.exit_codes import ServiceExit
 
 Answer = TypeVar("Answer")
 
@@ -29,11 +30,20 @@ def cloud_specs(host: str, port: int, environment: Mapping[str, str]) -> list[Pr
     Args:
         environment: At least `COTUNE_HOME`; see `cloud_environment`.
     """
-    python = [sys.executable, "-m"]
+    commands = {
+        API: ["cloud_api", "--host", host, "--port", str(port)],
+        WORKER: ["worker"],
+        CONTROLLER: ["worker", "--controller"],
+    }
     return [
-        ProcessSpec(API, [*python, "cloud_api", "--host", host, "--port", str(port)], environment, SERVER_STAGE),
-        ProcessSpec(WORKER, [*python, "worker"], environment, CLIENTS_STAGE),
-        ProcessSpec(CONTROLLER, [*python, "worker", "--controller"], environment, CLIENTS_STAGE),
+        ProcessSpec(
+            name,
+            [sys.executable, "-m", *command],
+            environment,
+            stop_stage=SERVER_STAGE if name == API else CLIENTS_STAGE,
+            hopeless_exit_code=ServiceExit.SETTINGS,
+        )
+        for name, command in commands.items()
     ]
 
 

@@ -20,7 +20,7 @@ from types import TracebackType
 from typing import Self
 
 from command_line import guardian
-from command_line.errors import ProcessFailed
+from command_line.errors import BadInput, ProcessFailed
 
 POLL_SECONDS = 0.05
 
@@ -35,6 +35,8 @@ class ProcessSpec:
     """Added to what the supervisor's processes inherit."""
     stop_stage: int = 0
     """Processes of a lower stage are ended, and have ended, before those of the next are asked to."""
+    hopeless_exit_code: int | None = None
+    """A first start that ends with it would do so again. Later it is as any other: then it has worked before."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,7 @@ class _Supervised:
     process: subprocess.Popen[bytes]
     deaths: list[float] = field(default_factory=list)
     restart_at: float | None = None
+    restarted: bool = False
     peak_memory_bytes: int = 0
     former_cpu_seconds: float = 0.0
     """Of the processes that this one is the restart of."""
@@ -104,7 +107,7 @@ class Supervisor:
         self.stop()
 
     def start(self, spec: ProcessSpec) -> None:
-        """Start a process. It is restarted when it dies, whatever its exit code.
+        """Start a process. It is restarted when it dies, unless that is hopeless (`ProcessSpec.hopeless_exit_code`).
 
         Raises:
             ProcessFailed: its program cannot be executed.
@@ -122,6 +125,7 @@ class Supervisor:
 
         Raises:
             ProcessFailed: a process died more often than the policy allows; holds the end of its log.
+            BadInput: a process said at its first start that it is of no use to start it again; holds what it said.
         """
         now = time.monotonic()
         if self._guardian is None or self._guardian.poll() is not None:
@@ -132,6 +136,7 @@ class Supervisor:
                 if now >= each.restart_at:
                     each.process = self._spawn(each.spec, each.log)
                     each.restart_at = None
+                    each.restarted = True
                     self._notify(f"{each.spec.name} is started again (process {each.process.pid})")
             elif each.process.poll() is not None:
                 self._bury(each, now)
@@ -188,6 +193,11 @@ class Supervisor:
         each.deaths = [at for at in each.deaths if now - at < self._policy.within_seconds] + [now]
         each.former_cpu_seconds += each.cpu_seconds
         each.cpu_seconds = 0.0
+        if each.process.returncode == each.spec.hopeless_exit_code and not each.restarted:
+            raise BadInput(
+                f"{each.spec.name} cannot start: {tail(each.log, 1)}",
+                next_step=f"correct that and start again; {each.log} has the whole log",
+            )
         how = _how_it_ended(each.process.returncode)
         if len(each.deaths) > self._policy.max_restarts:
             raise ProcessFailed(

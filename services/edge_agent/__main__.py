@@ -20,6 +20,7 @@ from typing import Annotated, Any, Literal
 import structlog
 import typer
 
+import tracing
 from edge_agent import durable, identity, lock, logging, loop, settings
 from edge_agent.backoff import Backoff, Retrier
 from edge_agent.cache import ArtifactCache
@@ -181,12 +182,17 @@ def _running(home: Path, log_file: Path | None) -> Iterator[tuple[Agent, DeviceP
     if problems or profile is None:
         raise ConfigurationError(problems)
     logging.configure(current.config.log.format, current.config.log.level, log_file)
+    try:
+        tracing.start("cotune-agent", os.environ)
+    except tracing.TracingUnavailable as error:
+        raise ConfigurationError([str(error)]) from None
     with lock.hold(home), structlog.contextvars.bound_contextvars(device_id=current.device_id):
         stop = threading.Event()
         _stop_on_signals(stop)
         log.info("started", server=current.config.server.url, num_examples=profile.num_examples)
         with connect(current, stop) as client:
             yield build_agent(current, client, stop), profile
+    tracing.flush()
 
 
 def connect(current: Settings, stop: threading.Event) -> CloudClient:

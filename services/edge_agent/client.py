@@ -22,6 +22,7 @@ import httpx
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from pydantic import BaseModel, ValidationError
 
+import tracing
 from edge_agent.errors import CloudRefused, CloudUnavailable, NotAuthorised, Stopped
 from edge_agent.interruption import call_until_stopped
 from edge_agent.ledger import Ledger, Purpose
@@ -310,6 +311,7 @@ class CloudClient:
         return self._exchange(request)
 
     def _exchange(self, request: httpx.Request) -> httpx.Response:
+        request.headers.update(tracing.outgoing_headers())
         try:
             response = call_until_stopped(lambda: self._bounded(request), self._stop)
         except httpx.TransportError as error:

@@ -7,7 +7,8 @@ so a cycle may be killed anywhere and the next one goes on.
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
@@ -17,6 +18,7 @@ from typing import Protocol
 
 import structlog
 
+import tracing
 from edge_agent.backoff import Backoff, Retrier
 from edge_agent.cache import ArtifactCache
 from edge_agent.client import CloudClient
@@ -115,10 +117,20 @@ def run_once(agent: Agent, *, wait_seconds: int = POLL_WAIT_SECONDS) -> Outcome:
     assignment = agent.client.next_assignment(wait_seconds)
     if assignment is None:
         return Outcome.IDLE
-    with structlog.contextvars.bound_contextvars(
-        run_id=assignment.run_id, round_number=assignment.round_number, assignment_id=assignment.assignment_id
-    ):
+    with _about(assignment, "assignment"):
         return work_on(agent, assignment)
+
+
+@contextmanager
+def _about(assignment: Assignment, doing: str) -> Iterator[None]:
+    """Name the assignment in each log line and, where traces are on, in a span."""
+    ids = {"run_id": assignment.run_id, "assignment_id": assignment.assignment_id}
+    number = assignment.round_number
+    with (
+        structlog.contextvars.bound_contextvars(**ids, round_number=number),
+        tracing.span(doing, **ids, round_number=str(number)),
+    ):
+        yield
 
 
 def work_on(agent: Agent, assignment: Assignment) -> Outcome:
@@ -235,9 +247,7 @@ def deliver(agent: Agent, entry: OutboxEntry, *, again: bool = False) -> Outcome
     `again` says that an earlier process may have sent some or all of it.
     """
     assignment = entry.assignment
-    with structlog.contextvars.bound_contextvars(
-        run_id=assignment.run_id, round_number=assignment.round_number, assignment_id=assignment.assignment_id
-    ):
+    with _about(assignment, "delivery"):
         if entry.receipt is None:
             try:
                 send(agent, entry, again=again)

@@ -7,6 +7,8 @@ from typing import Literal
 
 import structlog
 
+import tracing
+
 LogFormat = Literal["console", "json"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
@@ -23,6 +25,7 @@ def configure(log_format: LogFormat, level: LogLevel, file: Path | None = None) 
     structlog.configure(
         processors=[
             structlog.contextvars.merge_contextvars,
+            tracing.add_trace_id,
             structlog.processors.add_log_level,
             structlog.processors.TimeStamper(fmt="iso", utc=True),
             *renderers,

@@ -1,5 +1,6 @@
 """How many there are of everything, by status: what a monitoring system asks for every few seconds."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
@@ -8,7 +9,7 @@ from typing import Any
 from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
-from persistence import traffic
+from persistence import sweeping, traffic
 from persistence.tables import AssignmentRow, DeviceRow, JobRow, RoundRow, RunRow
 from protocol.statuses import AssignmentStatus, DeviceStatus, JobKind, JobStatus, RoundStatus, RunStatus
 
@@ -23,6 +24,7 @@ class Counts:
         runs, rounds, devices, assignments: by status.
         jobs: by kind and status.
         num_bytes: by direction and kind.
+        sweep_age_seconds: since a controller last swept; infinity if none has.
     """
 
     runs: Statuses
@@ -31,15 +33,17 @@ class Counts:
     assignments: Statuses
     jobs: Mapping[tuple[str, ...], int]
     num_bytes: Mapping[tuple[str, ...], int]
+    sweep_age_seconds: float
 
 
 def count_everything(session: Session) -> Counts:
-    """Count, in six statements."""
+    """Count, in eight statements."""
     jobs: dict[tuple[str, ...], int] = {(kind.value, status.value): 0 for kind in JobKind for status in JobStatus}
     for kind, status, number in session.execute(
         select(JobRow.kind, JobRow.status, func.count()).group_by(JobRow.kind, JobRow.status)
     ):
         jobs[kind.value, status.value] = number
+    since_sweep = sweeping.seconds_since_sweep(session)
     return Counts(
         runs=_by_status(session, RunRow.status, RunStatus),
         rounds=_by_status(session, RoundRow.status, RoundStatus),
@@ -47,6 +51,7 @@ def count_everything(session: Session) -> Counts:
         assignments=_by_status(session, AssignmentRow.status, AssignmentStatus),
         jobs=jobs,
         num_bytes=traffic.sums(session),
+        sweep_age_seconds=math.inf if since_sweep is None else since_sweep,
     )
 
 

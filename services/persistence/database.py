@@ -6,7 +6,7 @@ could otherwise fail in the middle. PostgreSQL: psycopg 3, read committed; decis
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -126,8 +126,7 @@ class Database:
             self._check_blobs(session)
             events.write_pending(session)
             session.commit()
-        for message in session.info.pop(_JOBS, []):
-            self._send(message)
+        self._send(session.info.pop(_JOBS, []))
         if refusal is not None:
             raise refusal
 
@@ -161,13 +160,18 @@ class Database:
                     ErrorCode.UNAVAILABLE, f"file {sha256} was removed from the store just now; store it again"
                 )
 
-    def _send(self, message: JobMessage) -> None:
+    def _send(self, messages: Sequence[JobMessage]) -> None:
         if self._dispatch is None:
             return
-        try:
-            self._dispatch(message)
-        except Exception as error:  # The queue is a hint; whatever its library raises, the commit stands.
-            logger.warning("job_not_sent job_id=%s kind=%s error=%s", message.job_id, message.kind, error)
+        for number, message in enumerate(messages):
+            try:
+                self._dispatch(message)
+            except Exception as error:  # The queue is a hint; whatever its library raises, the commit stands.
+                left = len(messages) - number
+                logger.warning(
+                    "job_not_sent job_id=%s kind=%s left=%d error=%s", message.job_id, message.kind, left, error
+                )
+                return  # To find out the same for each of the others could take seconds each.
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from typing import Any
 from sqlalchemy import CursorResult, and_, select, update
 from sqlalchemy.orm import Session
 
+import tracing
 from persistence import events
 from persistence.database import JobMessage, queue_message
 from persistence.errors import LeaseLost
@@ -38,6 +39,8 @@ class JobRecord:
     run_id: str
     round_id: str | None
     attempts: int
+    traceparent: str | None = None
+    """The trace that the job goes on with."""
 
 
 def queue(session: Session, kind: JobKind, run_id: str, round_id: str | None, now: datetime) -> str:
@@ -53,6 +56,7 @@ def queue(session: Session, kind: JobKind, run_id: str, round_id: str | None, no
         queued_at=now,
         sent_at=now,
         status_since=now,
+        traceparent=tracing.current_traceparent(),
     )
     session.add(job)
     session.flush()
@@ -83,7 +87,7 @@ def claim(session: Session, job_id: str, owner: str, lease_seconds: float, now: 
     move(session, job, JobStatus.CLAIMED, now=now, values=values)
     if job.kind is JobKind.PREPARE_RUN and run.status is RunStatus.PENDING:
         move(session, run, RunStatus.PREPARING, now=now)
-    return JobRecord(job.id, job.kind, job.run_id, job.round_id, job.attempts)
+    return JobRecord(job.id, job.kind, job.run_id, job.round_id, job.attempts, job.traceparent)
 
 
 def renew(session: Session, job_id: str, owner: str, lease_seconds: float, now: datetime) -> bool:

@@ -1,4 +1,5 @@
-"""The tables of operators: their keys, what they did, what they were answered, and whom they have told of events."""
+"""The tables of operators: their keys, what they did, what they were answered, whom they have told of events, and which
+of their controllers sweeps."""
 
 from datetime import datetime
 from typing import Any
@@ -9,6 +10,17 @@ from sqlalchemy.orm import Mapped, mapped_column
 from persistence.column_types import BigInt, FiniteJson, UtcDateTime, status_type
 from persistence.table_base import ID, REASON, SHA256, Table
 from protocol.operators import OperatorRole
+
+
+class SweepRow(Table):
+    """Whose turn it is to sweep: one row."""
+
+    __tablename__ = "sweeps"
+
+    id: Mapped[str] = mapped_column(ID, primary_key=True)
+    owner: Mapped[str] = mapped_column(String(200))
+    lease_until: Mapped[datetime] = mapped_column(UtcDateTime)
+    swept_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
 
 
 class IdempotentAnswerRow(Table):

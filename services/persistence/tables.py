@@ -276,6 +276,8 @@ class JobRow(Table):
     queued_at: Mapped[datetime] = mapped_column(UtcDateTime)
     status_since: Mapped[datetime | None] = mapped_column(UtcDateTime)
     sent_at: Mapped[datetime] = mapped_column(UtcDateTime)
+    traceparent: Mapped[str | None] = mapped_column(String(64))
+    """Of the request or the job that made this one necessary, where traces are on."""
     finished_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
 
 

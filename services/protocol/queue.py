@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote, urlsplit
 
-from protocol.statuses import CONTROL_QUEUE, SWEEP_TASK_NAME, TRAINING_QUEUE, JobKind
+from protocol.statuses import TRAINING_QUEUE, JobKind
 
 POLLING_SECONDS = 0.1
 """How often a consumer of the embedded broker looks into its folder; bounds the delay of a job's start."""
@@ -49,7 +49,7 @@ def queue_folder(broker_url: str) -> Path | None:
 
 
 def queue_name(queue: str, prefix: str = "") -> str:
-    """Return the broker's name of `queue` (`TRAINING_QUEUE` or `CONTROL_QUEUE`) under `prefix`.
+    """Return the broker's name of `queue` (`TRAINING_QUEUE`) under `prefix`.
 
     Raises:
         ValueError: a prefix with other characters than letters, digits, `_` and `-`, or over 64 of them.
@@ -68,21 +68,18 @@ def celery_settings(broker_url: str, queue_prefix: str = "") -> dict[str, Any]:
     Raises:
         ValueError: see `queue_folder` and `queue_name`.
     """
-    training, control = queue_name(TRAINING_QUEUE, queue_prefix), queue_name(CONTROL_QUEUE, queue_prefix)
+    training = queue_name(TRAINING_QUEUE, queue_prefix)
     folder = queue_folder(broker_url)
     return {
         "broker_url": broker_url if folder is None else "filesystem://localhost",
         "broker_transport_options": _redis_options(queue_prefix) if folder is None else _folder_options(folder),
         "broker_connection_retry_on_startup": True,
-        "task_queues": {name: {"exchange": "", "routing_key": name} for name in (training, control)},
+        "task_queues": {training: {"exchange": "", "routing_key": training}},
         "task_default_queue": training,
         "task_default_exchange": "",
         "task_default_routing_key": training,
         "task_create_missing_queues": False,
-        "task_routes": {
-            **{kind.task_name: {"queue": training} for kind in JobKind},
-            SWEEP_TASK_NAME: {"queue": control},
-        },
+        "task_routes": {kind.task_name: {"queue": training} for kind in JobKind},
         # The sweep sends again what could not be sent: a request must not wait for a broker that is down.
         "task_publish_retry": False,
         "task_serializer": "json",

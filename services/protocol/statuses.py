@@ -94,14 +94,8 @@ class WaitingFor(StrEnum):
     OPERATOR = "operator"  # It is paused.
 
 
-SWEEP_TASK_NAME = "cotune.sweep"
-"""The periodic task that re-sends lost jobs, closes overdue rounds and marks silent devices."""
-
 TRAINING_QUEUE = "cotune-training"
 """The queue of the jobs that need torch: one solo worker a GPU."""
-
-CONTROL_QUEUE = "cotune-control"
-"""The queue of the sweep: never behind a long training job."""
 
 
 class PartKind(StrEnum):

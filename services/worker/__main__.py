@@ -2,7 +2,7 @@
 
 `--check` only looks whether a process with these settings could work, for health checks.
 
-Exit codes: 0 stopped as asked, 1 a fault, 2 settings, or something that they name, cannot be used.
+Exit codes: `protocol.exit_codes`.
 """
 
 import argparse
@@ -15,10 +15,9 @@ from collections.abc import Sequence
 
 import structlog
 
+import tracing
+from protocol.exit_codes import ServiceExit
 from worker.stopping import block_signals, end_process
-
-EXIT_FAULT = 1
-EXIT_SETTINGS = 2
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -40,12 +39,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         return _refuse(error)
     logging.configure(settings.log_format)
+    try:
+        tracing.start("cotune-controller" if options.controller else "cotune-worker", os.environ)
+    except tracing.TracingUnavailable as error:
+        return _refuse(error)
     if options.check:
         from worker.readiness import problems
 
         found = problems(settings)
         sys.stdout.write("".join(f"{each}\n" for each in found) or "ok\n")
-        return EXIT_FAULT if found else 0
+        return ServiceExit.FAULT if found else ServiceExit.STOPPED
 
     from persistence.errors import StorageError
     from worker.processes import run_controller, run_trainer
@@ -57,11 +60,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run_controller(settings, owner, stop) if options.controller else run_trainer(settings, owner, stop)
     except StorageError as error:
         return _refuse(error)
+    finally:
+        tracing.flush()
 
 
 def _refuse(error: Exception) -> int:
     sys.stderr.write(f"worker: {error}\n")
-    return EXIT_SETTINGS
+    return ServiceExit.SETTINGS
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from cotuning.staleness import staleness_discount
 from cotuning.strategies.aggregation import Aggregate, RoundAggregator
 from persistence import artifacts, results, rounds, updates
 from persistence.blobs import StoredBlob
+from persistence.clock import database_now
 from persistence.round_lifecycle import lock_round
 from persistence.rounds import RoundContext
 from persistence.updates import UpdateRecord
@@ -32,7 +33,7 @@ from worker.adapter_files import get_adapter, get_optimizer_state, put_adapter, 
 from worker.device_logits import LogitsReader, read_part
 from worker.round_metrics import grown
 from worker.row_files import get_rows
-from worker.stage import Finish, Work, utc_now
+from worker.stage import Finish, Work
 
 
 @dataclass
@@ -61,7 +62,7 @@ def aggregate(work: Work) -> Finish:
     metrics = _metrics(context, settings, tally, aggregate, kept, time.perf_counter() - start)
 
     def finish(session: Session) -> None:
-        now = utc_now()
+        now = database_now(session)
         lock_round(session, context.round_id)  # before the assignments: the order in which everybody locks
         for update, code, reason in tally.refused:
             hold_back = updates.quarantine_update if code in kept else updates.reject_update
@@ -122,7 +123,8 @@ def _combine(
     assert context.proxy_manifest_sha256 is not None
     shared = get_adapter(work.blobs, context.base_adapter_sha256)
     assert context.probe_set_sha256 is not None
-    proxy = work.cache.proxy(context.proxy_manifest_sha256)
+    with work.lease.long_call("loading the proxy"):
+        proxy = work.cache.proxy(context.proxy_manifest_sha256)
     reader = LogitsReader(work.blobs, proxy, get_rows(work.blobs, context.probe_set_sha256), settings)
     state = context.base_optimizer_sha256
     aggregator = RoundAggregator(shared, settings, get_optimizer_state(work.blobs, state) if state else None)

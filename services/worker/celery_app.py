@@ -5,21 +5,17 @@ results, no events, no remote control, no gossip between workers. Pool `solo`: C
 gets the whole machine.
 """
 
-import threading
 from collections.abc import Callable
 from typing import Any
 
 import celery
 import structlog
-from celery import beat, signals
+from celery import signals
 from celery.worker import request, state
 
 from persistence.database import JobMessage
 from protocol.queue import celery_settings, queue_folder, queue_name
-from protocol.statuses import SWEEP_TASK_NAME
 from worker.settings import Settings
-
-BEAT_LOOP_SECONDS = 1
 
 
 class Request(request.Request):  # type: ignore[misc]
@@ -94,23 +90,6 @@ def consume(app: celery.Celery, queue: str, settings: Settings, node: str) -> in
 def request_stop(exit_code: int = 0) -> None:
     """Let `consume` end with this code after the current task; within two seconds when there is none."""
     state.should_stop = exit_code
-
-
-def start_beat(app: celery.Celery, settings: Settings) -> None:
-    """Send the sweep to its queue every `sweep_seconds`, from a thread of this process.
-
-    Celery's own embedding (`-B`) forks a process, which survives a kill -9 of its parent and beats for ever; and it
-    keeps its schedule in a file. Neither is wanted: one entry, and a sweep that was not due yet can be early.
-    """
-    app.conf.beat_schedule = {
-        "sweep": {
-            "task": SWEEP_TASK_NAME,
-            "schedule": settings.sweep_seconds,
-            "options": {"expires": 2 * settings.sweep_seconds},
-        }
-    }
-    service: Any = beat.Service(app, max_interval=BEAT_LOOP_SECONDS, scheduler_cls=beat.Scheduler)
-    threading.Thread(target=service.start, name="beat", daemon=True).start()
 
 
 def _keep_logging(**_: Any) -> None:

@@ -14,6 +14,7 @@ from cotuning.strategies import co_plms
 from cotuning.strategies.results import ServerResult
 from cotuning.training import TrainingDiverged
 from persistence import artifacts, results, rounds, updates, versions
+from persistence.clock import database_now
 from persistence.rounds import RoundContext
 from persistence.updates import UpdateRecord
 from protocol.errors import DomainError, ErrorCode
@@ -24,7 +25,7 @@ from worker.checkpoints import drop_outdated, forget_when_stored, open_checkpoin
 from worker.device_logits import LogitsReader
 from worker.round_metrics import grown
 from worker.row_files import RowFiles, get_rows
-from worker.stage import Finish, Work, utc_now
+from worker.stage import Finish, Work
 
 
 def co_tune(work: Work) -> Finish:
@@ -46,8 +47,11 @@ def co_tune(work: Work) -> Finish:
             rows = RowFiles.of(versions.get_version(session, context.run_id, 0))
     if not isinstance(context.config.strategy, CoPlmsSettings) or rows is None:
         metrics = grown(context, RoundStatus.CO_TUNING, time.perf_counter() - start)
-        return lambda session: results.finish_co_tuning(session, work.job, work.owner, None, None, metrics, utc_now())
-    result = _learn(work, context, context.config.strategy, rows, counted)
+        return lambda session: results.finish_co_tuning(
+            session, work.job, work.owner, None, None, metrics, database_now(session)
+        )
+    with work.lease.long_call("beginning the mutual learning"):
+        result = _learn(work, context, context.config.strategy, rows, counted)
     metrics = grown(
         context,
         RoundStatus.CO_TUNING,
@@ -61,7 +65,7 @@ def co_tune(work: Work) -> Finish:
 
     def finish(session: Session) -> None:
         forget_when_stored(work, session)
-        now = utc_now()
+        now = database_now(session)
         artifacts.register(session, adapter.sha256, adapter.size, "adapter", context.run_id, now)
         artifacts.register(session, llm_adapter.sha256, llm_adapter.size, "llm_adapter", context.run_id, now)
         results.finish_co_tuning(session, work.job, work.owner, adapter.sha256, llm_adapter.sha256, metrics, now)
@@ -90,9 +94,10 @@ def _learn(
     proxy = work.cache.proxy(context.proxy_manifest_sha256)
     probe = get_rows(work.blobs, context.probe_set_sha256)
     reader = LogitsReader(work.blobs, proxy, probe, settings)
-    logits: list[PayloadRows] = (
-        [] if settings.server.device_teacher == "off" else [reader.read(each) for each in counted]
-    )
+    logits: list[PayloadRows] = []
+    for update in counted if settings.server.device_teacher != "off" else ():
+        work.lease.check()
+        logits.append(reader.read(update))
     try:
         return co_plms.server_step(
             llm=llm,

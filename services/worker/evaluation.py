@@ -6,6 +6,7 @@ from sqlalchemy.orm import Session
 
 from cotuning.adapters import adapted
 from persistence import results, rounds, versions
+from persistence.clock import database_now
 from persistence.rounds import RoundContext
 from protocol.runs import Scores
 from protocol.statuses import RoundStatus
@@ -14,7 +15,7 @@ from worker.adapter_files import get_adapter, peft_config
 from worker.round_metrics import grown
 from worker.row_files import RowFiles, get_rows
 from worker.scoring import ModelScores, not_worse, score
-from worker.stage import Finish, Work, utc_now
+from worker.stage import Finish, Work
 
 
 def evaluate_round(work: Work) -> Finish:
@@ -47,7 +48,7 @@ def evaluate_round(work: Work) -> Finish:
     )
 
     def finish(session: Session) -> None:
-        results.finish_evaluation(session, work.job, work.owner, metrics, promoted, utc_now())
+        results.finish_evaluation(session, work.job, work.owner, metrics, promoted, database_now(session))
 
     return finish
 
@@ -60,7 +61,9 @@ def _measure(
     assert context.proxy_manifest_sha256 is not None
     assert context.candidate_adapter_sha256 is not None
     assert context.candidate_llm_adapter_sha256 is not None
-    llm, proxy = work.cache.llm(config.llm, config.llm_loading), work.cache.proxy(context.proxy_manifest_sha256)
+    with work.lease.long_call("loading the models"):
+        llm = work.cache.llm(config.llm, config.llm_loading)
+        proxy = work.cache.proxy(context.proxy_manifest_sha256)
     omega = get_adapter(work.blobs, context.candidate_llm_adapter_sha256)
     theta = get_adapter(work.blobs, context.candidate_adapter_sha256)
     last = context.number == config.rounds

@@ -5,6 +5,7 @@ import sys
 
 import structlog
 
+import tracing
 from worker.settings import LogFormat
 
 
@@ -19,6 +20,7 @@ def configure(log_format: LogFormat) -> None:
         renderers = [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=plain)]
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
+        tracing.add_trace_id,
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
     ]

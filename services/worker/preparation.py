@@ -24,6 +24,7 @@ from cotuning.seeding import derive_seed
 from cotuning.training import TrainingDiverged
 from persistence import artifacts, results, runs
 from persistence.blobs import BlobStore, StoredBlob
+from persistence.clock import database_now
 from persistence.results import PrepareResult
 from protocol.assignments import ModelFile, ModelManifest
 from protocol.errors import DomainError, ErrorCode
@@ -38,7 +39,7 @@ from worker.model_cache import load_model
 from worker.public_rows import PublicRows, in_hashed_order, split_public_rows
 from worker.row_files import ROWS, RowFiles, put_rows
 from worker.scoring import as_json, score
-from worker.stage import Finish, Stopwatch, Work, peak_memory_bytes, utc_now
+from worker.stage import Finish, Stopwatch, Work, peak_memory_bytes
 
 T = TypeVar("T")
 
@@ -69,25 +70,27 @@ def prepare(work: Work) -> Finish:
         run = runs.get_run(session, work.job.run_id)
     if isinstance(run.config.strategy, CoPlmsSettings):
         return _prepare(work, run.config, run.config.strategy)
-    return lambda session: results.finish_prepare(session, work.job, work.owner, PrepareResult(), utc_now())
+    return lambda session: results.finish_prepare(session, work.job, work.owner, PrepareResult(), database_now(session))
 
 
 def _prepare(work: Work, config: RunCreate, settings: CoPlmsSettings) -> Finish:
     assert config.llm is not None
     watch = Stopwatch()
     drop_outdated(work)
-    with watch.measure("loading"):
+    with watch.measure("loading"), work.lease.long_call("reading the rows, loading the LLM"):
         rows, test_rows = _read_rows(config)
         check_memory(config, settings, rows.training)
         llm = work.cache.llm(config.llm, config.llm_loading)
-    work.lease.check()
     with watch.measure("distillation"):
-        fresh_proxy = _make_proxy(llm, rows.training, config)
-        fresh_proxy.model.to(llm.device)
-        distilled = _distil(work, llm, fresh_proxy, rows.training, config)
-        manifest, proxy_files = store_model(work.blobs, fresh_proxy)
-        # From now on the one that everybody loads, also here.
-        proxy = work.cache.proxy(manifest.sha256)
+        with work.lease.long_call("making the proxy"):
+            fresh_proxy = _make_proxy(llm, rows.training, config)
+            fresh_proxy.model.to(llm.device)
+        with work.lease.long_call("beginning the distillation"):
+            distilled = _distil(work, llm, fresh_proxy, rows.training, config)
+        with work.lease.long_call("storing the proxy"):
+            manifest, proxy_files = store_model(work.blobs, fresh_proxy)
+            # From now on the one that everybody loads, also here.
+            proxy = work.cache.proxy(manifest.sha256)
     row_files, row_blobs = _store_rows(work.blobs, rows, test_rows)
     files = _Files(
         manifest,
@@ -131,7 +134,7 @@ def _finish(work: Work, files: _Files, metrics: dict[str, Any]) -> Finish:
 
     def finish(session: Session) -> None:
         forget_when_stored(work, session)
-        now, run_id = utc_now(), work.job.run_id
+        now, run_id = database_now(session), work.job.run_id
         for blob in (files.manifest, *files.proxy):
             artifacts.register(session, blob.sha256, blob.size, "proxy_base", run_id, now)
         artifacts.register(session, files.adapter.sha256, files.adapter.size, "adapter", run_id, now)

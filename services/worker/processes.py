@@ -10,16 +10,20 @@ from persistence import schema
 from persistence.blobs import BlobStore, open_store
 from persistence.database import Database
 from persistence.errors import StorageError
-from protocol.statuses import CONTROL_QUEUE, TRAINING_QUEUE
+from protocol.exit_codes import ServiceExit
+from protocol.statuses import TRAINING_QUEUE
 from worker import webhook_sender
-from worker.celery_app import consume, make_app, request_stop, sender, start_beat
+from worker.celery_app import consume, make_app, request_stop, sender
+from worker.controller import Controller
 from worker.settings import Settings
-from worker.stopping import watch_signals
-from worker.tasks import JobRunner, register_jobs, register_sweep
+from worker.stalls import Guard
+from worker.stopping import end_process, watch_signals
+from worker.tasks import JobRunner, register_jobs
 
 log = structlog.get_logger("worker.processes")
 
-EXIT_FAULT = 1
+GRACE_LEASES = 2
+"""A worker that stands still has so many leases' time to say why and end itself before the watchdog kills it."""
 
 WEBHOOK_SECONDS = 1.0
 """Between two looks for events that webhooks have not been told of."""
@@ -32,14 +36,24 @@ def run_trainer(settings: Settings, owner: str, stop: threading.Event) -> int:
         StorageError: the database or the blob store cannot be used.
     """
     watch_signals(stop, request_stop)
+    guard = Guard(GRACE_LEASES * settings.lease_seconds)  # early, while there is memory
     app, database, blobs = _connect(settings)
 
     def end() -> None:
         log.error("worker_damaged")
         stop.set()
-        request_stop(EXIT_FAULT)
+        request_stop(ServiceExit.FAULT)
 
-    runner = JobRunner(settings, database, blobs, owner, stop, end)
+    runner = JobRunner(
+        settings,
+        database,
+        blobs,
+        owner,
+        stop,
+        on_damage=end,
+        on_stall=lambda: end_process(ServiceExit.STALLED),
+        promise=guard.expect,
+    )
     register_jobs(app, runner)
     return consume(app, TRAINING_QUEUE, settings, node=f"trainer@{owner}")
 
@@ -50,12 +64,12 @@ def run_controller(settings: Settings, owner: str, stop: threading.Event) -> int
     Raises:
         StorageError: the database or the blob store cannot be used.
     """
-    watch_signals(stop, request_stop)
-    app, database, blobs = _connect(settings)
-    register_sweep(app, settings, database, blobs)
-    start_beat(app, settings)
+    watch_signals(stop, lambda: None)
+    _, database, blobs = _connect(settings)
     webhook_sender.start(database, WEBHOOK_SECONDS, stop)
-    return consume(app, CONTROL_QUEUE, settings, node=f"controller@{owner}")
+    log.info("sweeping", every_seconds=settings.sweep_seconds)
+    Controller(settings, database, blobs, owner).run(stop)
+    return 0
 
 
 def _connect(settings: Settings) -> tuple[celery.Celery, Database, BlobStore]:

@@ -39,6 +39,10 @@ class Settings:
     """How often the blob store is looked through for what nothing refers to."""
     orphan_grace_seconds: float = 86_400.0
     """A file without a reference is left alone for so long. Longer than any stage of a round should be."""
+    stall_seconds: float = 1800.0
+    """A stage that shows no progress for so long stands still. Longer than a training step on slow hardware."""
+    long_call_seconds: float = 7200.0
+    """The same where it is known to do one long call: loading or downloading a model, making and storing a proxy."""
 
     @classmethod
     def from_environment(cls, environment: Mapping[str, str]) -> "Settings":
@@ -63,6 +67,8 @@ class Settings:
             offline_after_seconds=_seconds(environment, "COTUNE_OFFLINE_AFTER_SECONDS", 90.0),
             orphan_sweep_seconds=_seconds(environment, "COTUNE_ORPHAN_SWEEP_SECONDS", 3600.0),
             orphan_grace_seconds=_seconds(environment, "COTUNE_ORPHAN_GRACE_SECONDS", 86_400.0, 30 * 86_400),
+            stall_seconds=_seconds(environment, "COTUNE_STALL_SECONDS", 1800.0),
+            long_call_seconds=_seconds(environment, "COTUNE_LONG_CALL_SECONDS", 7200.0),
         )
         queue_folder(settings.broker_url)
         queue_name(TRAINING_QUEUE, settings.queue_prefix)

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,11 +21,6 @@ if TYPE_CHECKING:
 
 Finish = Callable[[Session], None]
 """Writes a stage's whole result, in the one transaction that also ends its job."""
-
-
-def utc_now() -> datetime:
-    """The worker's clock."""
-    return datetime.now(UTC)
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,11 @@
-"""The Celery tasks: shells around the stages and the sweep.
+"""The Celery tasks: shells around the stages.
 
-A training task gets a job id and nothing else. It claims the job by lease (None: done, taken or withdrawn; nothing to
+A task gets a job id and nothing else. It claims the job by lease (None: done, taken or withdrawn; nothing to
 do), runs the stage, and commits the stage's result together with the end of the job in one transaction. A second
 delivery of the same message therefore finds nothing to do. Torch is imported when the first training task runs.
 """
 
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,17 +14,19 @@ from typing import TYPE_CHECKING, assert_never
 import celery
 import structlog
 
+import tracing
 from persistence import jobs
 from persistence.blobs import BlobStore
+from persistence.clock import database_now
 from persistence.database import Database
 from persistence.errors import LeaseLost
 from persistence.jobs import JobRecord
 from protocol.errors import DomainError, ErrorCode
-from protocol.statuses import SWEEP_TASK_NAME, JobKind
-from worker.leases import Abandoned, Lease
+from protocol.statuses import JobKind
+from worker.leases import Abandoned, Lease, Silence
 from worker.settings import Settings
-from worker.stage import Finish, Stage, Work, utc_now
-from worker.sweep import sweep, sweep_store
+from worker.stage import Finish, Stage, Work
+from worker.stalls import where_it_stands
 
 if TYPE_CHECKING:
     from worker.model_cache import ModelCache
@@ -54,6 +55,10 @@ class JobRunner:
     stop: threading.Event = field(default_factory=threading.Event)
     on_damage: Callable[[], None] = lambda: None
     """Called after a job that ended with one of `DAMAGING`; the process should be replaced."""
+    on_stall: Callable[[], None] = lambda: None
+    """Called, in another thread, when a stage shows no progress for too long; the process should end at once."""
+    promise: Callable[[float], None] = lambda seconds: None
+    """See `leases.Silence`."""
 
     @cached_property
     def _cache(self) -> "ModelCache":
@@ -73,21 +78,27 @@ class JobRunner:
             return
         try:
             with self.database.transaction() as session:
-                job = jobs.claim(session, job_id, self.owner, self.settings.lease_seconds, utc_now())
+                job = jobs.claim(session, job_id, self.owner, self.settings.lease_seconds, database_now(session))
         except DomainError as error:
             log.warning("job_not_claimed", job_id=job_id, reason=error.detail)
             return
         if job is None:
             log.info("nothing_to_do", job_id=job_id)
             return
-        with structlog.contextvars.bound_contextvars(job_id=job.job_id, run_id=job.run_id, round_id=job.round_id):
+        ids = {"job_id": job.job_id, "run_id": job.run_id, "round_id": job.round_id}
+        with (
+            structlog.contextvars.bound_contextvars(**ids),
+            tracing.span(job.kind.value, parent=job.traceparent, **ids, worker=self.owner),
+        ):
             log.info("job_started", kind=job.kind.value, attempt=job.attempts)
             self._attempt(job)
 
     def _attempt(self, job: JobRecord) -> None:
         try:
-            with Lease(lambda: self._renew(job), self.settings.lease_seconds, self.stop) as lease:
-                finish = load_stage(job.kind)(self._work(job, lease))
+            with self._lease(job) as lease:
+                with lease.long_call("importing torch"):
+                    stage, work = load_stage(job.kind), self._work(job, lease)
+                finish = stage(work)
                 lease.check()
                 write_result(self.database, finish, lease, self.stop)
             log.info("job_done", kind=job.kind.value)
@@ -115,21 +126,39 @@ class JobRunner:
             checkpoints=self.settings.home / "checkpoints",
         )
 
+    def _lease(self, job: JobRecord) -> Lease:
+        silence = Silence(
+            step_seconds=self.settings.stall_seconds,
+            long_call_seconds=self.settings.long_call_seconds,
+            on_stall=lambda reason: self._stalled(job, reason),
+            promise=self.promise,
+        )
+        return Lease(lambda: self._renew(job), self.settings.lease_seconds, self.stop, silence)
+
+    def _stalled(self, job: JobRecord, reason: str) -> None:
+        """Give back the job of a stage that stands still, and have the process ended, whatever that meets."""
+        try:
+            log.error("stage_stalled", kind=job.kind.value, job_id=job.job_id, reason=reason, stack=where_it_stands())
+            said = f"{job.kind.value} stood still in worker {self.owner}: {reason}"
+            self._fail(job, ErrorCode.JOB_FAILED, said, retry=True)
+        finally:
+            self.on_stall()
+
     def _renew(self, job: JobRecord) -> bool:
         with self.database.transaction() as session:
-            return jobs.renew(session, job.job_id, self.owner, self.settings.lease_seconds, utc_now())
+            return jobs.renew(session, job.job_id, self.owner, self.settings.lease_seconds, database_now(session))
 
     def _give_back(self, job: JobRecord) -> None:
         try:
             with self.database.transaction() as session:
-                jobs.release(session, job.job_id, self.owner, "the worker was stopped", utc_now())
+                jobs.release(session, job.job_id, self.owner, "the worker was stopped", database_now(session))
         except DomainError as error:  # the lease runs out by itself
             log.warning("job_not_given_back", kind=job.kind.value, reason=str(error))
 
     def _fail(self, job: JobRecord, code: ErrorCode, reason: str, *, retry: bool) -> None:
         try:
             with self.database.transaction() as session:
-                jobs.fail(session, job.job_id, self.owner, code, reason, utc_now(), retry=retry)
+                jobs.fail(session, job.job_id, self.owner, code, reason, database_now(session), retry=retry)
         except DomainError as error:  # the lease runs out by itself
             log.warning("failure_not_written", kind=job.kind.value, reason=error.detail)
 
@@ -179,17 +208,3 @@ def register_jobs(app: celery.Celery, runner: JobRunner) -> None:
 
     for kind in JobKind:
         app.task(run_job, name=kind.task_name, acks_late=True, ignore_result=True)
-
-
-def register_sweep(app: celery.Celery, settings: Settings, database: Database, blobs: BlobStore) -> None:
-    """Make the sweep known to `app`, by name. The blob store is swept every `settings.orphan_sweep_seconds`."""
-    store_swept_at: float | None = None
-
-    def run_sweep() -> None:
-        nonlocal store_swept_at
-        sweep(settings, database, utc_now())
-        if store_swept_at is None or time.monotonic() >= store_swept_at + settings.orphan_sweep_seconds:
-            store_swept_at = time.monotonic()
-            sweep_store(settings, database, blobs, utc_now())
-
-    app.task(run_sweep, name=SWEEP_TASK_NAME, ignore_result=True)

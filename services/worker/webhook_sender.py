@@ -15,12 +15,12 @@ import httpx
 import structlog
 
 from persistence import webhooks
+from persistence.clock import DatabaseClock
 from persistence.database import Database
 from persistence.webhooks import Delivery
 from protocol.errors import DomainError
 from protocol.events import Event
 from protocol.webhooks import ID_HEADER, SIGNATURE_HEADER, TIMESTAMP_HEADER, signature
-from worker.stage import utc_now
 
 TIMEOUT_SECONDS = 10.0
 MOST_EVENTS = 20
@@ -63,7 +63,7 @@ class WebhookSender:
 
     database: Database
     http: httpx.Client
-    now: Callable[[], datetime] = utc_now
+    now: Callable[[], datetime]
 
     def send_due(self) -> int:
         """Deliver what is due, and return to how many webhooks there was something to deliver."""
@@ -136,10 +136,12 @@ def start(database: Database, interval_seconds: float, stop: threading.Event) ->
 
     def run() -> None:
         with httpx.Client(timeout=TIMEOUT_SECONDS, follow_redirects=False) as http:
-            sender = WebhookSender(database, http)
+            clock = DatabaseClock(database)
+            sender = WebhookSender(database, http, clock.now)
             while not stop.is_set():
                 started = time.monotonic()
                 try:
+                    clock.refresh(database)
                     sender.send_due()
                 except DomainError as error:
                     log.warning("webhooks_not_sent", reason=error.detail)

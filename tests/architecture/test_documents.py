@@ -130,6 +130,8 @@ def test_the_defaults_in_the_operators_guide_are_those_of_the_code(tmp_path: Pat
         "COTUNE_UPLOAD_CHUNK_BYTES": api.upload_chunk_bytes,
         "COTUNE_LINK_SECONDS": api.link_seconds,
         "COTUNE_LEASE_SECONDS": worker.lease_seconds,
+        "COTUNE_STALL_SECONDS": worker.stall_seconds,
+        "COTUNE_LONG_CALL_SECONDS": worker.long_call_seconds,
         "COTUNE_SWEEP_SECONDS": worker.sweep_seconds,
         "COTUNE_RESEND_AFTER_SECONDS": worker.resend_after_seconds,
         "COTUNE_OFFLINE_AFTER_SECONDS": worker.offline_after_seconds,

@@ -91,6 +91,7 @@ def test_a_process_serves_and_stops_within_five_seconds_whatever_waits(tmp_path:
         assert stat.S_IMODE((home / "operator.key").stat().st_mode) == 0o600
         assert operator.get("/health").json()["status"] == "ok"
         ready = operator.get("/ready").json()
+        assert ready["checks"].pop("controller") == "no controller sweeps, none has swept yet"
         assert ready == {"status": "ready", "checks": {"database": "ok", "blobs": "ok", "queue": "ok"}}
         token = operator.post("/v1/enrolment-tokens", json={}).json()["token"]
         body = {"token": token, "name": "pi", "profile": PROFILE}

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from command_line import guardian
-from command_line.errors import ProcessFailed
+from command_line.errors import BadInput, ProcessFailed
 from command_line.supervisor import ProcessSpec, RestartPolicy, Supervisor
 
 QUICK = RestartPolicy(max_restarts=3, within_seconds=30, first_delay_seconds=0.05)
@@ -28,8 +28,9 @@ time.sleep(600)
 """
 
 
-def python(name: str, program: str, stop_stage: int = 0) -> ProcessSpec:
-    return ProcessSpec(name, [sys.executable, "-S", "-c", program], stop_stage=stop_stage)
+def python(name: str, program: str, stop_stage: int = 0, hopeless_exit_code: int | None = None) -> ProcessSpec:
+    command = [sys.executable, "-S", "-c", program]
+    return ProcessSpec(name, command, stop_stage=stop_stage, hopeless_exit_code=hopeless_exit_code)
 
 
 def eventually(condition: Callable[[], bool], *, seconds: float = 15.0) -> None:
@@ -158,3 +159,30 @@ def test_a_dead_guardian_is_replaced(tmp_path: Path) -> None:
         supervisor.check()
         assert supervisor._guardian is not None
         assert supervisor._guardian.poll() is None
+
+
+def test_what_cannot_start_is_not_started_again(tmp_path: Path) -> None:
+    notices: list[str] = []
+    program = "import sys; sys.stderr.write('before\\nworker: expected a number, got soon\\n'); sys.exit(2)"
+    with Supervisor(tmp_path, notify=notices.append, policy=QUICK) as supervisor:
+        supervisor.start(python("worker", program, hopeless_exit_code=2))
+        with pytest.raises(BadInput) as raised:
+            checked_until(supervisor, lambda: False)
+    assert raised.value.message == "worker cannot start: worker: expected a number, got soon"
+    assert str(tmp_path / "worker.log") in (raised.value.next_step or "")
+    assert notices == []
+
+
+def test_what_has_started_before_is_started_again_whatever_it_says(tmp_path: Path) -> None:
+    """A database that is away for a moment must not end a cloud whose worker crashes in that moment."""
+    program = (
+        "import os, pathlib, sys, time; count = pathlib.Path(os.environ['COUNT'])\n"
+        "number = int(count.read_text()); count.write_text(str(number + 1))\n"
+        "sys.exit({0: 1, 1: 2}[number]) if number < 2 else time.sleep(600)"
+    )
+    (tmp_path / "count").write_text("0")
+    environment = {**os.environ, "COUNT": str(tmp_path / "count")}
+    with Supervisor(tmp_path, notify=lambda _: None, environment=environment, policy=QUICK) as supervisor:
+        supervisor.start(python("worker", program, hopeless_exit_code=2))
+        checked_until(supervisor, lambda: (tmp_path / "count").read_text() == "3")
+        checked_until(supervisor, lambda: bool(supervisor.process_ids()))

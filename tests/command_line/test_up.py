@@ -47,6 +47,28 @@ def test_a_second_one_for_the_same_home(run_cotune: Cotune, tmp_path: Path) -> N
     assert "12345" in ended.err
 
 
+@pytest.mark.parametrize(
+    ("variable", "value", "said"),
+    [
+        ("COTUNE_DATABASE_URL", "postgresql://root@127.0.0.1:1/none", "the database does not answer"),
+        ("COTUNE_DATABASE_URL", "mysql://root@127.0.0.1/none", "expected sqlite:///<file> or postgresql://"),
+        ("COTUNE_LEASE_SECONDS", "soon", "COTUNE_LEASE_SECONDS: expected seconds from 0.1 to 86400, got 'soon'"),
+    ],
+)
+def test_settings_that_cannot_be_used_end_it_at_once(
+    variable: str, value: str, said: str, run_cotune: Cotune, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv(variable, value)
+    ended = run_cotune("up", "--port", str(free_port()))
+    assert ended.code == ExitCode.BAD_INPUT
+    assert said in ended.err
+    assert "cannot start" in ended.err
+    assert "Traceback" not in ended.err
+    assert "starting it again" not in ended.out + ended.err
+    logs = [path.read_text() for path in (tmp_path / "home" / "logs").glob("*.log")]
+    assert all(log.count(said) <= 1 for log in logs), "each process was started once"
+
+
 def test_up_serves_until_sigterm_and_leaves_nothing(run_cotune: Cotune, tmp_path: Path) -> None:
     """Other commands on this machine then find its address and its key by themselves."""
     up = subprocess.Popen(

@@ -18,6 +18,7 @@ from cotuning.probe_logits import probe_payload
 from cotuning.strategies import co_plms
 from persistence import assignments, enrolment, events, rounds, runs, updates, versions
 from persistence.blobs import BlobStore, FolderBlobStore
+from persistence.clock import utc_now
 from persistence.database import Database, JobMessage
 from protocol.assignments import Assignment, ModelManifest, Part, Submission
 from protocol.devices import DeviceProfile, EnrolmentRequest, EnrolmentTokenCreate
@@ -29,7 +30,6 @@ from tests.tiny_models import tiny_examples, tiny_language_model
 from worker.adapter_files import get_adapter
 from worker.row_files import get_rows
 from worker.settings import Settings
-from worker.stage import utc_now
 from worker.tasks import JobRunner
 
 LIMITS = dict.fromkeys(PartKind, 10_000_000)

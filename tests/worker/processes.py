@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -25,6 +25,8 @@ def environment_of(settings: Settings) -> dict[str, str]:
         "COTUNE_LEASE_SECONDS": str(settings.lease_seconds),
         "COTUNE_SWEEP_SECONDS": str(settings.sweep_seconds),
         "COTUNE_RESEND_AFTER_SECONDS": str(settings.resend_after_seconds),
+        "COTUNE_STALL_SECONDS": str(settings.stall_seconds),
+        "COTUNE_LONG_CALL_SECONDS": str(settings.long_call_seconds),
         "COTUNE_TORCH_THREADS": "1",
     }
 
@@ -37,12 +39,12 @@ class Processes:
         self._living: list[subprocess.Popen[bytes]] = []
         self.log = settings.home / "processes.log"
 
-    def start(self, *arguments: str) -> subprocess.Popen[bytes]:
-        """`python -m worker <arguments>`."""
+    def start(self, *arguments: str, environment: Mapping[str, str] | None = None) -> subprocess.Popen[bytes]:
+        """`python -m worker <arguments>`; `environment` is added to the settings."""
         with self.log.open("ab") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "worker", *arguments],
-                env={**os.environ, **environment_of(self._settings)},
+                env={**os.environ, **environment_of(self._settings), **(environment or {})},
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
@@ -55,6 +57,12 @@ class Processes:
         process.kill()
         process.wait()
         self._living.remove(process)
+
+    def ended(self, process: subprocess.Popen[bytes]) -> int | None:
+        """The exit code of one that ended by itself; None while it lives."""
+        if process.poll() is not None and process in self._living:
+            self._living.remove(process)
+        return process.returncode
 
     def stop(self) -> None:
         """SIGTERM to all; each must end with exit code 0 within ten seconds."""

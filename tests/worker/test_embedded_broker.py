@@ -13,7 +13,7 @@ import pytest
 from kombu.transport import filesystem
 
 from protocol.queue import celery_settings, embedded_broker_url
-from protocol.statuses import SWEEP_TASK_NAME, TRAINING_QUEUE, JobKind
+from protocol.statuses import TRAINING_QUEUE, JobKind
 from worker.embedded_broker import INCOMPLETE_SECONDS
 
 TASK = JobKind.PREPARE_RUN.task_name
@@ -83,9 +83,9 @@ def test_an_incomplete_message_is_left_until_its_producer_is_surely_dead(
 
 
 def test_queues_do_not_see_each_other(producer: celery.Celery, channels: Any, folder: Path) -> None:
-    producer.send_task(SWEEP_TASK_NAME)
+    producer.send_task(TASK, args=["1"])
     with pytest.raises(Empty):
-        channels[0]._get(TRAINING_QUEUE)
+        channels[0]._get(f"other-{TRAINING_QUEUE}")
     assert len(list(folder.iterdir())) == 1
 
 

@@ -7,12 +7,13 @@ import numpy as np
 
 from assets.tensors import read_tensors
 from persistence import jobs
+from persistence.clock import utc_now
 from protocol.runs import RoundMetrics
 from protocol.statuses import AssignmentStatus, PartKind, RunStatus
 from tests.worker.cloud import Cloud
 from worker.aggregation import aggregate
 from worker.leases import Lease
-from worker.stage import Work, utc_now
+from worker.stage import Work
 
 
 def test_it_weighs_less_and_counts_once(cloud: Cloud, llm: str) -> None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import secrets
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,13 +9,12 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-import redis
 import torch
-from sqlalchemy import create_engine, exc, make_url, text
 
 from assets.tensors import read_tensors
 from cotuning.aggregation import StreamingMean
 from persistence import rounds, schema, updates
+from persistence.clock import utc_now
 from protocol.events import EventType
 from protocol.queue import queue_folder
 from protocol.runs import Run
@@ -24,51 +22,13 @@ from protocol.statuses import TRAINING_QUEUE, AssignmentStatus, JobKind, PartKin
 from tests.worker.cloud import Cloud
 from tests.worker.processes import Processes
 from worker.celery_app import make_app, sender
-from worker.settings import Settings, prepare_folders
-from worker.stage import utc_now
-
-POSTGRES = os.environ.get("COTUNE_TEST_POSTGRES", "postgresql+psycopg://root@127.0.0.1/test")
-REDIS = os.environ.get("COTUNE_TEST_REDIS", "redis://127.0.0.1:6379/0")
+from worker.settings import Settings
 
 
 @pytest.fixture
 def embedded(settings: Settings) -> Settings:
     """Impatient settings, so that a test of a killed worker is short."""
     return dataclasses.replace(settings, lease_seconds=5.0, sweep_seconds=0.5, resend_after_seconds=2.0)
-
-
-@pytest.fixture
-def served(tmp_path: Path) -> Iterator[Settings]:
-    """PostgreSQL and Redis: a database and a queue prefix of our own, removed afterwards."""
-    server = create_engine(POSTGRES, isolation_level="AUTOCOMMIT", connect_args={"connect_timeout": 3})
-    mark = f"cotune_test_worker_{secrets.token_hex(6)}"
-    broker = redis.Redis.from_url(REDIS, socket_connect_timeout=3)
-    try:
-        broker.ping()
-        with server.connect() as connection:
-            connection.execute(text(f"CREATE DATABASE {mark}"))
-    except (exc.OperationalError, redis.ConnectionError) as error:
-        server.dispose()
-        pytest.skip(f"PostgreSQL ({make_url(POSTGRES).render_as_string()}) or Redis ({REDIS}) does not answer: {error}")
-    settings = Settings.from_environment(
-        {
-            "COTUNE_HOME": str(tmp_path),
-            "COTUNE_DATABASE_URL": make_url(POSTGRES).set(database=mark).render_as_string(hide_password=False),
-            "COTUNE_BROKER_URL": REDIS,
-            "COTUNE_QUEUE_PREFIX": f"{mark}_",
-            "COTUNE_SWEEP_SECONDS": "0.5",
-        }
-    )
-    prepare_folders(settings)
-    try:
-        yield settings
-    finally:
-        with server.connect() as connection:
-            connection.execute(text(f"DROP DATABASE {mark} WITH (FORCE)"))
-        server.dispose()
-        for key in broker.scan_iter(f"*{mark}*", count=1000):
-            broker.delete(key)
-        broker.close()
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from assets.tensors import read_tensors
 from cotuning.product_mean import at_rank, lora_pairs
 from persistence import devices as persisted_devices
 from persistence import jobs, rounds, runs, updates
+from persistence.clock import utc_now
 from persistence.errors import LeaseLost
 from persistence.tables import RunRow
 from protocol.assignments import ModelManifest
@@ -38,7 +39,7 @@ from worker.model_cache import ModelCache
 from worker.preparation import prepare
 from worker.scoring import not_worse, score
 from worker.settings import Settings
-from worker.stage import Work, utc_now
+from worker.stage import Work
 
 ENDLESS = {"layers": 1, "steps": 100_000, "batch_size": 1, "max_length": 32}
 """Distillation that never ends by itself."""

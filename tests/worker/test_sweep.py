@@ -3,11 +3,11 @@
 from datetime import timedelta
 
 from persistence import assignments, devices, part_uploads
+from persistence.clock import utc_now
 from protocol.assignments import AssignmentProgress
 from protocol.errors import ErrorCode
 from protocol.statuses import AssignmentStatus, DeviceStatus, PartKind, RoundStatus, RunStatus
 from tests.worker.cloud import Cloud
-from worker.stage import utc_now
 from worker.sweep import sweep, sweep_store
 
 

@@ -13,7 +13,7 @@ from persistence.database import JobMessage
 from protocol.errors import DomainError, ErrorCode
 from protocol.events import EventType
 from protocol.queue import queue_folder
-from protocol.statuses import SWEEP_TASK_NAME, JobKind
+from protocol.statuses import JobKind
 from tests.worker.cloud import Cloud
 from tests.worker.processes import environment_of
 from worker import tasks
@@ -21,26 +21,21 @@ from worker.celery_app import make_app, sender
 from worker.leases import Abandoned, Lease
 from worker.settings import Settings
 from worker.stage import Finish, Work
-from worker.tasks import register_jobs, register_sweep, write_result
+from worker.tasks import register_jobs, write_result
 
 
 def test_every_kind_of_job_is_a_task_by_name_in_its_queue(cloud: Cloud, settings: Settings) -> None:
     app = make_app(settings)
     register_jobs(app, cloud.runner)
-    register_sweep(app, settings, cloud.database, cloud.blobs)
     app.finalize()
-    assert {name for name in app.tasks if name.startswith("cotune.")} == {
-        SWEEP_TASK_NAME,
-        *(kind.task_name for kind in JobKind),
-    }
+    assert {name for name in app.tasks if name.startswith("cotune.")} == {kind.task_name for kind in JobKind}
     assert all(app.tasks[kind.task_name].acks_late for kind in JobKind)
     folder = queue_folder(settings.broker_url)
     assert folder is not None
     for kind in JobKind:
         sender(app)(JobMessage("job_1", kind))
-    app.send_task(SWEEP_TASK_NAME)
     queues = sorted(path.name.partition(".")[2] for path in folder.glob("*.msg"))
-    assert queues == ["cotune-control.msg"] + ["cotune-training.msg"] * len(JobKind)
+    assert queues == ["cotune-training.msg"] * len(JobKind)
 
 
 def test_an_unknown_job_is_nothing_to_do(cloud: Cloud) -> None:

@@ -13,6 +13,7 @@ import httpx
 import pytest
 
 from persistence import events, webhooks
+from persistence.clock import utc_now
 from persistence.webhooks import FIRST_WAIT, GIVEN_UP_AFTER, LONGEST_WAIT
 from protocol.events import EventType
 from protocol.webhooks import ID_HEADER, SIGNATURE_HEADER, TIMESTAMP_HEADER, WebhookCreate, signature
@@ -76,7 +77,7 @@ def test_the_sender_delivers_to_it(
     page["SECRET"] = created.secret
     cloud.call(events.append, EventType.RUN_CREATED, now, data={"name": "first"})
     with httpx.Client(timeout=5, trust_env=False) as http:
-        sender = WebhookSender(cloud.database, http)
+        sender = WebhookSender(cloud.database, http, utc_now)
         assert sender.send_due() == 1
         after = cloud.call(webhooks.get, created.webhook_id)
         assert (after.failures, after.sequence) == (0, created.sequence + 1)
