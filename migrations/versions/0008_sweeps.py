@@ -1,6 +1,6 @@
 """Whose turn it is to sweep, and when that was last done; the trace that a job belongs to.
 
-Revision: 0009; after: 0007.
+Revision: 0008; after: 0007.
 """
 
 import sqlalchemy as sa
@@ -8,7 +8,7 @@ from alembic import op
 
 from persistence.column_types import UtcDateTime
 
-revision = "0009"
+revision = "0008"
 down_revision = "0007"
 branch_labels = None
 depends_on = None
