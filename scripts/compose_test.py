@@ -1,8 +1,11 @@
 """`make compose-test`: the deployment of docker-compose.yml for real, with a demo inside it.
 
-Builds the images, brings everything up, lets three agents co-tune through the TLS proxy, kills the API, the database,
-the broker and the worker during the rounds, sees the run complete with each update counted once, saves a backup, wipes
-everything, restores, and finds the run and its adapters again. Takes everything down at the end, however it ends.
+Builds the images, brings everything up on a database of the first release, which the migration job has to upgrade, lets
+three agents co-tune through the TLS proxy, kills the API, the database, the broker and the worker during the rounds, sees
+the run complete with each update counted once, asks Prometheus, saves a backup, wipes everything, restores, and finds the
+run and its adapters again. Takes everything down at the end, however it ends.
+
+Base models that `make demo` has built on this machine (`$COTUNE_CACHE`) are taken, else they are built anew.
 
 Exit codes: 0 passed, or skipped because nothing here can run containers (it says so); 1 failed.
 """
