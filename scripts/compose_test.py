@@ -1,9 +1,9 @@
 """`make compose-test`: the deployment of docker-compose.yml for real, with a demo inside it.
 
-Builds the images, brings everything up on a database of the first release, which the migration job has to upgrade, lets
-three agents co-tune through the TLS proxy, kills the API, the database, the broker and the worker during the rounds, sees
-the run complete with each update counted once, asks Prometheus, saves a backup, wipes everything, restores, and finds the
-run and its adapters again. Takes everything down at the end, however it ends.
+Builds the images and brings everything up on a database of the first release, which the migration job has to upgrade.
+Lets three agents co-tune through the TLS proxy, kills the API, the database, the broker and the worker during the
+rounds, sees the run complete with each update counted once, asks Prometheus, saves a backup, wipes everything,
+restores, and finds the run and its adapters again. Takes everything down at the end, however it ends.
 
 Base models that `make demo` has built on this machine (`$COTUNE_CACHE`) are taken, else they are built anew.
 
