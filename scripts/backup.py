@@ -66,6 +66,9 @@ def save_compose(compose: Sequence[str], folder: Path) -> None:
         run([*compose, "exec", "-T", "database", "pg_dump", "-U", "cotune", "-Fc", "cotune"], stdout=file)
     (folder / f"{DUMP}.new").replace(folder / DUMP)
     inside = [*compose, "exec", "-T", "api"]
+    if store := object_store(compose):
+        sys.stderr.write(f"backup: the files are in {store}: copy them now, after the database\n")
+        return
     listing = run([*inside, "find", f"{BLOBS_INSIDE}/objects", "-type", "f"], stdout=subprocess.PIPE).decode()
     missing = {Path(line).name for line in listing.split()} - blobs_in(folder / "objects")
     for some in batches(sorted(missing)):
@@ -93,6 +96,27 @@ def restore_compose(compose: Sequence[str], folder: Path) -> None:
     runs = run([*database, "psql", "-U", "cotune", "-Atc", "SELECT count(*) FROM runs"], stdout=subprocess.PIPE)
     if int(runs) != 0:
         raise CannotDo(f"expected a deployment without runs, this one has {int(runs)}: empty it first, if you mean it")
+    if store := object_store(compose):
+        sys.stderr.write(f"backup: the files are to be in {store}: this restores the database only\n")
+    else:
+        put_files(compose, folder)
+    run([*compose, "stop", "api", "worker", "controller"])
+    # A new database: the dump may be of an older schema than the one that this release has made.
+    run([*database, "dropdb", "-U", "cotune", "--force", "cotune"])
+    run([*database, "createdb", "-U", "cotune", "cotune"])
+    with (folder / DUMP).open("rb") as file:
+        restore = ["pg_restore", "-U", "cotune", "-d", "cotune", "--single-transaction", "--exit-on-error"]
+        run([*database, *restore], stdin=file)
+
+
+def object_store(compose: Sequence[str]) -> str | None:
+    """Where a deployment's files are, if not in its volume."""
+    blobs = run([*compose, "exec", "-T", "api", "printenv", "COTUNE_BLOBS"], stdout=subprocess.PIPE).decode().strip()
+    return blobs if blobs.startswith("s3://") else None
+
+
+def put_files(compose: Sequence[str], folder: Path) -> None:
+    """Put the files of a backup into a deployment's volume."""
     put = [*compose, "exec", "-T", "api", "tar", "-C", BLOBS_INSIDE, "-xf", "-"]
     with subprocess.Popen(put, stdin=subprocess.PIPE) as process:
         assert process.stdin is not None
@@ -102,13 +126,6 @@ def restore_compose(compose: Sequence[str], folder: Path) -> None:
         process.stdin.close()
     if process.returncode != 0:
         raise CannotDo(f"expected the files to be taken, tar ended with {process.returncode}")
-    run([*compose, "stop", "api", "worker", "controller"])
-    # A new database: the dump may be of an older schema than the one that this release has made.
-    run([*database, "dropdb", "-U", "cotune", "--force", "cotune"])
-    run([*database, "createdb", "-U", "cotune", "cotune"])
-    with (folder / DUMP).open("rb") as file:
-        restore = ["pg_restore", "-U", "cotune", "-d", "cotune", "--single-transaction", "--exit-on-error"]
-        run([*database, *restore], stdin=file)
 
 
 def check(folder: Path) -> int:

@@ -1,8 +1,11 @@
 """`make compose-test`: the deployment of docker-compose.yml for real, with a demo inside it.
 
-Builds the images, brings everything up, lets three agents co-tune through the TLS proxy, kills the API, the database,
-the broker and the worker during the rounds, sees the run complete with each update counted once, saves a backup, wipes
-everything, restores, and finds the run and its adapters again. Takes everything down at the end, however it ends.
+Builds the images and brings everything up on a database of the first release, which the migration job has to upgrade.
+Lets three agents co-tune through the TLS proxy, kills the API, the database, the broker and the worker during the
+rounds, sees the run complete with each update counted once, asks Prometheus, saves a backup, wipes everything,
+restores, and finds the run and its adapters again. Takes everything down at the end, however it ends.
+
+Base models that `make demo` has built on this machine (`$COTUNE_CACHE`) are taken, else they are built anew.
 
 Exit codes: 0 passed, or skipped because nothing here can run containers (it says so); 1 failed.
 """
@@ -28,14 +31,16 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from scripts.compose.engine import IMAGES, STAGES, Engine, Failed, Unusable, find_engine, prepare_bases
+from scripts.compose import monitoring, old_release
+from scripts.compose.engine import IMAGES, STAGES, UNCHECKED, Engine, Failed, Unusable, find_engine, prepare_bases
 
-LIMIT_SECONDS = 20 * 60
+LIMIT_SECONDS = 60 * 60
 """From `up` to the end; building, which may download, is not in it."""
 MOST_API_BYTES = 400 * 10**6
 ROUNDS = 3
 DEVICES = 3
-RECOVERY_SECONDS = 120
+RECOVERY_SECONDS = 600
+PROXY_PORT = 8443
 
 
 @dataclass
@@ -82,8 +87,8 @@ class Deployment:
             return bytes(answer.read())
 
     def run(self) -> Any:
-        """The demo's run."""
-        [run] = self.get("/v1/runs")["items"]
+        """The demo's run; the other one is of the first release."""
+        [run] = [each for each in self.get("/v1/runs")["items"] if each["name"] != old_release.RUN_NAME]
         return run
 
     def rounds(self, run_id: str) -> list[Any]:
@@ -130,13 +135,22 @@ def play(deployment: Deployment, folder: Path) -> None:
     """The whole story, from `up` to the restored backup."""
     engine = deployment.engine
     started = time.monotonic()
-    engine.up(STAGES[:4])
-    say(f"ready {time.monotonic() - started:.0f} s after the start")
+    engine.up(STAGES[:1])
+    old_release.leave_database(engine)
+    say(f"a database of the first release made after {time.monotonic() - started:.0f} s")
+    begun = time.monotonic()
+    engine.up(STAGES[1:4])
+    say(f"ready {time.monotonic() - begun:.0f} s after the start on that database")
     wait_until_all_is_ready(deployment)
-    tell_memory(engine)
-    engine.up(STAGES[4:])
+    check_upgraded(deployment)
+    tell_memory(engine, "at rest")
+    for line in monitoring.start(engine):
+        say(line)
+    take_base_models(engine, folder / "given")
+    engine.up(STAGES[4:], seconds=deployment.deadline - time.monotonic())
     say(f"demo seeded and agents started after {time.monotonic() - started:.0f} s")
     run_id = deployment.run()["run_id"]
+    check_agents_speak_tls(deployment)
     for service in ("api", "database", "broker"):
         wait_for(deployment, run_id, {"collecting"})
         kill_and_recover(deployment, service)
@@ -145,6 +159,9 @@ def play(deployment: Deployment, folder: Path) -> None:
     wait_for_run(deployment, run_id)
     check_counted_once(deployment, run_id)
     adapters = deployment.adapters(run_id)
+    tell_memory(engine, "with the demo")
+    for line in monitoring.check(engine, folder / "secrets"):
+        say(line)
     say(f"run completed after {time.monotonic() - started:.0f} s; {len(adapters)} adapters")
 
     save = [sys.executable, "scripts/backup.py"]
@@ -159,6 +176,7 @@ def play(deployment: Deployment, folder: Path) -> None:
     deployment.trusted = None  # the certificates were wiped too
     expect(deployment.run()["status"] == "completed", "the restored run completed")
     check_counted_once(deployment, run_id)
+    check_upgraded(deployment)
     expect(deployment.adapters(run_id) == adapters, "the restored adapters are those from before, byte for byte")
     say("restored: run, rounds and adapters are those from before")
 
@@ -206,6 +224,45 @@ def kill_and_recover(deployment: Deployment, service: str) -> None:
     say(f"killed {service}: healthy again after {time.monotonic() - begun:.1f} s")
 
 
+def take_base_models(engine: Engine, folder: Path) -> None:
+    """Give the demo the base models that `make demo` has built on this machine, which takes minutes."""
+    cache = Path(os.environ.get("COTUNE_CACHE", Path.home() / ".cache" / "cotune"))
+    if (cache / "base_models").is_dir():
+        shutil.copytree(cache / "base_models", folder / "base_models", ignore_dangling_symlinks=True)
+        for each in [folder, *folder.rglob("*")]:
+            each.chmod(0o755 if each.is_dir() else 0o644)  # the containers' user is another
+        copy = "mkdir -p /demo/cache && cp -r /given/base_models /demo/cache/"
+        engine.compose_call("run", "--rm", "--no-deps", "-v", f"{folder}:/given:ro", "demo-seed", "sh", "-c", copy)
+        say(f"base models taken from {cache}")
+
+
+def check_upgraded(deployment: Deployment) -> None:
+    """What the first release left is there, at today's revision."""
+    runs, devices = (deployment.get(f"/v1/{each}")["items"] for each in ("runs", "devices"))
+    revision = old_release.check_upgraded(deployment.engine, runs, devices)
+    say(f"the first release's run and device are there, the database is at revision {revision}")
+
+
+def check_agents_speak_tls(deployment: Deployment) -> None:
+    """Every connection of every agent is to the proxy's TLS port; the API's own port is on the same network."""
+    seen: dict[str, set[int]] = {service: set() for service in sorted(UNCHECKED)}
+    while not all(seen.values()):
+        for service in seen:
+            container = str(deployment.engine.container(service))
+            table = deployment.engine.call("exec", container, "cat", "/proc/net/tcp", check=False)
+            seen[service] |= remote_ports(table)
+        deployment.check_time(f"agents without a connection: {[each for each in seen if not seen[each]]}")
+        time.sleep(0.3)
+    expect(all(ports == {PROXY_PORT} for ports in seen.values()), f"agents that speak to the proxy only, got {seen}")
+    say(f"each agent speaks TLS to the proxy: {seen}")
+
+
+def remote_ports(table: str) -> set[int]:
+    """The remote ports of the established connections in a table of the kernel's (`/proc/net/tcp`)."""
+    rows = [line.split() for line in table.splitlines()[1:]]
+    return {int(row[2].partition(":")[2], 16) for row in rows if len(row) > 3 and row[3] == "01"}
+
+
 def check_counted_once(deployment: Deployment, run_id: str) -> None:
     """Each device counted once in each round, and each version made of as many updates as there are devices."""
     rounds = deployment.rounds(run_id)
@@ -229,12 +286,12 @@ def check_images(engine: Engine) -> None:
     engine.call("run", "--rm", "--network", "none", f"cotune/api:{version}", "python", "-c", find)
 
 
-def tell_memory(engine: Engine) -> None:
-    """Say what each container holds at rest."""
+def tell_memory(engine: Engine, when: str) -> None:
+    """Say what each container holds."""
     format_ = ("--no-stream", "--format", "{{.Name}} {{.MemUsage}}")
     for line in engine.call("stats", *format_, check=False).splitlines():
-        if engine.project in line:
-            say(f"memory: {line}")
+        if engine.project in line and not line.endswith(" 0B / 0B"):  # what has done its work holds nothing
+            say(f"memory {when}: {line}")
 
 
 def write_settings(folder: Path) -> tuple[Path, int]:

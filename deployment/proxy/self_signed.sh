@@ -3,12 +3,18 @@
 # certificate that is good for another 30 days. Devices trust it with SSL_CERT_FILE=ca.pem.
 set -eu
 cd /certificates
+# What agents here are shown: the authority, never a key. A certificate of a public authority needs none of ours.
+show_authority() {
+    if [ -s ca.pem ]; then cat ca.pem; else cat /etc/ssl/certs/ca-certificates.crt; fi >/authority/ca.pem
+}
 if [ -s server.pem ] && openssl x509 -in server.pem -noout -checkend 2592000 >/dev/null; then
     echo "the certificate in place stays"
+    show_authority
     exit 0
 fi
 if [ -s server.pem ] && [ ! -s ca.key ]; then
     echo "the certificate in place ends within 30 days; it is not ours to replace" >&2
+    show_authority
     exit 0
 fi
 umask 077
@@ -24,4 +30,5 @@ openssl x509 -req -in /tmp/request.pem -CA ca.pem -CAkey ca.key -CAcreateserial 
     -out server.new 2>/dev/null
 chmod 644 ca.pem server.new
 mv server.new server.pem
+show_authority
 echo "made a certificate for $names"

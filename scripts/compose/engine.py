@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+STAND_INS = str(ROOT / "scripts" / "compose" / "stand_in_images.sh")
 STAGES = (
     ("database", "broker", "certificates"),
     ("migrate",),
@@ -29,6 +30,8 @@ STAGES = (
 ONE_SHOT = frozenset({"certificates", "migrate", "demo-seed"})
 UNCHECKED = frozenset({"demo-phone", "demo-tablet", "demo-laptop"})
 IMAGES = {"cotune/api": "cloud_api", "cotune/agent": "edge_agent", "cotune/worker": "worker"}
+OPTIONAL = frozenset({"prometheus", "grafana"})
+"""Services whose images need not be had: the rest is tested without them."""
 BASES = re.compile(r"^\s*image: ((?:postgres|redis|nginx):\S+)$|^ARG PYTHON_IMAGE=(\S+)$", re.MULTILINE)
 
 
@@ -93,6 +96,10 @@ class Engine:
         container = self.container(service)
         state = self.state(container) if container else {"Status": "missing"}
         return state["Status"] in {"exited", "stopped"} and state["ExitCode"] == 0
+
+    def has_image(self, name: str) -> bool:
+        """Whether an image is here."""
+        return _works(self.program, "image", "inspect", name, engine=self)
 
     def kill(self, service: str) -> None:
         """Kill a container's first process as a crash would: with the engine's own `kill` it would stay down."""
@@ -159,7 +166,7 @@ def find_engine(project: str, settings: Path, folder: Path, environment: dict[st
     Raises:
         Unusable: there is none.
     """
-    options = ("-p", project, "--env-file", str(settings), "--profile", "demo")
+    options = ("-p", project, "--env-file", str(settings), "--profile", "demo", "--profile", "monitoring")
     if _works("docker", "info") and _works("docker", "compose", "version"):
         return Engine("docker", ("docker", "compose", *options), project, environment)
     program = shutil.which("podman-compose") or str(Path(sys.executable).with_name("podman-compose"))
@@ -170,22 +177,42 @@ def find_engine(project: str, settings: Path, folder: Path, environment: dict[st
     raise Unusable("neither Docker with its compose plugin nor Podman with podman-compose works here")
 
 
+def image_of(service: str) -> str:
+    """The image of a service of docker-compose.yml that is not ours."""
+    text = (ROOT / "docker-compose.yml").read_text()
+    found = re.search(rf"^  {service}:\n(?:    .*\n)*?    image: (\S+)$", text, re.MULTILINE)
+    assert found is not None, service
+    return found[1]
+
+
 def prepare_bases(engine: Engine) -> None:
     """Have every base image: there already, pulled, or built here from Debian packages.
 
     Raises:
-        Unusable: one can be had in none of these ways.
+        Unusable: one that is not optional can be had in none of these ways.
     """
+    _prepare_optional(engine)
     files = [ROOT / "docker-compose.yml", *(ROOT / "services" / each / "Dockerfile" for each in IMAGES.values())]
     wanted = sorted({a or b for file in files for a, b in BASES.findall(file.read_text())})
     missing = [each for each in wanted if not _works(engine.program, "image", "inspect", each, engine=engine)]
     still = [each for each in missing if not _works(engine.program, "pull", "--quiet", each, engine=engine)]
     if not still:
         return
-    if not (engine.podman and os.geteuid() == 0 and shutil.which("debootstrap") and shutil.which("apt-get")):
+    if not _can_build(engine):
         raise Unusable(f"{', '.join(still)} can neither be pulled nor be built here (root, debootstrap, apt, podman)")
-    script = str(ROOT / "scripts" / "compose" / "stand_in_images.sh")
-    engine.run(["sh", script, *still])
+    engine.run(["sh", STAND_INS, *still])
+
+
+def _prepare_optional(engine: Engine) -> None:
+    for image in map(image_of, sorted(OPTIONAL)):
+        here = engine.has_image(image) or _works(engine.program, "pull", "--quiet", image, engine=engine)
+        if not here and _can_build(engine):
+            engine.run(["sh", STAND_INS, image], check=False)
+
+
+def _can_build(engine: Engine) -> bool:
+    tools = all(map(shutil.which, ("debootstrap", "apt-get")))
+    return engine.podman and os.geteuid() == 0 and tools
 
 
 def build_options(folder: Path, *, podman: bool) -> list[str]:
@@ -194,8 +221,10 @@ def build_options(folder: Path, *, podman: bool) -> list[str]:
     options = ["--secret", f"id=pip_config,src={configuration}"]
     if podman:
         options += ["--network", "host"]
-        named = re.findall(r"(?:file://)?(/[^\s'\"]+)", Path(configuration).read_text())
-        for path in sorted({each for each in named if Path(each).exists()}):
+        named = map(Path, re.findall(r"(?:file://)?(/[^\s'\"]+)", Path(configuration).read_text()))
+        # The pages of an index in a folder called `simple` link to files beside it.
+        needed = {each.parent if each.name == "simple" else each for each in named if each.exists()}
+        for path in sorted(needed):
             options += ["--volume", f"{path}:{path}:ro"]
     return options
 

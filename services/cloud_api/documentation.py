@@ -15,6 +15,8 @@ from pydantic import BaseModel
 from cloud_api.access import ACCESS
 from cloud_api.problems import problem_type, title
 from protocol.errors import HTTP_STATUS, PROBLEM_MEDIA_TYPE, ErrorCode, Problem
+from protocol.headers import IDEMPOTENCY_KEY_HEADER, IDEMPOTENCY_REPLAYED_HEADER, REQUEST_ID_HEADER
+from protocol.operators import OperatorRole
 
 TAGS = {
     "enrolment": "How a device gets its identity: an operator makes a token, the device trades it for a credential.",
@@ -70,6 +72,41 @@ DEVICE = (ErrorCode.UNAUTHENTICATED, *_SIGNED, ErrorCode.FORBIDDEN, ErrorCode.DE
 CALLER = (ErrorCode.UNAUTHENTICATED, *_SIGNED, ErrorCode.DEVICE_REVOKED)
 """The codes of an operation for both."""
 
+_HEADER_NAMES = {
+    "IdempotencyReplayed": IDEMPOTENCY_REPLAYED_HEADER,
+    "RetryAfter": "Retry-After",
+    "WWWAuthenticate": "WWW-Authenticate",
+    "XRequestID": REQUEST_ID_HEADER,
+}
+_HEADERS: dict[str, Any] = {
+    "IdempotencyReplayed": {
+        "description": "`true`: an earlier request with the same `Idempotency-Key` got this answer.",
+        "schema": {"type": "string", "const": "true"},
+    },
+    "RetryAfter": {
+        "description": "Seconds to wait before the request is worth repeating.",
+        "required": True,
+        "schema": {"type": "integer", "minimum": 1},
+        "example": 2,
+    },
+    "WWWAuthenticate": {
+        "description": "What credential is asked for.",
+        "required": True,
+        "schema": {"type": "string"},
+        "example": 'Bearer realm="cotune"',
+    },
+    "XRequestID": {
+        "description": "The request's id: the one that the client sent if it is usable, else a new one.",
+        "required": True,
+        "schema": {"type": "string"},
+        "example": "5f1c2a9e0b7d4c31",
+    },
+}
+"""Headers of answers, by their names in the document's components."""
+
+_NULL = "\0null"
+"""Stands for null in an example until the document is made: FastAPI leaves out every null, also those of examples."""
+
 Responses = dict[int | str, dict[str, Any]]
 
 
@@ -98,12 +135,14 @@ def answers(
             responses[status]["description"] = description
     for good, response in (also or {}).items():
         responses[good] = response
+        if response.get("model") is type(example):  # the same answer under another status
+            responses[good] = {"content": responses[status]["content"]} | response
     possible: list[ErrorCode] = [*(_WITH_BODY if body else ()), *_ALWAYS]
     for each in codes:
         possible += [each] if isinstance(each, ErrorCode) else each
     for error_status in sorted({HTTP_STATUS[code] for code in possible}):
         here = [code for code in dict.fromkeys(possible) if HTTP_STATUS[code] == error_status]
-        responses[error_status] = _problem_answer(error_status, here)
+        responses[error_status] = _and_also(_problem_answer(error_status, here), responses.get(error_status, {}))
     return responses
 
 
@@ -115,10 +154,27 @@ def with_code(responses: Responses, code: ErrorCode) -> Responses:
     return responses | {status: _problem_answer(status, [*codes, *([] if code in codes else [code])])}
 
 
+def _and_also(problem: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    """Return an answer that is either a problem or `other`, told apart by the media type."""
+    if not other:
+        return problem
+    description = f"{other['description']} Or {problem['description']}"
+    return other | {"description": description, "content": other["content"] | problem["content"]}
+
+
 def _plain(example: BaseModel | list[BaseModel]) -> Any:
     if isinstance(example, list):
-        return [each.model_dump(mode="json") for each in example]
-    return example.model_dump(mode="json")
+        return [_plain(each) for each in example]
+    return _changed(example.model_dump(mode="json"), None, _NULL)
+
+
+def _changed(value: Any, old: Any, new: Any) -> Any:
+    """Return JSON with each value `old` replaced, at any depth."""
+    if isinstance(value, dict):
+        return {name: _changed(each, old, new) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_changed(each, old, new) for each in value]
+    return new if value == old else value
 
 
 def _problem_answer(status: int, codes: list[ErrorCode]) -> dict[str, Any]:
@@ -143,7 +199,20 @@ def _problem(code: ErrorCode) -> dict[str, Any]:
         code=code,
         request_id="5f1c2a9e0b7d4c31",
     )
-    return problem.model_dump(mode="json")
+    return dict(_plain(problem))
+
+
+def _headers(status: str, operation: Mapping[str, Any]) -> dict[str, Any]:
+    """The headers that an answer with this status has whatever the operation."""
+    names = ["XRequestID"]
+    if status == "401":
+        names.append("WWWAuthenticate")
+    if status in {"429", "503"}:
+        names.append("RetryAfter")
+    keyed = any(each["name"] == IDEMPOTENCY_KEY_HEADER for each in operation.get("parameters", []))
+    if keyed and status.startswith("2"):
+        names.append("IdempotencyReplayed")
+    return {_HEADER_NAMES[name]: {"$ref": f"#/components/headers/{name}"} for name in names}
 
 
 def install(app: FastAPI) -> None:
@@ -158,7 +227,7 @@ def install(app: FastAPI) -> None:
 
 
 def _document(app: FastAPI) -> dict[str, Any]:
-    document = get_openapi(
+    made = get_openapi(
         title=app.title,
         version=app.version,
         summary=app.summary,
@@ -168,14 +237,20 @@ def _document(app: FastAPI) -> dict[str, Any]:
         license_info=app.license_info,
         servers=app.servers,
     )
+    document: dict[str, Any] = _changed(made, _NULL, None)
     for path, methods in document["paths"].items():
         for method, operation in methods.items():
             access = ACCESS.get(f"{method.upper()} {path}")
             if access is not None and access.role is not None:
-                operation["description"] += f"\n\nFor operators with the role {access.role} or more."
+                more = "" if access.role is OperatorRole.ADMIN else " or more"
+                operation["description"] += f"\n\nFor operators with the role {access.role}{more}."
+            for status, answer in operation["responses"].items():
+                named = {**answer.get("headers", {}), **_headers(status, operation)}
+                answer["headers"] = dict(sorted(named.items()))
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
     problem = Problem.model_json_schema(ref_template="#/components/schemas/{model}")
     schemas.update(problem.pop("$defs", {}))
     schemas["Problem"] = problem
     document["components"]["schemas"] = dict(sorted(schemas.items()))
+    document["components"]["headers"] = _HEADERS
     return document

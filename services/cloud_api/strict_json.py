@@ -77,7 +77,8 @@ class StrictJsonRoute(APIRoute):
     def __init__(self, path: str, endpoint: Callable[..., Any], **options: Any) -> None:
         if "POST" in (options.get("methods") or ()):
             endpoint = repeatable(endpoint, options.get("status_code") or 200)
-            options["responses"] = with_code(options.get("responses") or {}, ErrorCode.IDEMPOTENCY_KEY_REUSED)
+            if not hasattr(endpoint, "repeats_by_content"):
+                options["responses"] = with_code(options.get("responses") or {}, ErrorCode.IDEMPOTENCY_KEY_REUSED)
         super().__init__(path, endpoint, **options)
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:

@@ -120,6 +120,14 @@ def test_a_file_that_the_store_has_lost(api: RunningApi, device: DeviceClient, r
     assert fetch(device, lost).json()["code"] == ErrorCode.ARTIFACT_NOT_FOUND
 
 
+def test_only_get_knows_ranges(api: RunningApi, device: DeviceClient, run: Run) -> None:
+    blob = api.put(b"x" * 1000, run)
+    asked = device.http.head(f"/v1/artifacts/{blob.sha256}", headers={"Range": "bytes=2000-"})
+    assert asked.status_code == 200
+    assert asked.headers["Content-Length"] == "1000"
+    assert asked.content == b""
+
+
 def test_what_was_sent_to_devices_is_counted_by_kind(api: RunningApi) -> None:
     device = api.enrol()
     run = api.running_run(device)

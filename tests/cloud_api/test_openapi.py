@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 import pytest
+from jsonschema_rs import validator_for
 
 from cloud_api.release import VERSION
 from protocol.errors import HTTP_STATUS, ErrorCode, Problem
@@ -118,11 +119,59 @@ def test_every_operation_shows_an_example_of_what_it_takes_and_answers(document:
         for media in operation.get("requestBody", {}).get("content", {}).values():
             schema = media.get("schema", {})
             assert media.get("example") or media.get("examples") or schema.get("examples"), f"{name}: request"
-        good = [answer for status, answer in operation["responses"].items() if status.startswith("2")]
+        good = {status: answer for status, answer in operation["responses"].items() if status.startswith("2")}
         assert good, name
-        if name.startswith("HEAD") or ("204" in operation["responses"] and len(good) == 1):
-            continue
-        assert any("example" in media for answer in good for media in answer.get("content", {}).values()), name
+        for status, answer in good.items():
+            if status == "204" or name.startswith("HEAD"):
+                assert "content" not in answer, f"{name}: {status}"
+                continue
+            assert answer["content"], f"{name}: {status}"
+            for media in answer["content"].values():
+                assert media.get("schema") or media["itemSchema"], f"{name}: {status}"
+                assert "example" in media, f"{name}: {status}"
+        for parameter in operation.get("parameters", []):
+            shown = "example" in parameter or parameter["schema"].get("examples")
+            assert shown or parameter["in"] == "query" or not parameter["required"], f"{name}: {parameter['name']}"
+
+
+def test_every_example_fits_its_schema(document: dict[str, Any]) -> None:
+    def check(name: str, schema: dict[str, Any], value: Any) -> None:
+        nonlocal checked
+        found = list(validator_for(schema | {"components": document["components"]}).iter_errors(value))
+        assert not found, f"{name}: {[each.message for each in found]}"
+        checked += 1
+
+    checked = 0
+    for name, operation in operations(document).items():
+        for parameter in operation.get("parameters", []):
+            for value in parameter["schema"].get("examples", []):
+                check(f"{name}: {parameter['name']}", parameter["schema"], value)
+        for answer in [operation.get("requestBody", {}), *operation["responses"].values()]:
+            for kind, media in answer.get("content", {}).items():
+                values = [each["value"] for each in media.get("examples", {}).values()]
+                for value in [*values, *([media["example"]] if "example" in media else [])]:
+                    check(f"{name}: {kind}", media.get("schema", {"type": "string"}), value)
+    for name, schema in document["components"]["schemas"].items():
+        for value in schema.get("examples", []):
+            check(name, schema, value)
+    assert checked > 500
+
+
+def test_every_answer_names_its_headers(document: dict[str, Any]) -> None:
+    for name, operation in operations(document).items():
+        keyed = any(each["name"] == "Idempotency-Key" for each in operation.get("parameters", []))
+        for status, answer in operation["responses"].items():
+            named = set(answer["headers"])
+            assert "X-Request-ID" in named, name
+            assert ("Retry-After" in named) == (status in {"429", "503"}), f"{name}: {status}"
+            assert ("WWW-Authenticate" in named) == (status == "401"), f"{name}: {status}"
+            assert ("Idempotency-Replayed" in named) == (keyed and status.startswith("2")), f"{name}: {status}"
+
+
+def test_being_unready_is_an_answer_of_its_own(document: dict[str, Any]) -> None:
+    unready = document["paths"]["/ready"]["get"]["responses"]["503"]
+    assert set(unready["content"]) == {"application/json", "application/problem+json"}
+    assert unready["content"]["application/json"]["schema"] == {"$ref": "#/components/schemas/Readiness"}
 
 
 def test_every_operation_names_its_errors_under_the_right_status(document: dict[str, Any]) -> None:
@@ -138,11 +187,11 @@ def test_every_operation_names_its_errors_under_the_right_status(document: dict[
                 assert f"`{code}`" in answer["description"], f"{name}: {code}"
                 Problem.model_validate(example["value"])
                 declared.add(ErrorCode(code))
-        assert declared >= ALWAYS or name.endswith("/ready"), f"{name}: {ALWAYS - declared}"
+        assert declared >= ALWAYS, f"{name}: {ALWAYS - declared}"
         if operation.get("security"):
             assert declared >= {ErrorCode.UNAUTHENTICATED, ErrorCode.DEVICE_REVOKED}, name
-        if any(each["name"] == "Idempotency-Key" for each in operation.get("parameters", [])):
-            assert ErrorCode.IDEMPOTENCY_KEY_REUSED in declared, name
+        keyed = any(each["name"] == "Idempotency-Key" for each in operation.get("parameters", []))
+        assert (ErrorCode.IDEMPOTENCY_KEY_REUSED in declared) == keyed, name
         if "application/json" in operation.get("requestBody", {}).get("content", {}):
             assert declared >= {ErrorCode.MALFORMED_REQUEST, ErrorCode.BODY_TOO_LARGE}, name
 

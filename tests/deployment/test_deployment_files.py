@@ -11,6 +11,7 @@ import pytest
 import yaml
 from prometheus_client.parser import text_string_to_metric_families
 
+from scripts.compose.engine import OPTIONAL, image_of
 from tests.cloud_api.running_api import running_api, settings_in
 
 ROOT = Path(__file__).parents[2]
@@ -66,9 +67,40 @@ def test_images_are_pinned_and_volumes_named() -> None:
 
 def test_every_variable_is_in_the_example() -> None:
     example = (ROOT / ".env.example").read_text()
-    used = set(re.findall(r"\$\{(\w+)", (ROOT / "docker-compose.yml").read_text()))
+    files = (ROOT / "docker-compose.yml", ROOT / "deployment" / "s3.yml")
+    used = set(re.findall(r"\$\{(\w+)", "".join(each.read_text() for each in files)))
     for_tests = {"COTUNE_LEASE_SECONDS", "COTUNE_SWEEP_SECONDS", "COTUNE_RESEND_AFTER_SECONDS"}
     assert used - set(re.findall(r"^#?(\w+)=", example, re.MULTILINE)) == for_tests
+
+
+def test_agents_are_shown_no_key() -> None:
+    holders = {
+        name for name, each in SERVICES.items() if any("certificates}:" in one for one in each.get("volumes", []))
+    }
+    assert holders == {"certificates", "proxy"}
+    for name, each in SERVICES.items():
+        if name == "agent" or name in {"demo-phone", "demo-tablet", "demo-laptop"}:
+            assert "authority:/authority:ro" in each["volumes"]
+            assert each["environment"]["SSL_CERT_FILE"] == "/authority/ca.pem"
+            assert each["environment"]["COTUNE_SERVER"] == "https://proxy:8443"
+
+
+def test_the_object_store_is_for_all_who_have_blobs_and_reached_by_them() -> None:
+    override = yaml.safe_load((ROOT / "deployment" / "s3.yml").read_text())
+    with_blobs = {name for name, each in SERVICES.items() if any("blobs:/" in one for one in each.get("volumes", []))}
+    assert set(override["services"]) == with_blobs
+    for name, changed in override["services"].items():
+        assert changed["environment"]["COTUNE_BLOBS"].startswith("${COTUNE_BLOBS:?")
+        assert changed["secrets"] == ["s3_credentials"]
+        assert "outside" in SERVICES[name]["networks"] + changed.get("networks", [])
+        home = (SERVICES[name]["environment"] | changed["environment"])["COTUNE_HOME"]
+        on_disk = any(one.split(":")[1] == home for one in SERVICES[name]["volumes"])
+        assert on_disk or name == "controller", "a file that waits for the store must not lie in memory"
+
+
+def test_every_service_of_the_monitoring_can_be_tried_by_itself() -> None:
+    assert {name for name, each in SERVICES.items() if each.get("profiles") == ["monitoring"]} == OPTIONAL
+    assert {name: image_of(name) for name in OPTIONAL} == {name: SERVICES[name]["image"] for name in OPTIONAL}
 
 
 def test_the_database_and_the_queue_are_reached_by_the_cloud_only() -> None:

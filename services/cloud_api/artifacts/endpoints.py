@@ -22,12 +22,19 @@ Sha256Path = Annotated[
     str, Path(pattern=r"^[0-9a-f]{64}$", description="SHA-256 of the file, hexadecimal.", examples=[_EXAMPLE])
 ]
 RangeHeader = Annotated[
-    str | None, Header(alias="Range", description="One range, for example `bytes=1048576-`: what a cut download lacks.")
+    str | None,
+    Header(alias="Range", description="One range: what a cut download lacks.", examples=["bytes=1048576-"]),
 ]
 IfRange = Annotated[
-    str | None, Header(description="The `ETag` of the bytes that are there; if it is another file, all of it comes.")
+    str | None,
+    Header(
+        alias="If-Range", description="The `ETag` of the bytes that are there; if it is another file, all of it comes."
+    ),
 ]
-IfNoneMatch = Annotated[str | None, Header(description="`ETag`s that the client has; 304 if this is one of them.")]
+IfNoneMatch = Annotated[
+    str | None,
+    Header(alias="If-None-Match", description="`ETag`s that the client has; 304 if this is one of them."),
+]
 
 Links = Annotated[
     str | None,
@@ -73,7 +80,6 @@ DOWNLOADS: dict[int, dict[str, Any]] = {
 }
 _HEADERS_ONLY: dict[int, dict[str, Any]] = {
     200: {"description": "It is there; the headers say how long it is.", "headers": _FILE_HEADERS},
-    206: {"description": "So is the range that was asked for.", "headers": _FILE_HEADERS},
     304: _NOT_CHANGED,
 }
 
@@ -108,7 +114,7 @@ async def download(
     "/{sha256}",
     summary="Ask about a file",
     response_class=Response,
-    responses=answers(None, CALLER, DOWNLOAD_ERRORS, also=_HEADERS_ONLY),
+    responses=answers(None, CALLER, ErrorCode.ARTIFACT_NOT_FOUND, also=_HEADERS_ONLY),
 )
 async def ask(
     *,
@@ -116,13 +122,14 @@ async def ask(
     cloud: CloudHere,
     presented: EitherKey,
     sha256: Sha256Path,
-    range_header: RangeHeader = None,
-    if_range: IfRange = None,
     if_none_match: IfNoneMatch = None,
 ) -> Response:
-    """The headers of a download without the file: is it there, how long is it, has it changed."""
+    """The headers of a download without the file: is it there, how long is it, has it changed.
+
+    A `Range` is ignored, as RFC 9110 has it for every method but GET.
+    """
     _, artifact = await _find(cloud, presented, sha256)
-    return await file_response(request, cloud, artifact, Wanted(range_header, if_range, if_none_match))
+    return await file_response(request, cloud, artifact, Wanted(if_none_match=if_none_match))
 
 
 async def _find(cloud: CloudHere, presented: Presented, sha256: str) -> tuple[Caller, Artifact]:

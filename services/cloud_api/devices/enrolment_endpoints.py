@@ -70,7 +70,9 @@ def list_tokens(session: ReadSession, cursor: Cursor = None, limit: Limit = 50) 
     responses=answers(examples.TOKENS.items[0], OPERATOR, ErrorCode.ENROLMENT_TOKEN_NOT_FOUND),
 )
 def revoke_token(
-    session: WriteSession, now: Now, token_id: Annotated[str, Path(max_length=64, description="The token's id.")]
+    session: WriteSession,
+    now: Now,
+    token_id: Annotated[str, Path(max_length=64, description="The token's id.", examples=["tok_0197c0ffee00"])],
 ) -> EnrolmentTokenState:
     """Let nobody enrol with it any more, at once. Devices that have enrolled with it stay."""
     return enrolment.revoke_token(session, token_id, now)

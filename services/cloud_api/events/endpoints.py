@@ -29,6 +29,24 @@ After = Annotated[
     ),
 ]
 
+# `itemSchema` is OpenAPI's since 3.2 (and FastAPI's for streams); before, nothing says what one event looks like.
+_STREAM = {
+    "itemSchema": {
+        "type": "object",
+        "required": ["id", "event", "data"],
+        "properties": {
+            "id": {"type": "string", "pattern": "^[0-9]+$"},
+            "event": {"$ref": "#/components/schemas/EventType"},
+            "data": {
+                "type": "string",
+                "contentMediaType": "application/json",
+                "contentSchema": {"$ref": "#/components/schemas/Event"},
+            },
+        },
+    },
+    "example": examples.STREAM,
+}
+
 
 @router.get("", summary="List events", responses=answers(examples.EVENTS, OPERATOR, ErrorCode.RUN_NOT_FOUND))
 def list_events(
@@ -55,7 +73,7 @@ def list_events(
             200: {
                 "description": "Server-sent events; `id` is the sequence, `event` the type, `data` an `Event` as JSON.",
                 "content": {
-                    "text/event-stream": {"schema": {"type": "string"}, "example": examples.STREAM},
+                    "text/event-stream": _STREAM,
                 },
             },
             204: {"description": "The run is over and the client has every event: it need not come back."},
@@ -69,7 +87,12 @@ async def stream_events(
     after: After = 0,
     last_event_id: Annotated[
         int | None,
-        Header(ge=0, le=LARGEST_SEQUENCE, description="As `after`; browsers send it when they come back."),
+        Header(
+            alias="Last-Event-ID",
+            ge=0,
+            le=LARGEST_SEQUENCE,
+            description="As `after`; browsers send it when they come back.",
+        ),
     ] = None,
 ) -> Response:
     """What happens in the run, as it happens; first what happened after `Last-Event-ID` or `after`.

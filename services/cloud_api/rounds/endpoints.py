@@ -36,7 +36,7 @@ def show_round(
     session: ReadSession,
     now: Now,
     run_id: RunPath,
-    number: Annotated[int, Path(ge=1, description="1 is the first round.")],
+    number: Annotated[int, Path(ge=1, description="1 is the first round.", examples=[1])],
     attempt: Annotated[int | None, Query(ge=1, description="Which attempt at it; absent: the newest.")] = None,
 ) -> Round:
     """One round: its stage, every device's share of it with steps and losses, and what was measured so far."""

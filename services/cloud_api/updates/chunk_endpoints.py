@@ -33,12 +33,19 @@ router = APIRouter(
     prefix="/v1/assignments/{assignment_id}/parts/{kind}/uploads", tags=["updates"], route_class=StrictJsonRoute
 )
 
-Kind = Annotated[PartKind, Path(description="Which part.")]
+Kind = Annotated[PartKind, Path(description="Which part.", examples=[PartKind.ADAPTER_DELTA])]
 UploadPath = Annotated[
     str, Path(max_length=64, description="The upload's id.", examples=[examples.PART_UPLOAD.upload_id])
 ]
 Offset = Annotated[
-    int, Header(alias=UPLOAD_OFFSET_HEADER, ge=0, le=2**53, description="Where the chunk starts in the file, bytes.")
+    int,
+    Header(
+        alias=UPLOAD_OFFSET_HEADER,
+        ge=0,
+        le=2**53,
+        description="Where the chunk starts in the file, bytes.",
+        examples=[4194304],
+    ),
 ]
 _UPLOAD_ERRORS = (ErrorCode.UPLOAD_NOT_FOUND, ErrorCode.UPLOAD_OFFSET_MISMATCH)
 

@@ -86,7 +86,7 @@ async def upload_part(
     cloud: CloudHere,
     presented: DeviceKey,
     assignment_id: AssignmentPath,
-    kind: Annotated[PartKind, Path(description="Which part.")],
+    kind: Annotated[PartKind, Path(description="Which part.", examples=[PartKind.ADAPTER_DELTA])],
 ) -> PartReceipt:
     """Send one file of the update. The answer comes when it is durable and its header was admitted.
 

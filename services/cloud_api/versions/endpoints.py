@@ -24,7 +24,9 @@ router = APIRouter(
     prefix="/v1/runs/{run_id}/versions", tags=["versions"], route_class=StrictJsonRoute, dependencies=[OperatorOnly]
 )
 
-NumberPath = Annotated[int, Path(ge=0, description="The version's number; 0 is the state before the first round.")]
+NumberPath = Annotated[
+    int, Path(ge=0, description="The version's number; 0 is the state before the first round.", examples=[3])
+]
 
 
 class AdapterName(StrEnum):
@@ -32,6 +34,12 @@ class AdapterName(StrEnum):
 
     PROXY = "proxy"
     LLM = "llm"
+
+
+AdapterPath = Annotated[
+    AdapterName,
+    Path(description="`proxy`: theta, shared by all devices; `llm`: omega.", examples=[AdapterName.PROXY]),
+]
 
 
 @router.get("", summary="List versions", responses=answers(examples.VERSIONS, OPERATOR, ErrorCode.RUN_NOT_FOUND))
@@ -61,7 +69,12 @@ def show_version(session: ReadSession, run_id: RunPath, number: NumberPath) -> M
         OPERATOR,
         ErrorCode.RUN_NOT_FOUND,
         ErrorCode.VERSION_NOT_FOUND,
-        also={200: {"description": "Markdown.", "content": {"text/markdown": {"example": examples.MODEL_CARD}}}},
+        also={
+            200: {
+                "description": "Markdown.",
+                "content": {"text/markdown": {"schema": {"type": "string"}, "example": examples.MODEL_CARD}},
+            }
+        },
     ),
 )
 def show_model_card(session: ReadSession, run_id: RunPath, number: NumberPath) -> Response:
@@ -79,7 +92,7 @@ def show_model_card(session: ReadSession, run_id: RunPath, number: NumberPath) -
         DOWNLOAD_ERRORS,
         ErrorCode.RUN_NOT_FOUND,
         ErrorCode.VERSION_NOT_FOUND,
-        also=DOWNLOADS,
+        also={status: each for status, each in DOWNLOADS.items() if status != 307},
     ),
 )
 async def download_adapter(
@@ -88,7 +101,7 @@ async def download_adapter(
     cloud: CloudHere,
     run_id: RunPath,
     number: NumberPath,
-    adapter: Annotated[AdapterName, Path(description="`proxy`: theta, shared by all devices; `llm`: omega.")],
+    adapter: AdapterPath,
     range_header: RangeHeader = None,
     if_range: IfRange = None,
     if_none_match: IfNoneMatch = None,
@@ -130,7 +143,7 @@ async def download_package(
     cloud: CloudHere,
     run_id: RunPath,
     number: NumberPath,
-    adapter: Annotated[AdapterName, Path(description="`proxy` or `llm`.")],
+    adapter: AdapterPath,
 ) -> Response:
     """The adapter with its `adapter_config.json` and model card: unpack it and give peft the folder."""
     facts = await cloud.read(lambda session: _facts(session, run_id, number))
