@@ -23,7 +23,7 @@ PROGRAMS = ROOT / ".venv-flower" / "bin"
 APP = Path(__file__).parent / "flower_app"
 SUPERLINK = "superlink"
 START_SECONDS = 300.0
-ROUND_SECONDS = 300.0
+ROUND_SECONDS = 600.0
 LOOK_SECONDS = 0.05
 _ACTIVATED = "Activated node_id="
 
