@@ -16,7 +16,7 @@ help:
 	@echo "make check                           ruff, mypy, import-linter"
 	@echo "make bench-alignment, bench-saml, bench-aggregation   speed, memory and bytes of the method (benchmarks/)"
 	@echo "make bench-large                     models of real size on a graphics card; says what it needs where there is none"
-	@echo "make bench-service, bench-waiting    bytes a second that the API takes; 10,000 devices that wait for work"
+	@echo "make bench-service, bench-waiting    uploads and whole rounds, against a bare server and Flower; 10,000 devices that wait"
 	@echo "make clean                           remove .venv and every cache in this folder"
 
 # make demo ROUNDS=5, OUT=<file>, KEEP=1: as in `cotune demo --help`.
@@ -52,8 +52,19 @@ check: $(STAMP)
 	$(BIN)/lint-imports
 
 # BENCH_ARGS="--repeats 5"; one thread, so that ratios do not depend on the machine's cores.
-bench-alignment bench-saml bench-aggregation bench-service bench-waiting: bench-%: $(STAMP) .venv/.bench
+bench-alignment bench-saml bench-aggregation bench-waiting: bench-%: $(STAMP) .venv/.bench
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.$* $(BENCH_ARGS)
+
+# ROUNDS_ARGS="--turns 5 --memory"; nothing of Flower is left running.
+bench-service: $(STAMP) .venv-flower/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.service $(BENCH_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.rounds $(ROUNDS_ARGS)
+
+# Its own environment: Flower wants older versions of typer, rich, uvicorn, fastapi and others than ours.
+.venv-flower/.installed: benchmarks/flower_app/requirements.txt $(STAMP)
+	$(BIN)/python -m venv --clear .venv-flower
+	.venv-flower/bin/pip install --quiet --no-deps --requirement $< $(PIP_ARGS)
+	@touch $@
 
 # As many threads as PyTorch likes: the card does the work.
 bench-large: $(STAMP) .venv/.bench
@@ -75,6 +86,6 @@ $(STAMP): pyproject.toml constraints.txt scripts/make_environment.sh
 	@touch $@
 
 clean:
-	rm -rf .venv .mypy_cache .ruff_cache .import_linter_cache .hypothesis .pytest_cache build dist
+	rm -rf .venv .venv-flower .mypy_cache .ruff_cache .import_linter_cache .hypothesis .pytest_cache build dist
 	find services tests migrations -name __pycache__ -prune -exec rm -rf {} +
 	rm -rf services/*.egg-info

@@ -1,6 +1,10 @@
-"""Makes the files that need torch: the LLM's folder before the runs, and the devices' probe logits."""
+"""Makes the files that need torch: the LLM's folder before the runs, and the devices' probe logits.
+
+`python -m benchmarks.chaos.files make_llm|make_logits <arguments>`, where no zygote calls them.
+"""
 
 import json
+import sys
 from pathlib import Path
 
 import torch
@@ -19,11 +23,15 @@ ROWS = 24
 
 
 def make_llm(arguments: list[str]) -> int:
-    """Write a Llama of a few thousand parameters and public rows: `<model folder> <rows file>`."""
-    folder, rows = map(Path, arguments)
+    """Write a Llama of two layers and public rows: `<model folder> <rows file> [<hidden size>]`.
+
+    At the default of 16 it has a few thousand parameters.
+    """
+    folder, rows = map(Path, arguments[:2])
+    hidden_size = int(arguments[2]) if len(arguments) > 2 else 16
     texts = [f"Which number follows number {number}?\nnumber {number + 1} Instruction: Output:" for number in range(40)]
     tokenizer = train_tokenizer("bpe_digit_groups", texts, vocab_size=320, max_length=128)
-    model = make_model("llama", tokenizer, hidden_size=16, layers=2, heads=2, max_length=128, seed=0)
+    model = make_model("llama", tokenizer, hidden_size=hidden_size, layers=2, heads=2, max_length=128, seed=0)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     lines = [
@@ -65,3 +73,7 @@ def make_logits(arguments: list[str]) -> int:
             )
         Path(path).write_bytes(tensors_to_bytes(logits, metadata))
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit({"make_llm": make_llm, "make_logits": make_logits}[sys.argv[1]](sys.argv[2:]))

@@ -4,6 +4,7 @@ The file is read in threads, piece by piece: memory does not grow with the file,
 disk.
 """
 
+import asyncio
 from dataclasses import dataclass
 from typing import BinaryIO
 
@@ -104,10 +105,11 @@ class _FileResponse(Response):
             return
         file = await run_in_threadpool(self._cloud.blobs.open, self._artifact.sha256, self._part.start)
         sent = 0
+        # One task for the whole file: to ask before each chunk cost more than to send it.
+        hung_up = asyncio.ensure_future(_disconnect(receive))
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            request = Request(scope, receive)
-            while sent < self._part.size and not await request.is_disconnected():
+            while sent < self._part.size and not hung_up.done():
                 chunk = await self._read(file, self._part.size - sent)
                 sent += len(chunk)
                 more = sent < self._part.size
@@ -115,6 +117,7 @@ class _FileResponse(Response):
             if self._part.size == 0:
                 await send({"type": "http.response.body", "body": b""})
         finally:
+            hung_up.cancel()
             file.close()
             with anyio.CancelScope(shield=True):
                 await _count(self._cloud, self._artifact, self._device_id, sent)
@@ -125,6 +128,12 @@ class _FileResponse(Response):
         if not chunk:
             raise EOFError(f"a stored file is {left} bytes shorter than it was")
         return chunk
+
+
+async def _disconnect(receive: Receive) -> None:
+    """Return when the client has hung up."""
+    while (await receive())["type"] != "http.disconnect":
+        continue
 
 
 async def _link(cloud: Cloud, artifact: Artifact) -> str | None:

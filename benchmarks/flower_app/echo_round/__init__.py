@@ -1,0 +1,1 @@
+"""Rounds whose clients send back what they were sent, in Flower."""
