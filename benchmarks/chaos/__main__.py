@@ -94,9 +94,8 @@ class Session:
             else:
                 campaign.add_devices()
             yield campaign
-        for used in campaign.plans:
-            self.report.faults += used.happened
-            self.report.missed += Counter(f"{fault.name}, {fault.moment}" for fault in used.waiting)
+        self.report.faults += plan.happened
+        self.report.missed += Counter(f"{fault.name}, {fault.moment}" for fault in plan.waiting)
 
     def exhaust(self, campaign: Campaign, name: str, scenarios: Sequence[Scenario]) -> None:
         """Play runs with faults, those of the scenarios at once, until all faults of the plan have happened."""
@@ -124,6 +123,8 @@ class Session:
         for outcome in campaign.play("without faults", scenarios, prepared=prepared):
             self.references[outcome.key] = outcome.adapters
             self.report.add(outcome)
+            number, (adapter, _) = max(outcome.adapters.items())
+            print(f"  its version {number} is {str(adapter)[:12]}", flush=True)
 
     def _make_logits_and_devices(self, campaign: Campaign, run: Run) -> None:
         cloud = campaign.cloud
@@ -145,23 +146,40 @@ class Session:
 
 def on_servers(session: Session) -> None:
     """PostgreSQL and Redis, killed too."""
+    _on_servers(session, "PostgreSQL and Redis", plans.served_plan(session.seed), [plain()])
+
+
+def moved_on_servers(session: Session) -> None:
+    """Likewise, while operators move runs and updates come late; two federations at once."""
+    _on_servers(session, "PostgreSQL and Redis moved", plans.served_moves_plan(session.seed), [moved(), late()])
+
+
+def _on_servers(session: Session, name: str, plan: Plan, scenarios: Sequence[Scenario]) -> None:
     try:
-        with session.campaign("served", plans.served_plan(session.seed), served=True) as campaign:
-            session.exhaust(campaign, "PostgreSQL and Redis", [plain()])
-            campaign.use(plans.served_moves_plan(session.seed))
-            session.exhaust(campaign, "PostgreSQL and Redis moved", [moved(), late()])
-            session.replay(campaign, "PostgreSQL and Redis")
+        with session.campaign(scenarios[0].key + "-served", plan, served=True) as campaign:
+            session.exhaust(campaign, name, scenarios)
+            session.replay(campaign, name)
     except Missing as missing:
-        session.report.skipped.append(f"PostgreSQL and Redis: {missing}")
+        session.report.skipped.append(f"{name}: {missing}")
 
 
 def embedded(session: Session) -> None:
-    """SQLite and a folder for a broker; at the end devices are revoked."""
+    """SQLite and a folder for a broker."""
     with session.campaign("embedded", plans.embedded_plan(session.seed), served=False) as campaign:
         session.exhaust(campaign, "SQLite", [plain()])
-        campaign.use(plans.embedded_moves_plan(session.seed))
-        session.exhaust(campaign, "SQLite moved", [moved(), late()])
         session.replay(campaign, "SQLite")
+
+
+def moved_embedded(session: Session) -> None:
+    """Likewise, while operators move runs and updates come late; two federations at once."""
+    with session.campaign("moved-embedded", plans.embedded_moves_plan(session.seed), served=False) as campaign:
+        session.exhaust(campaign, "SQLite moved", [moved(), late()])
+        session.replay(campaign, "SQLite moved")
+
+
+def hostile(session: Session) -> None:
+    """Devices that are revoked while they deliver, and devices that send spoilt uploads."""
+    with session.campaign("hostile", Plan(), served=False) as campaign:
         victims = Victims(campaign.cloud, campaign.plan, session.files / "logits-0.safetensors")
         revoked = [plain(rounds=len(STAGES))]
         references = session.references
@@ -194,7 +212,15 @@ def wrong_clocks(session: Session) -> None:
                 session.report.add(outcome)
 
 
-PHASES = {"served": on_servers, "embedded": embedded, "disk": full_disk, "clocks": wrong_clocks}
+PHASES = {
+    "served": on_servers,
+    "served-moves": moved_on_servers,
+    "embedded": embedded,
+    "embedded-moves": moved_embedded,
+    "hostile": hostile,
+    "disk": full_disk,
+    "clocks": wrong_clocks,
+}
 
 
 def main() -> int:

@@ -27,7 +27,9 @@ POLL_SECONDS = 0.01
 LOOK_SECONDS = 0.5
 """Between two looks at a run that says nothing."""
 
-RUN_SECONDS = 240.0
+RUN_SECONDS = 600.0
+"""Of runs that are played together; a machine with much other work needs most of it."""
+
 OVER = (RunStatus.COMPLETED, RunStatus.STOPPED)
 FAILED_SECONDS = 30.0
 """A run that has failed and is not retried for so long is over."""
@@ -62,7 +64,7 @@ class Campaign:
 
     Args:
         cloud: running.
-        plan: the faults; another one may take its place between two runs.
+        plan: the faults.
         files: the LLM's folder, the public rows and the devices' logits.
         seed: of what is left to chance.
     """
@@ -77,7 +79,6 @@ class Campaign:
 
     def __post_init__(self) -> None:
         self._sequence = 0
-        self.plans = [self.plan]
         self._gates = self.cloud.folder / "gates"
 
     def __enter__(self) -> "Campaign":
@@ -89,11 +90,6 @@ class Campaign:
     def __exit__(self, *_: object) -> None:
         self._striker.cancel()
         self.proxy.__exit__()
-
-    def use(self, plan: Plan) -> None:
-        """Take the faults of another plan from now on."""
-        self.plan = self._striker.plan = plan
-        self.plans.append(plan)
 
     def add_devices(self) -> None:
         """Enrol the devices, in the order of their numbers, and start their agents."""
