@@ -31,7 +31,9 @@ class History:
 
 
 def read_history(session: Session, run_id: str) -> History:
-    """Read everything about a run."""
+    """Read everything about a run, as it was at one moment: devices may still be told that they come too late."""
+    if session.get_bind().dialect.name == "postgresql":  # SQLite's transactions see one moment anyway
+        session.connection(execution_options={"isolation_level": "REPEATABLE READ"})
     told: list[Event] = []
     while page := events.list_events(session, run_id=run_id, after=told[-1].sequence if told else 0, limit=PAGE):
         told += page

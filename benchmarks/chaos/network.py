@@ -21,6 +21,9 @@ from benchmarks.chaos.servers import HOST
 
 LONGEST_HOLD_SECONDS = 1.0
 ANSWER_SECONDS = 60.0
+SEND_AGAIN_SECONDS = 30.0
+"""Requests that are left then are not sent again."""
+
 _KINDS = (
     ("poll", re.compile(r"GET /v1/devices/me/assignment")),
     ("part", re.compile(r"PUT /v1/assignments/[^/]+/parts/")),
@@ -33,7 +36,7 @@ _KINDS = (
 )
 REQUEST_KINDS = tuple(kind for kind, _ in _KINDS)
 POLL = "poll"
-MOST_KEPT = 1000
+MOST_KEPT = 400
 """Requests that are kept, to come again when their runs are over."""
 
 
@@ -204,12 +207,15 @@ class SpoilingProxy:
 
         async def send() -> Counter[str]:
             answers: Counter[str] = Counter()
+            until = self._loop.time() + SEND_AGAIN_SECONDS
             for request in requests:
+                if self._loop.time() > until:
+                    break
                 with contextlib.suppress(OSError, asyncio.IncompleteReadError):
                     answers[verdict(await self._ask(request))] += 1
             return answers
 
-        return asyncio.run_coroutine_threadsafe(send(), self._loop).result(ANSWER_SECONDS)
+        return asyncio.run_coroutine_threadsafe(send(), self._loop).result(SEND_AGAIN_SECONDS + ANSWER_SECONDS)
 
     def _later(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = asyncio.ensure_future(work)

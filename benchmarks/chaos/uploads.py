@@ -50,9 +50,9 @@ def mutated_uploads(campaign: Campaign, seed: int, until: float) -> dict[str, An
         Place(assignment.assignment_id, enrolled[name][1], make_key(cloud.home_of(name)))
         for name, assignment in zip(names[:-1], assignments[:-1], strict=True)
     ]
-    tally = send_mutated(cloud.port, places, valid, judge, COUNT, seed, until)
     with cloud.device_client(IN_CHUNKS, enrolled[IN_CHUNKS][1]) as http:
         chunked = send_in_chunks(http, assignments[-1].assignment_id, valid, judge, COUNT_IN_CHUNKS, seed, until)
+    tally = send_mutated(cloud.port, places, valid, judge, COUNT, seed, until)
     parts = cloud.read(_parts_of, run_id)
     if len(parts) != tally.admitted_rightly or assignments[-1].assignment_id in parts:
         tally.wrong.append(f"{tally.admitted_rightly} parts were admitted at once and none in chunks, got {parts}")
