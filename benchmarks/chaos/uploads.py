@@ -20,6 +20,7 @@ from protocol.headers import ADAPTER_FORMAT, METADATA_BASE, METADATA_FORMAT, MET
 
 COUNT = 20_000
 COUNT_IN_CHUNKS = 500
+DEADLINE_SECONDS = 86_400.0
 PLACES = 24
 """Assignments for what is to be admitted: each ends with the first part of its kind."""
 
@@ -37,6 +38,7 @@ def mutated_uploads(campaign: Campaign, seed: int, until: float) -> dict[str, An
     enrolled = {name: cloud.enrol(name) for name in names}
     device_ids = [device_id for device_id, _ in enrolled.values()]
     config = run_config("mutated uploads", campaign.files, 1, device_ids=device_ids, min_updates=len(device_ids))
+    config["round_deadline_seconds"] = DEADLINE_SECONDS
     run_id = str(cloud.ask("POST", "/v1/runs", json=config)["run_id"])
     logits = (campaign.files / "logits-0.safetensors").read_bytes()
     assignments: list[Assignment] = []
