@@ -23,6 +23,8 @@ CONNECTIONS = 3
 HOPELESS_BYTES = 2**32
 """A `Content-Length` that is refused before a byte of the body is read."""
 
+NONCE_NOT_TAKEN = frozenset({0, 400, 401})
+SIGNED_HEADERS = ("Authorization", SIGNATURE_INPUT_HEADER, SIGNATURE_HEADER)
 OLD_SECONDS = 1000.0
 """How old a signature is that is too old."""
 
@@ -58,7 +60,7 @@ def send_mutated(  # noqa: PLR0917
                 break
             name, upload, admissible = _mutated(chance, valid, judge, senders)
             status, code = senders[upload.kind][0].send(upload)
-            if status in ADMITTED:
+            if status in ADMITTED and len(senders[upload.kind]) > 1:
                 senders[upload.kind].pop(0).close()
             with lock:
                 tally.add(name, upload, status, code, admissible=admissible)
@@ -93,12 +95,12 @@ class Signer:
         self._right = DeviceAuthentication(credential, key, lambda: datetime.now(UTC))
         self._other_key = DeviceAuthentication(credential, Ed25519PrivateKey.generate(), lambda: datetime.now(UTC))
         self._old = DeviceAuthentication(credential, key, lambda: datetime.now(UTC) - timedelta(seconds=OLD_SECONDS))
-        self._last: dict[str, str] = {}
+        self._spent: dict[str, str] = {}
 
     def headers(self, path: str, upload: Upload) -> dict[str, str]:
         """Return the headers that prove, or do not, who sends an upload."""
-        if upload.signing == "once more" and self._last:
-            return self._last
+        if upload.signing == "once more" and self._spent:
+            return self._spent
         wrongly = {
             "another key": lambda: _signed(self._other_key, path, upload.digest),
             "another path": lambda: _signed(self._right, path + "x", upload.digest),
@@ -111,16 +113,18 @@ class Signer:
         if upload.signing == "a character changed":
             text = headers[SIGNATURE_HEADER]
             return headers | {SIGNATURE_HEADER: text[:20] + ("A" if text[20] != "A" else "B") + text[21:]}
-        if upload.signing == RIGHT:
-            self._last = headers
-            return headers
-        return {"Authorization": headers["Authorization"]}
+        return headers if upload.signing == RIGHT else {"Authorization": headers["Authorization"]}
+
+    def answered(self, upload: Upload, headers: Mapping[str, str], status: int) -> None:
+        """Note that the service has taken a signature's nonce: what it refused before knows none of it."""
+        if upload.signing == RIGHT and status not in NONCE_NOT_TAKEN:
+            self._spent = {name: headers[name] for name in SIGNED_HEADERS}
 
 
 def _signed(authentication: DeviceAuthentication, path: str, digest: str) -> dict[str, str]:
     request = httpx.Request("PUT", f"http://{HOST}{path}", headers={"Content-Digest": digest} if digest else {})
     signed = next(authentication.auth_flow(request)).headers
-    return {name: signed[name] for name in ("Authorization", SIGNATURE_INPUT_HEADER, SIGNATURE_HEADER)}
+    return {name: signed[name] for name in SIGNED_HEADERS}
 
 
 class Sender:
@@ -141,6 +145,7 @@ class Sender:
                 headers = self._headers(upload)
                 self._connection.request("PUT", self._path + upload.kind, body=upload.body, headers=headers)
                 response = self._connection.getresponse()
+                self._signer.answered(upload, headers, response.status)
                 return response.status, code_of(response.read())
             except (http.client.HTTPException, OSError):
                 self._connection.close()  # the API may close after a refusal that came before the body's end

@@ -47,6 +47,16 @@ class Service:
             now=datetime.now(UTC),
             window_seconds=300,
         )
+        self.signer.answered(upload, headers, 201)
+
+
+def test_a_signature_that_never_arrived_is_not_sent_once_more() -> None:
+    service = Service()
+    lost = Upload(b"x", 1, digest_of(b"x"), "logits")
+    service.signer.answered(lost, service.signer.headers(PATH, lost), 0)
+    with pytest.raises(DomainError) as refused:
+        service.judge("once more")
+    assert refused.value.code is ErrorCode.SIGNATURE_REQUIRED
 
 
 def test_every_way_to_sign_wrongly_is_tried() -> None:
