@@ -11,7 +11,7 @@ help:
 	@echo "make demo DATA=<folder> DOMAINS=a,b  the same on your own data"
 	@echo "make test                            run the tests (make test-slow: those that take minutes); WORKERS=0: one process"
 	@echo "make fuzz                            schemathesis on every operation of the API (COTUNE_FUZZ_CASES=60)"
-	@echo "make chaos                           kills, cuts, a full disk, 20,000 spoilt uploads (CHAOS_ARGS=\"--seed 2\")"
+	@echo "make chaos                           kills, cuts, replays, a full disk, spoilt uploads (CHAOS_ARGS=\"--seed 2\")"
 	@echo "make compose-test                    docker-compose.yml for real: upgrade, a demo in it, kills, backup and restore"
 	@echo "make check                           ruff, mypy, import-linter"
 	@echo "make bench-alignment, bench-saml, bench-aggregation   speed, memory and bytes of the method (benchmarks/)"

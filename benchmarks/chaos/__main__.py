@@ -13,7 +13,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -23,12 +23,13 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.chaos import plan as plans
-from benchmarks.chaos.campaign import DEVICES, STRATEGY, Campaign, Outcome
+from benchmarks.chaos.campaign import Campaign, Outcome
 from benchmarks.chaos.cloud import API, CONTROLLER, WORKER, Cloud
 from benchmarks.chaos.hardship import small_disk
-from benchmarks.chaos.invariants import Adapters
+from benchmarks.chaos.history import Adapters
 from benchmarks.chaos.plan import Fault, Plan
 from benchmarks.chaos.revocation import STAGES, Victims
+from benchmarks.chaos.scenarios import ALL_DEVICES, STRATEGY, Scenario, late, moved, plain
 from benchmarks.chaos.servers import Missing
 from benchmarks.chaos.uploads import mutated_uploads
 from benchmarks.chaos.zygote import HEAVY, LIGHT, Zygote
@@ -36,9 +37,8 @@ from persistence.tables import RunRow, VersionRow
 from protocol.runs import Run
 
 RESULTS = Path(__file__).parents[2] / "results" / "chaos.json"
-ROUNDS = 4
-MOST_RUNS = 8
-"""Of one campaign, should its faults not all have found their moment before."""
+MOST_PLAYS = 8
+"""Of one plan, should its faults not all have found their moment before."""
 
 CLOCKS = (
     {API: 60.0, "device": -86_400.0},
@@ -59,6 +59,7 @@ class Report:
     outcomes: list[Outcome] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
     uploads: dict[str, object] = field(default_factory=dict)
+    replays: dict[str, dict[str, dict[str, int]]] = field(default_factory=dict)
     violations: list[str] = field(default_factory=list)
 
     def add(self, outcome: Outcome) -> None:
@@ -80,39 +81,57 @@ class Session:
     seed: int
     until: float
     report: Report
-    reference: Adapters | None = None
+    references: dict[str, Adapters] = field(default_factory=dict)
+    """By scenario's key, what a run without faults makes."""
 
     @contextmanager
     def campaign(self, name: str, plan: Plan, *, served: bool, **options: object) -> Iterator[Campaign]:
-        """A cloud of its own with its devices; the first one also plays the run without faults."""
+        """A cloud of its own with its devices; the first one also plays the plain run without faults."""
         cloud = Cloud(self.folder / name, self.light, self.heavy, served, **options)  # type: ignore[arg-type]
         with cloud, Campaign(cloud, plan, self.files, self.seed) as campaign:
-            if self.reference is None:
-                outcome = campaign.play(
-                    "without faults", ROUNDS, prepared=lambda run: self._make_logits_and_devices(campaign, run)
-                )
-                self.reference = outcome.adapters
-                self.report.add(outcome)
+            if "plain" not in self.references:
+                self._refer(campaign, [plain()], prepared=lambda run: self._make_logits_and_devices(campaign, run))
             else:
                 campaign.add_devices()
             yield campaign
         self.report.faults += plan.happened
         self.report.missed += Counter(f"{fault.name}, {fault.moment}" for fault in plan.waiting)
 
-    def exhaust(self, campaign: Campaign, name: str) -> None:
-        """Play runs with faults until all have happened."""
+    def exhaust(self, campaign: Campaign, name: str, scenarios: Sequence[Scenario]) -> None:
+        """Play runs with faults, those of the scenarios at once, until all faults of the plan have happened."""
+        if not all(each.key in self.references for each in scenarios):
+            campaign.plan.active = False
+            self._refer(campaign, scenarios)
         campaign.plan.active = True
-        for number in range(1, MOST_RUNS + 1):
+        for number in range(1, MOST_PLAYS + 1):
             if not campaign.plan.waiting or time.monotonic() > self.until:
-                return
-            self.report.add(campaign.play(f"{name} {number}", ROUNDS, reference=self.reference))
+                break
+            for outcome in campaign.play(f"{name} {number}", scenarios, references=self.references):
+                self.report.add(outcome)
+        campaign.plan.active = False
+
+    def replay(self, campaign: Campaign, name: str) -> None:
+        """Send all requests of the campaign's devices again."""
+        answers, changed = campaign.replays().send()
+        self.report.replays[name] = answers
+        self.report.violations += [f"{name}: {each}" for each in changed]
+        print(f"{name}: requests sent again: {answers}; {changed or 'nothing changed'}", flush=True)
+
+    def _refer(
+        self, campaign: Campaign, scenarios: Sequence[Scenario], prepared: Callable[[Run], None] | None = None
+    ) -> None:
+        for outcome in campaign.play("without faults", scenarios, prepared=prepared):
+            self.references[outcome.key] = outcome.adapters
+            self.report.add(outcome)
+            number, (adapter, _) = max(outcome.adapters.items())
+            print(f"  its version {number} is {str(adapter)[:12]}", flush=True)
 
     def _make_logits_and_devices(self, campaign: Campaign, run: Run) -> None:
         cloud = campaign.cloud
         row = cloud.read(lambda session: session.get_one(RunRow, run.run_id))
         version = cloud.read(lambda session: session.get_one(VersionRow, (run.run_id, 0)))
         hashes = (row.proxy_manifest_sha256, row.probe_set_sha256, version.proxy_adapter_sha256)
-        logits = [str(self.files / f"logits-{number}.safetensors") for number in range(DEVICES)]
+        logits = [str(self.files / f"logits-{number}.safetensors") for number in ALL_DEVICES]
         scratch = str(self.folder / "proxy")
         arguments = [str(cloud.blobs.folder), *map(str, hashes), json.dumps(STRATEGY), scratch, *logits]
         self.fork("benchmarks.chaos.files:make_logits", arguments)
@@ -127,24 +146,47 @@ class Session:
 
 def on_servers(session: Session) -> None:
     """PostgreSQL and Redis, killed too."""
+    _on_servers(session, "PostgreSQL and Redis", plans.served_plan(session.seed), [plain()])
+
+
+def moved_on_servers(session: Session) -> None:
+    """Likewise, while operators move runs and updates come late; two federations at once."""
+    _on_servers(session, "PostgreSQL and Redis moved", plans.served_moves_plan(session.seed), [moved(), late()])
+
+
+def _on_servers(session: Session, name: str, plan: Plan, scenarios: Sequence[Scenario]) -> None:
     try:
-        with session.campaign("served", plans.served_plan(session.seed), served=True) as campaign:
-            session.exhaust(campaign, "PostgreSQL and Redis")
+        with session.campaign(scenarios[0].key + "-served", plan, served=True) as campaign:
+            session.exhaust(campaign, name, scenarios)
+            session.replay(campaign, name)
     except Missing as missing:
-        session.report.skipped.append(f"PostgreSQL and Redis: {missing}")
+        session.report.skipped.append(f"{name}: {missing}")
 
 
 def embedded(session: Session) -> None:
-    """SQLite and a folder for a broker; at the end devices are revoked."""
-    plan = plans.embedded_plan(session.seed)
-    with session.campaign("embedded", plan, served=False) as campaign:
-        session.exhaust(campaign, "SQLite")
-        plan.active = False
-        victims = Victims(campaign.cloud, plan, session.files / "logits-0.safetensors")
-        outcome = campaign.play("revoked devices", len(STAGES), reference=session.reference, each_round=victims.start)
+    """SQLite and a folder for a broker."""
+    with session.campaign("embedded", plans.embedded_plan(session.seed), served=False) as campaign:
+        session.exhaust(campaign, "SQLite", [plain()])
+        session.replay(campaign, "SQLite")
+
+
+def moved_embedded(session: Session) -> None:
+    """Likewise, while operators move runs and updates come late; two federations at once."""
+    with session.campaign("moved-embedded", plans.embedded_moves_plan(session.seed), served=False) as campaign:
+        session.exhaust(campaign, "SQLite moved", [moved(), late()])
+        session.replay(campaign, "SQLite moved")
+
+
+def hostile(session: Session) -> None:
+    """Devices that are revoked while they deliver, and devices that send spoilt uploads."""
+    with session.campaign("hostile", Plan(), served=False) as campaign:
+        victims = Victims(campaign.cloud, campaign.plan, session.files / "logits-0.safetensors")
+        revoked = [plain(rounds=len(STAGES))]
+        references = session.references
+        outcomes = campaign.play("revoked devices", revoked, references=references, each_round=victims.start)
         victims.join()
-        outcome.violations += victims.admitted_afterwards
-        session.report.add(outcome)
+        outcomes[0].violations += victims.admitted_afterwards
+        session.report.add(outcomes[0])
         session.report.uploads = mutated_uploads(campaign, session.report.seed, session.until)
         session.report.violations += session.report.uploads.pop("wrong")  # type: ignore[arg-type]
 
@@ -157,19 +199,31 @@ def full_disk(session: Session) -> None:
             return
         plan = plans.full_disk_plan(session.seed)
         with session.campaign("full-disk", plan, served=False, home=disk) as campaign:
-            session.exhaust(campaign, "full disk")
+            session.exhaust(campaign, "full disk", [plain()])
 
 
 def wrong_clocks(session: Session) -> None:
     """Processes that do not agree on the time."""
     for number, clocks in enumerate(CLOCKS):
+        if time.monotonic() > session.until:
+            session.report.skipped.append(f"clocks {number}: no time was left")
+            continue
         shown = ", ".join(f"{name} {seconds:+g} s" for name, seconds in clocks.items())
         plan = Plan([Fault("clock", shown, done=True, where=f"clocks {number}")])
         with session.campaign(f"clocks-{number}", plan, served=False, clocks=clocks) as campaign:
-            session.report.add(campaign.play(f"clocks {number}", 1, reference=session.reference))
+            for outcome in campaign.play(f"clocks {number}", [plain(rounds=1)], references=session.references):
+                session.report.add(outcome)
 
 
-PHASES = {"served": on_servers, "embedded": embedded, "disk": full_disk, "clocks": wrong_clocks}
+PHASES = {
+    "served": on_servers,
+    "served-moves": moved_on_servers,
+    "embedded": embedded,
+    "embedded-moves": moved_embedded,
+    "hostile": hostile,
+    "disk": full_disk,
+    "clocks": wrong_clocks,
+}
 
 
 def main() -> int:
@@ -226,6 +280,7 @@ def _print(report: Report, seconds: float) -> None:
     print(f"{len(report.faults)} faults in {rounds} rounds of {len(report.outcomes)} runs, {seconds:.0f} s")
     for line in _not_done(report):
         print(f"not done: {line}")
+    print(f"requests sent again when their runs were over: {json.dumps(report.replays, indent=1)}")
     print(f"mutated uploads: {json.dumps(report.uploads, indent=1)}")
     for violation in report.violations:
         print(f"BROKEN {violation}")
@@ -248,6 +303,7 @@ def _write(report: Report, seconds: float) -> None:
             for (name, moment), faults in _grouped(report).items()
         ],
         "not_done": _not_done(report),
+        "sent_again": report.replays,
         "mutated_uploads": report.uploads,
         "broken": report.violations,
     }

@@ -6,8 +6,9 @@ import secrets
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,22 +16,31 @@ import httpx
 
 from benchmarks.chaos import device as device_program
 from benchmarks.chaos.servers import HOST, PostgresqlServer, RedisServer, free_port
-from benchmarks.chaos.zygote import CLOCK_SKEW, Zygote
+from benchmarks.chaos.zygote import CHUNK_BYTES, CLOCK_SKEW, Zygote
+from edge_agent.signing import DeviceAuthentication, make_key, public_text
 from persistence.blobs import FolderBlobStore
 from persistence.database import Database
 from protocol.errors import DomainError
+from protocol.federations import DEFAULT_FEDERATION
 from protocol.queue import embedded_broker_url
 
 KEY = secrets.token_hex(32)
 API, WORKER, CONTROLLER = "api", "worker", "controller"
 DATABASE, BROKER = "database", "broker"
 SERVICES = (API, WORKER, CONTROLLER)
+SMALL_CHUNK_BYTES = 1024
+"""So that the chaos's files of a few thousand bytes go in several chunks, and their headers too."""
+
 LOOK_SECONDS = 0.02
 WAIT_SECONDS = 90.0
 # A killed worker is noticed after seconds and not after half a minute.
 IMPATIENT = {"COTUNE_LEASE_SECONDS": "2", "COTUNE_RESEND_AFTER_SECONDS": "1", "COTUNE_SWEEP_SECONDS": "0.5"}
 _CALLS = {API: "cloud_api.__main__:main", WORKER: "worker.__main__:main", CONTROLLER: "worker.__main__:main"}
 Answer = TypeVar("Answer")
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
 
 
 @dataclass
@@ -84,7 +94,7 @@ class Cloud:
         for name in (WORKER, "worker-2"):
             self.keep(name, self.heavy, _CALLS[WORKER], [], self._environment(WORKER))
         self._keeper.start()
-        self.operator = self.client(KEY)
+        self.operator = self.client()
         self.wait("the API", self._ready)
         self.database = Database(self.database_url)
         self.blobs = FolderBlobStore(self.state / "blobs")
@@ -112,30 +122,52 @@ class Cloud:
         with self._lock:
             self._end(self._kept.pop(name))
 
-    def add_device(self, number: int, address: str, logits: Path) -> str:
-        """Enrol a device and keep its agent alive; return its id."""
-        device_id, credential = self.enrol(f"device-{number}")
+    def add_device(
+        self, number: int, address: str, logits: Path, gates: Path, federations: Sequence[str], *, chunked: bool
+    ) -> str:
+        """Enrol a device and keep its agent alive; return its id.
+
+        Args:
+            chunked: whether it sends even small files in chunks.
+        """
         home = self.folder / f"device-{number}"
+        device_id, credential = self.enrol(f"device-{number}", home, federations)
         self.keep(
             f"device-{number}",
             self.light,
             f"{device_program.__name__}:main",
-            [str(home), address, credential, str(number), str(logits)],
+            [str(home), address, credential, str(number), str(logits), str(gates), *(["0"] if chunked else [])],
             os.environ | {CLOCK_SKEW: str(self.clocks.get("device", 0.0))},
         )
         return device_id
 
-    def enrol(self, name: str) -> tuple[str, str]:
-        """Enrol a device; return its id and its credential."""
-        token = self.ask("POST", "/v1/enrolment-tokens", json={"uses": 1})["token"]
-        body = {"token": token, "name": name, "profile": device_program.PROFILE.model_dump(mode="json")}
+    def enrol(
+        self, name: str, home: Path | None = None, federations: Sequence[str] = (DEFAULT_FEDERATION,)
+    ) -> tuple[str, str]:
+        """Enrol a device, with a signing key in its home folder; return its id and its credential."""
+        wanted = {"uses": 1, "federations": list(federations)}
+        token = self.ask("POST", "/v1/enrolment-tokens", json=wanted)["token"]
+        key = make_key(self.home_of(name, home))
+        profile = device_program.PROFILE.model_dump(mode="json")
+        body = {"token": token, "name": name, "profile": profile, "public_key": public_text(key)}
         receipt = self.ask("POST", "/v1/devices", json=body)
         return str(receipt["device_id"]), str(receipt["credential"])
 
-    def client(self, credential: str) -> httpx.Client:
-        """A client of the API, without the proxy in between."""
-        headers = {"Authorization": f"Bearer {credential}"}
-        return httpx.Client(base_url=f"http://{HOST}:{self.port}", headers=headers, timeout=40, trust_env=False)
+    def device_client(self, name: str, credential: str) -> httpx.Client:
+        """A client of the API that signs as the device that was enrolled under this name."""
+        return self.client(DeviceAuthentication(credential, make_key(self.home_of(name)), _now))
+
+    def home_of(self, name: str, home: Path | None = None) -> Path:
+        """Return the folder of a device's signing key, which is there then."""
+        home = home or self.folder / name.replace(" ", "-")
+        home.mkdir(parents=True, exist_ok=True)
+        return home
+
+    def client(self, auth: httpx.Auth | None = None) -> httpx.Client:
+        """A client of the API, without the proxy in between; without `auth` the operator's."""
+        headers = {} if auth else {"Authorization": f"Bearer {KEY}"}
+        url = f"http://{HOST}:{self.port}"
+        return httpx.Client(base_url=url, headers=headers, auth=auth, timeout=40, trust_env=False)
 
     def ask(self, method: str, path: str, **options: Any) -> Any:
         """Ask as the operator until there is an answer; a POST carries one idempotency key for all its tries."""
@@ -222,10 +254,11 @@ class Cloud:
             "COTUNE_DATABASE_URL": self.database_url,
             "COTUNE_BROKER_URL": self.redis.url if self.redis else embedded_broker_url(self.state),
             "COTUNE_TORCH_THREADS": "1",
-            # Requests are replayed on purpose: what must hold of them must hold without signatures too.
-            "COTUNE_REQUIRE_SIGNATURES": "off",
+            "COTUNE_REQUIRE_SIGNATURES": "on",
+            CHUNK_BYTES: str(SMALL_CHUNK_BYTES),
             "COTUNE_RATE_ENROLMENT": "1000/10000",
             "COTUNE_RATE_DEVICE": "1000/10000",
+            "COTUNE_RATE_FAILURE": "1000/10000",  # spoilt signatures come by the hundred
             "TOKENIZERS_PARALLELISM": "false",
             CLOCK_SKEW: str(self.clocks.get(name, 0.0)),
         }

@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,6 @@ SUSPENDED_SECONDS = 3.0
 DENIED_SECONDS = 1.0
 FULL_SECONDS = 1.5
 DISK_BYTES = 48 * 2**20
-_FILLER = "filler"
 
 
 def suspend(pid: int) -> None:
@@ -38,7 +38,7 @@ def deny_memory(pid: int) -> None:
 
 def fill(folder: Path) -> None:
     """Take every free byte of a small disk, for a while."""
-    filler = folder / _FILLER
+    filler = folder / f"filler-{uuid.uuid4()}"  # the disk may be full of another one
     with filler.open("wb", buffering=0) as file:
         for size in (2**16, 2**9, 1):
             with contextlib.suppress(OSError):

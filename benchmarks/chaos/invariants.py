@@ -2,66 +2,50 @@
 
 import hashlib
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
-from sqlalchemy import select
-from sqlalchemy.orm import Session
-
-from persistence import events
+from benchmarks.chaos import lateness, lineage
+from benchmarks.chaos.history import Adapters, History, adapters
+from benchmarks.chaos.scenarios import Played, Scenario
 from persistence.blobs import FolderBlobStore
-from persistence.tables import AssignmentRow, JobRow, RoundRow, RunRow, VersionRow
 from persistence.transitions import ASSIGNMENT_MOVES, JOB_MOVES, ROUND_MOVES, RUN_MOVES
 from protocol.events import Event, EventType
 from protocol.statuses import AssignmentStatus, JobStatus, RoundStatus, RunStatus
 
-PAGE = 1000
-Adapters = dict[int, tuple[str | None, str | None]]
-"""Version -> SHA-256 of the shared adapter and of the LLM's."""
-
 
 @dataclass(frozen=True)
-class History:
-    """A run as the database has it."""
+class Expected:
+    """What a run must have become.
 
-    run: RunRow
-    rounds: list[RoundRow]
-    assignments: list[AssignmentRow]
-    versions: list[VersionRow]
-    jobs: list[JobRow]
-    events: list[Event]
+    Attributes:
+        attempts: every attempt at every round.
+        devices: ids of those whose updates, and no others, are in every round in time.
+        late: by round, ids of those whose update for an earlier round is in it too.
+    """
 
+    ends: RunStatus
+    attempts: tuple[Played, ...]
+    devices: frozenset[str]
+    late: Mapping[int, frozenset[str]] = field(default_factory=dict)
 
-def read_history(session: Session, run_id: str) -> History:
-    """Read everything about a run."""
-    told: list[Event] = []
-    while page := events.list_events(session, run_id=run_id, after=told[-1].sequence if told else 0, limit=PAGE):
-        told += page
+    @classmethod
+    def of(cls, scenario: Scenario, ids: Mapping[int, str]) -> "Expected":
+        """Return what a scenario must become with devices of these ids."""
+        late = {number: frozenset(ids[each] for each in devices) for number, devices in scenario.late.items()}
+        return cls(scenario.ends, scenario.attempts, frozenset(ids[each] for each in scenario.devices), late)
 
-    def rows(table: Any, *order: Any) -> list[Any]:
-        return list(session.scalars(select(table).where(table.run_id == run_id).order_by(*order)))
-
-    return History(
-        run=session.get_one(RunRow, run_id),
-        rounds=rows(RoundRow, RoundRow.number),
-        assignments=rows(AssignmentRow, AssignmentRow.id),
-        versions=rows(VersionRow, VersionRow.number),
-        jobs=rows(JobRow, JobRow.id),
-        events=told,
-    )
-
-
-def adapters(history: History) -> Adapters:
-    """Return the hashes of every version's adapters."""
-    return {each.number: (each.proxy_adapter_sha256, each.llm_adapter_sha256) for each in history.versions}
+    @property
+    def published(self) -> list[int]:
+        """The numbers of the rounds that have a version."""
+        return [number for number, _, status, _ in self.attempts if status is RoundStatus.PUBLISHED]
 
 
 def violations(
     history: History,
+    expected: Expected,
     *,
-    rounds: int,
-    devices: Sequence[str],
     receipts: Mapping[str, str],
     reference: Adapters | None,
     blobs: FolderBlobStore,
@@ -69,50 +53,64 @@ def violations(
     """Return every way in which a run that is over is not what it must be; nothing if it is.
 
     Args:
-        rounds: how many it had to play.
-        devices: whose updates, and no others, are in every round.
         receipts: assignment -> hash of the update, as the API acknowledged it.
         reference: the adapters of a run without faults; None: this is that run.
         blobs: where the adapters lie.
     """
     return [
-        *_completed(history, rounds),
-        *_counted_once(history, set(devices)),
+        *_ended(history, expected),
+        *_counted_once(history, expected),
         *_receipts_kept(history, receipts),
         *_legal_paths(history),
         *_jobs_done(history),
         *_same_adapters(history, reference, blobs),
+        *lineage.violations(history),
+        *lateness.violations(history, blobs),
     ]
 
 
-def _completed(history: History, rounds: int) -> list[str]:
+def _ended(history: History, expected: Expected) -> list[str]:
     run = history.run
     found = []
-    if run.status is not RunStatus.COMPLETED:
-        found.append(f"the run is {run.status.value}: {run.status_reason}")
-    numbers = [(each.number, each.status.value) for each in history.rounds]
-    if numbers != [(number, RoundStatus.PUBLISHED.value) for number in range(1, rounds + 1)]:
-        found.append(f"expected rounds 1 to {rounds} published, got {numbers}")
-    if [version.number for version in history.versions] != list(range(rounds + 1)):
-        found.append(f"expected versions 0 to {rounds}, got {[version.number for version in history.versions]}")
+    if run.status is not expected.ends:
+        found.append(f"the run is {run.status.value}, not {expected.ends.value}: {run.status_reason}")
+    played = tuple((each.number, each.attempt, each.status, each.base_version) for each in history.rounds)
+    if played != expected.attempts:
+        found.append(f"expected the rounds {_shown(expected.attempts)}, got {_shown(played)}")
+    versions = [version.number for version in history.versions]
+    if versions != [0, *expected.published]:
+        found.append(f"expected versions 0 and {expected.published}, got {versions}")
     return found
 
 
-def _counted_once(history: History, devices: set[str]) -> list[str]:
+def _shown(played: tuple[Played, ...]) -> str:
+    each = [f"{number}.{attempt} {status.value} from version {base}" for number, attempt, status, base in played]
+    return "; ".join(each)
+
+
+def _counted_once(history: History, expected: Expected) -> list[str]:
     found = []
-    by_round: dict[str, list[str]] = defaultdict(list)
+    in_time: dict[str, list[str]] = defaultdict(list)
+    late: dict[str, list[str]] = defaultdict(list)
     for each in history.assignments:
         if each.status is AssignmentStatus.COUNTED:
-            by_round[each.round_id].append(each.device_id)
+            counted = in_time if each.used_in_round_id is None else late
+            counted[each.used_in_round_id or each.round_id].append(each.device_id)
     versions = {version.round_id: version for version in history.versions}
     for played in history.rounds:
-        counted = by_round[played.id]
-        if len(counted) != len(set(counted)) or set(counted) != devices:
-            found.append(f"round {played.number} counted {sorted(counted)}, not each of {sorted(devices)} once")
+        published = played.status is RoundStatus.PUBLISHED
+        wanted = sorted(expected.devices) if published else []
+        wanted_late = sorted(expected.late.get(played.number, ())) if published else []
+        name = f"round {played.number}.{played.attempt}"
+        if sorted(in_time[played.id]) != wanted:
+            found.append(f"{name} counted {sorted(in_time[played.id])}, not each of {wanted} once")
+        if sorted(late[played.id]) != wanted_late:
+            found.append(f"{name} counted late {sorted(late[played.id])}, not each of {wanted_late} once")
         version = versions.get(played.id)
         numbers = (played.metrics.get("num_updates"), version.num_updates if version else None)
-        if numbers != (len(devices), len(devices)):
-            found.append(f"round {played.number} and its version name {numbers} updates, not {len(devices)}")
+        count = len(wanted) + len(wanted_late)
+        if published and numbers != (count, count):
+            found.append(f"{name} and its version name {numbers} updates, not {count}")
     moves = Counter(
         event.data["assignment_id"]
         for event in history.events

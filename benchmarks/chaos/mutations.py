@@ -1,18 +1,12 @@
-"""Spoils uploads, sends them, and has somebody else judge whether each was rightly admitted.
+"""Spoils uploads or their signatures, sends them, and has somebody else judge whether each was rightly admitted.
 
-The judge is the safetensors library and a comparison written here, not the service's own reader. A valid part is
-uploaded first; after that the service answers 200 for the same bytes and 409 `update_conflict` for other bytes *that
-its gate admitted*, so every answer says what the gate thought.
+The judge is the safetensors library and a comparison written here, not the service's own reader.
 """
 
 import base64
 import hashlib
-import http.client
 import json
 import random
-import socket
-import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -20,11 +14,10 @@ from typing import Any
 
 from safetensors import SafetensorError, deserialize
 
-from benchmarks.chaos.servers import HOST
-
-CONNECTIONS = 3
-HOPELESS_BYTES = 2**32
-"""A `Content-Length` that is refused before a byte of the body is read."""
+ADMITTED = frozenset({200, 201})
+RIGHT = "right"
+SIGNINGS = ("none", "another key", "another path", "another body", "a character changed", "an old one", "once more")
+"""What may be wrong with a signature."""
 
 DTYPES: tuple[Any, ...] = (
     "F64", "F32", "F16", "BF16", "I64", "I32", "I16", "I8", "U8", "U16", "U32", "BOOL", "F8_E4M3", "f32", "", 3,
@@ -41,6 +34,7 @@ class Upload:
     length: int
     digest: str
     kind: str
+    signing: str = RIGHT
 
 
 @dataclass
@@ -59,7 +53,7 @@ class Tally:
         """Note one answer."""
         self.sent[name] += 1
         self.answers[f"{status} {code}".strip()] += 1
-        admitted = status in (200, 201) or code == "update_conflict"
+        admitted = status in ADMITTED
         if status >= 500:
             self.wrong.append(f"{name}: {status} {code}; {upload.body[:200]!r}")
         elif admitted and not admissible:
@@ -106,7 +100,7 @@ class Judge:
 
     def admissible(self, upload: Upload) -> bool:
         """Return whether the whole request is what the round asked for, as far as a header can tell."""
-        if upload.length != len(upload.body) or upload.digest != digest_of(upload.body):
+        if upload.signing != RIGHT or upload.length != len(upload.body) or upload.digest != digest_of(upload.body):
             return False
         try:
             tensors, metadata = _read(upload.body)
@@ -249,6 +243,11 @@ def wrong_length(chance: random.Random, content: bytes, kind: str) -> Upload:
     return Upload(content, other, digest_of(content), kind)
 
 
+def spoil_signature(chance: random.Random, content: bytes, kind: str) -> Upload:
+    """A valid part whose signature is not."""
+    return Upload(content, len(content), digest_of(content), kind, chance.choice(SIGNINGS))
+
+
 def other_part(chance: random.Random, content: bytes, kind: str) -> Upload:
     """A delta sent as logits, or the other way round, and sometimes a bit flipped too."""
     swapped = "logits" if kind == "adapter_delta" else "adapter_delta"
@@ -256,101 +255,19 @@ def other_part(chance: random.Random, content: bytes, kind: str) -> Upload:
 
 
 MUTATIONS: dict[Mutation, int] = {
-    flip_length: 4, flip_header: 24, flip_data: 4, spoil_entry: 20, spoil_names: 10, spoil_metadata: 12,
+    flip_length: 4, flip_header: 20, flip_data: 4, spoil_entry: 20, spoil_names: 10, spoil_metadata: 12,
     rewrite_harmlessly: 4, replace_header: 4, cut_or_grow: 8, wrong_digest: 4, wrong_length: 2, other_part: 4,
+    spoil_signature: 4,
 }  # fmt: skip
 """Each with its weight, percent."""
+
+
+def name_of(mutation: Mutation) -> str:
+    """Return what a mutation is called in reports."""
+    return mutation.__name__.replace("_", " ")
 
 
 def _flip(content: bytes, bit: int) -> bytes:
     spoilt = bytearray(content)
     spoilt[bit // 8] ^= 1 << bit % 8
     return bytes(spoilt)
-
-
-def send_mutated(  # noqa: PLR0917
-    port: int, credential: str, assignment_id: str, valid: Mapping[str, bytes], judge: Judge, count: int, seed: int,
-    until: float,
-) -> Tally:  # fmt: skip
-    """Send `count` mutated uploads over a few connections; stop at `until` (monotonic) whatever is left.
-
-    Args:
-        valid: by kind of part, a file that the round admits and that is uploaded already.
-    """
-    tally, lock = Tally(), threading.Lock()
-
-    def work(number: int) -> None:
-        chance = random.Random(f"{seed} {number}")
-        sender = _Sender(port, credential, assignment_id)
-        for _ in range(number, count, CONNECTIONS):
-            if time.monotonic() > until:
-                break
-            kind = chance.choice(sorted(valid))
-            [mutation] = chance.choices(list(MUTATIONS), list(MUTATIONS.values()))
-            upload = mutation(chance, valid[kind], kind)
-            status, code = sender.send(upload)
-            admissible = judge.admissible(upload)
-            with lock:
-                tally.add(mutation.__name__.replace("_", " "), upload, status, code, admissible=admissible)
-        sender.close()
-
-    threads = [threading.Thread(target=work, args=(number,)) for number in range(CONNECTIONS)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return tally
-
-
-class _Sender:
-    """One kept-alive connection; a request whose length lies gets one of its own."""
-
-    def __init__(self, port: int, credential: str, assignment_id: str) -> None:
-        self._port = port
-        self._headers = {"Authorization": f"Bearer {credential}", "Content-Type": "application/octet-stream"}
-        self._path = f"/v1/assignments/{assignment_id}/parts/"
-        self._connection = http.client.HTTPConnection(HOST, port, timeout=30)
-
-    def send(self, upload: Upload) -> tuple[int, str]:
-        """Return status and problem code; status 0 where the connection was closed without an answer."""
-        if upload.length != len(upload.body):
-            return self._send_raw(upload)
-        headers = self._headers | {"Content-Length": str(upload.length)}
-        if upload.digest:
-            headers["Content-Digest"] = upload.digest
-        for _ in range(3):
-            try:
-                self._connection.request("PUT", self._path + upload.kind, body=upload.body, headers=headers)
-                response = self._connection.getresponse()
-                return response.status, _code(response.read())
-            except (http.client.HTTPException, OSError):
-                self._connection.close()  # the API may close after a refusal that came before the body's end
-        return 0, "no answer"
-
-    def _send_raw(self, upload: Upload) -> tuple[int, str]:
-        lines = [f"PUT {self._path}{upload.kind} HTTP/1.1", "Host: localhost", "Connection: close"]
-        lines += [f"{name}: {value}" for name, value in self._headers.items()]
-        lines += [f"Content-Digest: {upload.digest}", f"Content-Length: {upload.length}", "", ""]
-        received = b""
-        with socket.create_connection((HOST, self._port), timeout=30) as connection:
-            try:
-                connection.sendall("\r\n".join(lines).encode() + upload.body)
-                if upload.length < HOPELESS_BYTES:  # the API would wait for the rest
-                    connection.shutdown(socket.SHUT_WR)
-                while block := connection.recv(65536):
-                    received += block
-            except OSError:
-                pass
-        head, _, body = received.partition(b"\r\n\r\n")
-        return (int(head.split(b" ", 2)[1]), _code(body)) if head else (0, "closed without an answer")
-
-    def close(self) -> None:
-        """Hang up."""
-        self._connection.close()
-
-
-def _code(body: bytes) -> str:
-    try:
-        return str(json.loads(body).get("code", ""))
-    except ValueError:
-        return ""

@@ -11,8 +11,8 @@ import json
 import random
 import re
 import threading
-from collections import Counter
-from collections.abc import Callable, Coroutine
+from collections import Counter, deque
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Self
@@ -21,14 +21,23 @@ from benchmarks.chaos.servers import HOST
 
 LONGEST_HOLD_SECONDS = 1.0
 ANSWER_SECONDS = 60.0
+SEND_AGAIN_SECONDS = 30.0
+"""Requests that are left then are not sent again."""
+
 _KINDS = (
     ("poll", re.compile(r"GET /v1/devices/me/assignment")),
     ("part", re.compile(r"PUT /v1/assignments/[^/]+/parts/")),
+    ("upload begun", re.compile(r"POST /v1/assignments/[^/]+/parts/[^/]+/uploads$")),
+    ("chunk", re.compile(r"PATCH /v1/assignments/[^/]+/parts/[^/]+/uploads/")),
+    ("upload completed", re.compile(r"POST /v1/assignments/[^/]+/parts/[^/]+/uploads/[^/]+/completion$")),
     ("submission", re.compile(r"POST /v1/assignments/[^/]+/submission")),
     ("progress", re.compile(r"POST /v1/assignments/[^/]+/progress")),
     ("download", re.compile(r"GET /v1/artifacts/")),
 )
 REQUEST_KINDS = tuple(kind for kind, _ in _KINDS)
+POLL = "poll"
+MOST_KEPT = 400
+"""Requests that are kept, to come again when their runs are over."""
 
 
 class Tamper(StrEnum):
@@ -70,6 +79,15 @@ class Seen:
     """Assignment -> hash of the update that the API said it has."""
     faults: list[str] = field(default_factory=list)
     """Answers that must never be: 500, or a second receipt with another hash."""
+    replays: Counter[str] = field(default_factory=Counter)
+    """What requests that came a second time were answered: the problem's code, or the status."""
+    requests: deque[Request] = field(default_factory=lambda: deque(maxlen=MOST_KEPT))
+    """What devices sent and the API has had whole, without polls: those wait, and ask for nothing in particular."""
+
+    def take_faults(self) -> list[str]:
+        """Return the faults since the last call."""
+        faults, self.faults = self.faults, []
+        return faults
 
     def note(self, request: Request, status: int, body: bytes) -> None:
         """Remember an answer."""
@@ -182,7 +200,22 @@ class SpoilingProxy:
         for seconds in (0.0, self._random.uniform(1.0, 3.0)):
             await asyncio.sleep(seconds)
             with contextlib.suppress(OSError, asyncio.IncompleteReadError):
-                await self._ask(request)
+                self.seen.replays[verdict(await self._ask(request))] += 1
+
+    def send_again(self, requests: Iterable[Request]) -> Counter[str]:
+        """Send requests that were sent before, one by one; return what came of them."""
+
+        async def send() -> Counter[str]:
+            answers: Counter[str] = Counter()
+            until = self._loop.time() + SEND_AGAIN_SECONDS
+            for request in requests:
+                if self._loop.time() > until:
+                    break
+                with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+                    answers[verdict(await self._ask(request))] += 1
+            return answers
+
+        return asyncio.run_coroutine_threadsafe(send(), self._loop).result(SEND_AGAIN_SECONDS + ANSWER_SECONDS)
 
     def _later(self, work: Coroutine[Any, Any, Any]) -> asyncio.Task[Any]:
         task = asyncio.ensure_future(work)
@@ -212,7 +245,21 @@ class SpoilingProxy:
             writer.close()
         head, _, body = answer.partition(b"\r\n\r\n")
         self.seen.note(request, int(head.split(b" ", 2)[1]), body)
+        if request.kind != POLL and request not in self.seen.requests:
+            self.seen.requests.append(request)
         return answer
+
+
+def verdict(answer: bytes) -> str:
+    """Return what an answer says: the code of its problem; without one, its status."""
+    head, _, body = answer.partition(b"\r\n\r\n")
+    status = int(head.split(b" ", 2)[1])
+    if status < 400:
+        return str(status)
+    try:
+        return str(json.loads(body)["code"])
+    except (ValueError, KeyError):
+        return str(status)
 
 
 async def _read_request(reader: asyncio.StreamReader) -> Request:

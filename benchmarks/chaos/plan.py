@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from benchmarks.chaos.cloud import API, BROKER, CONTROLLER, DATABASE, WORKER
 from benchmarks.chaos.network import REQUEST_KINDS, Request, Tamper
+from benchmarks.chaos.scenarios import Move
 from protocol.events import Event, EventType
 
 RUN_MOMENTS = ("run created", "run preparing", "run running", "run completed")
@@ -20,7 +21,16 @@ ROUND_MOMENTS = (
     *("co_tune_round claimed", "round evaluating", "evaluate_round claimed", "round published"),
 )
 MOMENTS = (*RUN_MOMENTS, *ROUND_MOMENTS)
-IN_FLIGHT = ("poll", "progress", "part", "submission")
+MOVE_MOMENTS = ("run paused", "run resumed", "run retried", "run rolled back", "run stopped", "round abandoned")
+LATE_TAKEN = "late updates taken"
+LATE_CLAIMED = "late updates' aggregation claimed"
+LATE_MOMENTS = ("update late", LATE_TAKEN, LATE_CLAIMED)
+RARE_MOMENTS = frozenset((*RUN_MOMENTS, *MOVE_MOMENTS, *LATE_MOMENTS))
+"""These are struck at however short ago something else was."""
+
+CHUNK_REQUESTS = ("upload begun", "chunk", "upload completed")
+IN_FLIGHT = ("poll", "progress", "part", *CHUNK_REQUESTS, "submission")
+FULL = "full"
 KILL = "kill -9"
 ANY_TIME = "at random"
 
@@ -92,21 +102,54 @@ class Plan:
         return Tamper(fault.kind)
 
 
+_NAMED = {
+    EventType.RUN_CREATED: "run created",
+    EventType.RUN_ROLLED_BACK: "run rolled back",
+    EventType.ROUND_OPENED: "round opened",
+}
+_AGAIN = {"paused": "run resumed", "failed": "run retried"}
+
+
 def moment_of(event: Event) -> str | None:
     """Name the transition that an event tells of; None for those at which nothing is planned."""
     match event.type:
-        case EventType.RUN_CREATED:
-            return "run created"
+        case EventType.UPDATE_SUBMITTED if event.data["late"]:
+            return "update late"
         case EventType.RUN_STATUS_CHANGED | EventType.ROUND_STATUS_CHANGED | EventType.ASSIGNMENT_STATUS_CHANGED:
-            return f"{event.type.value.partition('.')[0]} {event.data['to']}"
+            moved = f"{event.type.value.partition('.')[0]} {event.data['to']}"
+            return _AGAIN.get(event.data["from"], moved) if moved == "run running" else moved
         case EventType.JOB_CLAIMED:
             return f"{event.data['kind']} claimed"
-    return None
+    return _NAMED.get(event.type)
+
+
+class Moments:
+    """Names moments as `moment_of`, and of a round that uses late updates, those of its aggregation otherwise."""
+
+    def __init__(self) -> None:
+        self._with_late: set[str | None] = set()
+
+    def of(self, event: Event) -> str | None:
+        """Name the moment of an event, which comes after all before it."""
+        moment = moment_of(event)
+        if moment == "round aggregating" and " late one" in str(event.data["reason"]):
+            self._with_late.add(event.round_id)
+            return LATE_TAKEN
+        if moment == "aggregate_round claimed" and event.round_id in self._with_late:
+            return LATE_CLAIMED
+        return moment
 
 
 def kills(targets: Sequence[str]) -> list[Fault]:
     """kill -9 of each target at each transition."""
     return [Fault(KILL, moment, target) for moment in MOMENTS for target in targets]
+
+
+def kills_of_moves(targets: Sequence[str], in_flight: Sequence[str]) -> list[Fault]:
+    """kill -9 of each target at what operators and late devices do; of those in flight, while a move is asked for."""
+    moments = (*MOVE_MOMENTS, *LATE_MOMENTS)
+    faults = [Fault(KILL, moment, target) for moment in moments for target in targets]
+    return faults + [Fault(KILL, f"{move.value} in flight", target) for move in Move for target in in_flight]
 
 
 def kills_in_flight(targets: Sequence[str]) -> list[Fault]:
@@ -127,8 +170,9 @@ def hardships() -> list[Fault]:
 
 
 def full_disk_plan(seed: int) -> Plan:
-    """The disk of the whole service is full for a while, at every transition of a round."""
-    return _shuffled([Fault("full", moment, "disk") for moment in ROUND_MOMENTS], seed)
+    """The disk of the whole service is full for a while, at every transition of a round and while files come."""
+    moments = (*ROUND_MOMENTS, *(f"{kind} in flight" for kind in ("part", *CHUNK_REQUESTS)))
+    return _shuffled([Fault(FULL, moment, "disk") for moment in moments], seed)
 
 
 def served_plan(seed: int) -> Plan:
@@ -139,6 +183,16 @@ def served_plan(seed: int) -> Plan:
     faults += [Fault("flushed", ANY_TIME, BROKER) for _ in range(8)]
     faults += [Fault(KILL, ANY_TIME, target) for target in (API, WORKER, CONTROLLER, DATABASE, BROKER) for _ in "12"]
     return _shuffled(faults + spoilt_requests(1), seed)
+
+
+def served_moves_plan(seed: int) -> Plan:
+    """For PostgreSQL and Redis, while operators move runs and updates come late."""
+    return _shuffled(kills_of_moves([API, WORKER, CONTROLLER, DATABASE, BROKER], [API, DATABASE]), seed)
+
+
+def embedded_moves_plan(seed: int) -> Plan:
+    """For SQLite, likewise."""
+    return _shuffled(kills_of_moves([API, WORKER, CONTROLLER], [API]), seed)
 
 
 def embedded_plan(seed: int) -> Plan:

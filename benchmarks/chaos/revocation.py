@@ -2,8 +2,9 @@
 
 import contextlib
 import hashlib
-import socket
+import json
 import threading
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from benchmarks.chaos.cloud import Cloud
 from benchmarks.chaos.device import ALIGNED, delta
 from benchmarks.chaos.mutations import digest_of
 from benchmarks.chaos.plan import Fault, Plan
-from benchmarks.chaos.servers import HOST
 from protocol.assignments import Assignment
 
-STAGES = ("with an assignment", "in the middle of a part", "after its parts", "after its submission")
+STAGES = (
+    *("with an assignment", "in the middle of a part", "between two chunks", "after its last chunk"),
+    *("after its parts", "after its submission"),
+)
 REVOKED = "revoked"
 NUMBER = 99
 
@@ -50,7 +53,7 @@ class Victims:
 
     def _suffer(self, stage: str) -> None:
         device_id, credential = self.cloud.enrol(f"victim {stage}")
-        with self.cloud.client(credential) as http:
+        with self.cloud.device_client(f"victim {stage}", credential) as http:
             answer = http.get("/v1/devices/me/assignment", params={"wait_seconds": 20})
             if answer.status_code == 200:
                 fault = Fault(REVOKED, stage, "device")
@@ -71,38 +74,49 @@ class Victims:
         if stage == STAGES[0]:
             self._revoke(device_id)
         if stage == STAGES[1]:
-            status = self._cut_in_two(f"{path}/parts/adapter_delta", parts["adapter_delta"], http, device_id)
+            content = parts["adapter_delta"]
+            halves = self._halves(content, device_id)
+            headers = {"Content-Digest": digest_of(content), "Content-Length": str(len(content))}
+            status = http.put(f"{path}/parts/adapter_delta", content=halves, headers=headers).status_code
             self._must_refuse(f"{stage}: the rest of the part", status)
+        if stage in STAGES[2:4]:
+            self._send_chunks(f"{path}/parts/adapter_delta/uploads", parts["adapter_delta"], http, stage, device_id)
         for kind, content in parts.items():
             headers = {"Content-Digest": digest_of(content)}
             status = http.put(f"{path}/parts/{kind}", content=content, headers=headers).status_code
-            if stage in STAGES[:2]:
+            if stage in STAGES[:4]:
                 self._must_refuse(f"{stage}: {kind}", status)
-        if stage == STAGES[2]:
+        if stage == STAGES[4]:
             self._revoke(device_id)
         submission = _submission(assignment, parts)
-        status = http.post(f"{path}/submission", json=submission).status_code
-        if stage != STAGES[3]:
+        status = http.post(f"{path}/submission", **submission).status_code
+        if stage != STAGES[5]:
             self._must_refuse(f"{stage}: submission", status)
             return
         self._revoke(device_id)
-        self._must_refuse(f"{stage}: again", http.post(f"{path}/submission", json=submission).status_code)
+        self._must_refuse(f"{stage}: again", http.post(f"{path}/submission", **submission).status_code)
 
-    def _cut_in_two(self, path: str, content: bytes, http: httpx.Client, device_id: str) -> int:
-        """Send half a part, have the device revoked, send the rest; return the status."""
-        lines = [
-            *(f"PUT {path} HTTP/1.1", "Host: localhost", "Connection: close", f"Content-Length: {len(content)}"),
-            *(f"Content-Digest: {digest_of(content)}", f"Authorization: {http.headers['Authorization']}", "", ""),
-        ]
+    def _halves(self, content: bytes, device_id: str) -> Iterator[bytes]:
+        """Give half a part, have the device revoked, give the rest."""
         half = len(content) // 2
-        with socket.create_connection((HOST, self.cloud.port), timeout=30) as connection:
-            connection.sendall("\r\n".join(lines).encode() + content[:half])
-            self._revoke(device_id)
-            connection.sendall(content[half:])
-            answer = b""
-            while block := connection.recv(65536):
-                answer += block
-        return int(answer.split(b" ", 2)[1])
+        yield content[:half]
+        self._revoke(device_id)
+        yield content[half:]
+
+    def _send_chunks(self, path: str, content: bytes, http: httpx.Client, stage: str, device_id: str) -> None:
+        """Have the device revoked after the first chunk, or after the last and before the completion."""
+        begun = http.post(path, headers={"Upload-Length": str(len(content)), "Repr-Digest": digest_of(content)}).json()
+        size, upload = begun["chunk_bytes"], f"{path}/{begun['upload_id']}"
+        last = (len(content) - 1) // size * size
+        for offset in range(0, len(content), size):
+            chunk = content[offset : offset + size]
+            headers = {"Content-Digest": digest_of(chunk), "Upload-Offset": str(offset)}
+            status = http.patch(upload, content=chunk, headers=headers).status_code
+            if stage == STAGES[2] and offset > 0:
+                self._must_refuse(f"{stage}: the chunk at {offset}", status)
+            if (stage == STAGES[2] and offset == 0) or offset == last:
+                self._revoke(device_id)
+        self._must_refuse(f"{stage}: completion", http.post(f"{upload}/completion").status_code)
 
     def _must_refuse(self, what: str, status: int) -> None:
         if status < 400:
@@ -110,7 +124,8 @@ class Victims:
 
 
 def _submission(assignment: Assignment, parts: dict[str, bytes]) -> dict[str, Any]:
-    return {
+    """Return the body with its digest, which the signature covers."""
+    submission = {
         "base_sha256": assignment.adapter.sha256 if assignment.adapter else None,
         "num_examples": 8,
         "parts": [
@@ -119,3 +134,5 @@ def _submission(assignment: Assignment, parts: dict[str, bytes]) -> dict[str, An
         ],
         "metrics": {"alignment": ALIGNED},
     }
+    body = json.dumps(submission).encode()
+    return {"content": body, "headers": {"Content-Digest": digest_of(body), "Content-Type": "application/json"}}

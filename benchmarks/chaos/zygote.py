@@ -24,6 +24,9 @@ from typing import Any, NoReturn, Self
 CLOCK_SKEW = "CHAOS_CLOCK_SKEW_SECONDS"
 """Environment variable: how far the process's clock is ahead of the machine's."""
 
+CHUNK_BYTES = "CHAOS_CHUNK_BYTES"
+"""Environment variable: size of the chunks in which files may come; the service itself takes none under 4 MiB."""
+
 LIGHT = ("celery", "cloud_api.app", "cloud_api.server", "worker.processes", "benchmarks.chaos.device")
 HEAVY = (
     *("celery", "torch", "transformers", "peft", "worker.processes", "worker.preparation", "worker.aggregation"),
@@ -163,6 +166,8 @@ def _run(order: dict[str, Any]) -> int:
     os.environ.update(order["environment"])
     if skew := float(os.environ.get(CLOCK_SKEW, "0")):
         _set_clocks(timedelta(seconds=skew))
+    if (size := os.environ.get(CHUNK_BYTES)) and (settings := sys.modules.get("cloud_api.settings")):
+        vars(settings)["SMALLEST_CHUNK"] = int(size)
     module, _, function = order["call"].partition(":")
     return int(getattr(importlib.import_module(module), function)(order["arguments"]) or 0)
 

@@ -27,7 +27,7 @@ from edge_agent.local_state import LocalState, LocalStates
 from edge_agent.outbox import Outbox, OutboxEntry
 from edge_agent.reporting import GONE, TrainingReporter
 from edge_agent.rotation import CredentialRotation
-from edge_agent.uploading import upload_file
+from edge_agent.uploading import AT_ONCE_BYTES, upload_file
 from protocol.assignments import Assignment, AssignmentProgress, AssignmentRefusal, Part, Submission, SubmissionReceipt
 from protocol.errors import ErrorCode
 from protocol.runs import DeviceMetrics
@@ -101,6 +101,8 @@ class Agent:
     trainer: Callable[[], Trainer]
     rotation: CredentialRotation | None = None
     """Replaces the device's credential between two cycles."""
+    at_once_bytes: int = AT_ONCE_BYTES
+    """Larger files are sent in chunks."""
 
 
 def run_once(agent: Agent, *, wait_seconds: int = POLL_WAIT_SECONDS) -> Outcome:
@@ -279,7 +281,9 @@ def send(agent: Agent, entry: OutboxEntry, *, again: bool) -> None:
         announce_upload(agent, assignment)
         for part in submission.parts:
             attempts = count()
-            upload = partial(upload_file, agent.client, assignment, part, entry.file(part))
+            upload = partial(
+                upload_file, agent.client, assignment, part, entry.file(part), at_once_bytes=agent.at_once_bytes
+            )
             agent.retrier.call("upload", lambda: upload(fresh=not again and next(attempts) == 0))  # noqa: B023
         receipt = submit()
     entry.keep_receipt(receipt)

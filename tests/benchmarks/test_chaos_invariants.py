@@ -9,9 +9,14 @@ import pytest
 from sqlalchemy import text
 
 from benchmarks.chaos import invariants
+from benchmarks.chaos.history import read_history
+from benchmarks.chaos.invariants import Expected
 from persistence.blobs import FolderBlobStore
 from persistence.database import Database
+from protocol.statuses import RoundStatus, RunStatus
 from tests.persistence.world import World
+
+ATTEMPTS = tuple((number, 1, RoundStatus.PUBLISHED, number - 1) for number in (1, 2))
 
 
 class Finished:
@@ -41,13 +46,12 @@ class Finished:
             session.execute(text("PRAGMA defer_foreign_keys = ON"))
             session.execute(text(statement))
 
-    def violations(self, **changed: object) -> list[str]:
+    def violations(self, expected: Expected | None = None, **changed: object) -> list[str]:
         with self.database.reading() as session:
-            history = invariants.read_history(session, self.run_id)
-        values: dict[str, object] = {
-            "rounds": 2, "devices": self.devices, "receipts": self.receipts, "reference": None, "blobs": self.blobs,
-        }  # fmt: skip
-        return invariants.violations(history, **(values | changed))  # type: ignore[arg-type]
+            history = read_history(session, self.run_id)
+        values: dict[str, object] = {"receipts": self.receipts, "reference": None, "blobs": self.blobs}
+        expected = expected or Expected(RunStatus.COMPLETED, ATTEMPTS, frozenset(self.devices))
+        return invariants.violations(history, expected, **(values | changed))  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -94,8 +98,25 @@ COUNTED = "type = 'assignment.status_changed' AND json_extract(data, '$.to') = '
         ),
         ("UPDATE jobs SET status = 'queued' WHERE kind = 'evaluate_round'", "is queued"),
         ("UPDATE versions SET num_updates = 3 WHERE number = 2", "name (2, 3) updates"),
-        ("UPDATE rounds SET status = 'evaluating' WHERE number = 2", "expected rounds 1 to 2 published"),
-        ("UPDATE runs SET status = 'running'", "the run is running"),
+        (
+            "UPDATE rounds SET status = 'evaluating' WHERE number = 2",
+            "2.1 published from version 1, got 1.1",
+        ),
+        ("UPDATE rounds SET attempt = 2 WHERE number = 2", "2.2 published"),
+        ("UPDATE rounds SET base_version = 0 WHERE number = 2", "has base 0; it opened from 1"),
+        ("UPDATE versions SET parent = 0 WHERE number = 2", "version 2 has parent 0"),
+        ("UPDATE versions SET withdrawn_at = created_at WHERE number = 1", "version 1 is withdrawn"),
+        ("UPDATE assignments SET staleness = 1 WHERE id = (SELECT max(id) FROM assignments)", "no round used it"),
+        (
+            f"UPDATE assignments SET used_in_round_id = round_id WHERE id = {FIRST}",
+            "is used late in",
+        ),
+        (
+            "UPDATE assignments SET used_in_round_id = (SELECT id FROM rounds WHERE number = 2), staleness = 2"
+            " WHERE round_id = (SELECT id FROM rounds WHERE number = 1)",
+            "is 1 versions old in round 2, not 2",
+        ),
+        ("UPDATE runs SET status = 'running'", "the run is running, not completed"),
     ],
 )
 def test_what_is_wrong_is_named(finished: Finished, statement: str, said: str) -> None:
@@ -107,8 +128,9 @@ def test_other_adapters_and_spoilt_files_are_named(finished: Finished) -> None:
     stored = finished.blobs.put_bytes(b"an adapter")
     assert "without faults" in finished.violations(reference={1: (stored.sha256, None)})[0]
     with finished.database.reading() as session:
-        history = invariants.read_history(session, finished.run_id)
+        history = read_history(session, finished.run_id)
     history.versions[1].proxy_adapter_sha256 = stored.sha256
     finished.blobs.path(stored.sha256).write_bytes(b"another adapter")
-    values = {"rounds": 2, "devices": finished.devices, "receipts": {}, "reference": None, "blobs": finished.blobs}
-    assert f"the file {stored.sha256} holds other bytes" in invariants.violations(history, **values)  # type: ignore[arg-type]
+    expected = Expected(RunStatus.COMPLETED, ATTEMPTS, frozenset(finished.devices))
+    found = invariants.violations(history, expected, receipts={}, reference=None, blobs=finished.blobs)
+    assert f"the file {stored.sha256} holds other bytes" in found

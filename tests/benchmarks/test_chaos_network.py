@@ -8,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from benchmarks.chaos.network import Request, SpoilingProxy, Tamper
+from benchmarks.chaos.network import Request, SpoilingProxy, Tamper, verdict
 
 PATH = "/v1/assignments/a/submission"
 RECEIPT = b'{"assignment_id": "a", "update_sha256": "1f"}'
@@ -114,6 +114,35 @@ def test_a_later_request_overtakes_one_that_is_held(server: Server) -> None:
         post(proxy, b"second")
         first.join()
     assert server.bodies == [b"second", b"first"]
+
+
+@pytest.mark.parametrize(
+    ("line", "kind"),
+    [
+        ("PUT /v1/assignments/a/parts/logits", "part"),
+        ("POST /v1/assignments/a/parts/logits/uploads", "upload begun"),
+        ("PATCH /v1/assignments/a/parts/logits/uploads/u", "chunk"),
+        ("POST /v1/assignments/a/parts/logits/uploads/u/completion", "upload completed"),
+        ("POST /v1/assignments/a/submission", "submission"),
+        ("POST /v1/assignments/a/refusal", "other"),
+    ],
+)
+def test_requests_have_their_kinds(line: str, kind: str) -> None:
+    assert Request(f"{line} HTTP/1.1\r\n\r\n".encode(), b"").kind == kind
+
+
+def test_what_a_device_sent_is_kept_and_can_be_sent_again(server: Server) -> None:
+    with spoiling(server) as proxy:
+        post(proxy, b"one")
+        post(proxy, b"two")
+        assert proxy.send_again(proxy.seen.requests.copy()) == {"201": 2}
+    assert server.bodies == [b"one", b"two"] * 2
+
+
+def test_an_answer_is_told_by_its_problem_or_its_status() -> None:
+    assert verdict(b'HTTP/1.1 401 Unauthorized\r\n\r\n{"code": "request_replayed"}') == "request_replayed"
+    assert verdict(b"HTTP/1.1 409 Conflict\r\n\r\nnot JSON") == "409"
+    assert verdict(b"HTTP/1.1 204 No Content\r\n\r\n") == "204"
 
 
 def test_an_answer_of_500_is_a_fault_and_of_503_is_not(server: Server) -> None:

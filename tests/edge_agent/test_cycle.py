@@ -52,6 +52,13 @@ def test_a_round_is_done_and_the_next_starts_from_its_state(
     assert b"uploading" in statuses[-1]
 
 
+def test_a_file_over_the_agents_limit_is_sent_in_chunks(agent: Agent, cloud: FakeCloud) -> None:
+    make_assignment(cloud)
+    cloud.fail("/uploads", problem(409, "round_closed"))
+    assert cycle.run_once(replace(agent, at_once_bytes=0)) is Outcome.LATE
+    assert (len(cloud.requests("PUT")), len(cloud.requests("/uploads"))) == (0, 1)
+
+
 FAULTY_CALLS = ["progress", "artifacts", "PUT", "submission"]
 
 

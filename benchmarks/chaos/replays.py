@@ -1,0 +1,72 @@
+"""Sends the signed requests of runs that are over once more: nothing of the runs may change.
+
+First as they are: the service knows their nonces, unless it lost them in a kill. Then after the API was killed and
+Redis was flushed, so that no nonce is known any more and only what the requests ask for protects.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from benchmarks.chaos.cloud import API, Cloud
+from benchmarks.chaos.network import SpoilingProxy
+from persistence.tables import (
+    AssignmentRow,
+    EventRow,
+    JobRow,
+    PartUploadRow,
+    RoundRow,
+    RunArtifactRow,
+    RunRow,
+    UpdatePartRow,
+    UploadChunkRow,
+    VersionRow,
+)
+
+TABLES = (
+    *(RunRow, RoundRow, AssignmentRow, VersionRow, JobRow),
+    *(UpdatePartRow, PartUploadRow, UploadChunkRow, RunArtifactRow),
+)
+Snapshot = dict[str, object]
+
+
+@dataclass
+class Replays:
+    """One cloud, and the proxy through which its devices spoke."""
+
+    cloud: Cloud
+    proxy: SpoilingProxy
+
+    def send(self) -> tuple[dict[str, dict[str, int]], list[str]]:
+        """Send every request twice; return what was answered, and what changed or failed."""
+        known = self.proxy.seen.requests.copy()
+        before = self.cloud.read(snapshot)
+        answers = {"in their runs": dict(self.proxy.seen.replays.most_common()), "nonces known": self._send(known)}
+        self._forget_nonces()
+        answers["nonces forgotten"] = self._send(known)
+        after = self.cloud.read(snapshot)
+        changed = [f"replays changed {name}" for name in before if before[name] != after[name]]
+        return answers, changed + self.proxy.seen.take_faults()
+
+    def _send(self, requests: object) -> dict[str, int]:
+        answers: Counter[str] = self.proxy.send_again(requests)  # type: ignore[arg-type]
+        return dict(answers.most_common())
+
+    def _forget_nonces(self) -> None:
+        before = self.cloud.starts(API)
+        self.cloud.kill(API)
+        self.cloud.wait("another API", lambda: self.cloud.starts(API) > before or None)
+        self.cloud.ask("GET", "/ready")
+        if self.cloud.redis is not None:
+            self.cloud.redis.flush()
+
+
+def snapshot(session: Session) -> Snapshot:
+    """Return every row about runs, and the last event of one."""
+    rows: Snapshot = {
+        table.__tablename__: sorted((tuple(row) for row in session.execute(select(table.__table__))), key=repr)
+        for table in TABLES
+    }
+    return rows | {"events": session.scalar(select(func.max(EventRow.sequence)).where(EventRow.run_id.is_not(None)))}
