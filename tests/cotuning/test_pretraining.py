@@ -3,7 +3,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from cotuning.examples import Example, render_prompt
-from cotuning.pretraining import TrainingText, make_model, pretrain, train_tokenizer
+from cotuning.pretraining import make_model, pretrain
+from cotuning.pretraining_text import TrainingText
+from cotuning.tokenizer_training import train_tokenizer
 
 KINDS = ("bpe_single_digits", "bpe_digit_groups", "bpe_whole_numbers", "unigram")
 ARCHITECTURES = ("llama", "gpt2", "qwen3", "bloom")
@@ -110,7 +112,8 @@ def test_a_saved_model_loads_as_any_other(architecture, kind, tmp_path):
 def test_pretraining_lowers_the_loss_and_reports_every_step(architecture, kind):
     tokenizer = tokenizer_of(kind)
     steps: list[tuple[int, int, float]] = []
-    last = train(small_model(architecture, tokenizer), tokenizer, on_progress=lambda *each: steps.append(each))
+    done = train(small_model(architecture, tokenizer), tokenizer, on_progress=lambda *each: steps.append(each))
+    last = done.loss
     assert [step for step, _, _ in steps] == list(range(1, 21))
     assert {of for _, of, _ in steps} == {20}
     assert last < 0.7 * steps[0][2]
@@ -169,14 +172,14 @@ def test_a_prompt_without_weight_is_not_learned():
             seed=0,
             on_progress=lambda *_: None,
             **settings,
-        )
+        ).loss
     assert losses[0.0] < 0.5 * losses[1.0]
 
 
 def test_bfloat16_trains_like_float32():
     tokenizer = tokenizer_of("bpe_single_digits")
     losses = [
-        train(small_model("llama", tokenizer), tokenizer, steps=10, precision=precision)
+        train(small_model("llama", tokenizer), tokenizer, steps=10, precision=precision).loss
         for precision in ("float32", "bfloat16")
     ]
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
