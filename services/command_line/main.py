@@ -8,7 +8,15 @@ from typing import Annotated
 
 import typer
 
-from command_line import demo_command, device_commands, operator_commands, run_commands, seed_command, up_command
+from command_line import (
+    demo_command,
+    device_commands,
+    operator_commands,
+    pretrain_command,
+    run_commands,
+    seed_command,
+    up_command,
+)
 from command_line.errors import CommandError
 from command_line.exit_codes import ExitCode
 from command_line.output import print_error
@@ -36,6 +44,7 @@ def _help_of(command: Callable[..., object]) -> str:
 
 app.command("demo", help=_help_of(demo_command.demo))(demo_command.demo)
 app.command("demo-seed", help=_help_of(seed_command.demo_seed))(seed_command.demo_seed)
+app.command("pretrain", help=_help_of(pretrain_command.pretrain))(pretrain_command.pretrain)
 app.command("up", help=_help_of(up_command.up))(up_command.up)
 app.add_typer(run_commands.app, name="run")
 app.add_typer(device_commands.app, name="device")

@@ -252,8 +252,9 @@ class _Stream:
 
 
 def _parts(batch: Batch, size: int | None) -> Iterator[tuple[Tensor, Tensor]]:
-    size = size or len(batch.ids_BT)
-    return zip(batch.ids_BT.split(size), batch.weights_BT.split(size), strict=True)
+    for start in range(0, len(batch.ids_BT), size or len(batch.ids_BT)):
+        rows = slice(start, start + size if size else None)
+        yield batch.ids_BT[rows], batch.weights_BT[rows]
 
 
 def weighted_loss(model: PreTrainedModel, ids_BT: Tensor, weights_BT: Tensor, precision: Precision) -> Tensor:

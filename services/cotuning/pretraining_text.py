@@ -70,7 +70,9 @@ class SimilarLengths:
             shuffled = order.sample(self._texts, len(self._texts))
             batches: list[list[_Encoded]] = []
             for start in range(0, len(shuffled), _POOL_BATCHES * batch_size):
-                alike = iter(sorted(shuffled[start : start + _POOL_BATCHES * batch_size], key=lambda each: len(each.ids)))
+                alike = iter(
+                    sorted(shuffled[start : start + _POOL_BATCHES * batch_size], key=lambda each: len(each.ids))
+                )
                 while batch := list(islice(alike, batch_size)):
                     batches.append(batch)
             order.shuffle(batches)
