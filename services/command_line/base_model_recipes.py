@@ -79,7 +79,7 @@ class BaseModelsRecipe:
     """Several texts a row; else one a row, padded, with texts of like length together."""
     tokenizer_bytes: Count | None = None
     """At most so much of the text trains the tokenizers, taken evenly; all of it if not given."""
-    least_vocab_share: Share = 0.9
+    least_vocab_share: Share = 0.75
     """A text that gives a tokenizer fewer entries than this share of `vocab_size` is refused."""
     held_out_bytes: Annotated[int, Field(ge=0)] = 0
     """So much of the corpus is not trained on but measured on."""
