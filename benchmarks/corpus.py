@@ -7,7 +7,7 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from cotuning.pretraining import train_tokenizer
+from cotuning.tokenizer_training import train_tokenizer
 
 _TRAINING_CHARACTERS = 1_500_000
 _PASSAGE_CHARACTERS = 2_500

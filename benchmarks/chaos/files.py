@@ -12,8 +12,9 @@ import torch
 from assets.models import load_language_model
 from assets.tensors import read_tensors, tensors_to_bytes
 from cotuning.adapters import adapted, lora_config
-from cotuning.pretraining import make_model, train_tokenizer
+from cotuning.pretraining import make_model
 from cotuning.probe_logits import probe_payload
+from cotuning.tokenizer_training import train_tokenizer
 from persistence.blobs import FolderBlobStore
 from protocol.assignments import ModelManifest
 from protocol.strategies import CoPlmsSettings

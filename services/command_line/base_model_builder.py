@@ -1,119 +1,108 @@
 """The process that builds base models. It reads its job as JSON from standard input and writes its progress.
 
-Started by `base_models`. A line of progress is a JSON array: a model's name, its step, the number of its steps.
-When nobody reads them any more, because the parent is gone, writing fails and the process ends.
+Started by `base_models`. It writes JSON values, one a line: an array is progress (a model's name, its step, the number
+of its steps), a string is a note for a person, and `READY` says that text and tokenizers are there; then it waits for
+the line `GO`. When nobody reads any more, because the parent is gone, writing fails and the process ends.
 """
 
 import fcntl
-import gzip
 import json
 import os
 import shutil
 import sys
 import time
-import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from assets.data import read_examples
 from assets.errors import DataFileError
+from command_line.base_model_texts import Texts, UnfitText, read_texts
+from command_line.base_models import GO, READY, SUMMARY_FILE
 from command_line.exit_codes import ExitCode
-from cotuning.examples import Example, render_prompt
+
+if TYPE_CHECKING:
+    from command_line.base_model_training import Trained
 
 PROGRESS_SECONDS = 0.2
 
 
 def main() -> None:
-    """Build every model of the job that is not there yet. Ends with `ExitCode.BAD_INPUT` if its data is broken."""
-    job = json.load(sys.stdin)
+    """Build every model of the job that is not there yet. Ends with `ExitCode.BAD_INPUT` if its text is unfit."""
+    job = json.loads(sys.stdin.readline())
     try:
-        rows = read_examples(Path(job["data_folder"]) / "public.jsonl")
-        documents = read_documents(Path(job["data_folder"]) / "corpus.txt.gz", job["corpus_bytes"])
-    except DataFileError as error:
+        texts = read_texts(job)
+        make_tokenizers(job, texts)
+    except (DataFileError, UnfitText) as error:
         sys.stderr.write(f"{error}\n")
         sys.exit(ExitCode.BAD_INPUT)
-    build_models(job, rows, documents)
+    say(READY)
+    if sys.stdin.readline().strip() == GO:
+        build_models(job, texts)
 
 
-def read_documents(path: Path, max_bytes: int) -> list[str]:
-    """Read documents, which blank lines divide, evenly from the whole corpus; none if there is no such file.
+def make_tokenizers(job: dict[str, Any], texts: Texts) -> None:
+    """Train the tokenizers that are not there yet. A model's folder that is there needs none.
 
     Raises:
-        DataFileError: it is not gzipped UTF-8.
+        UnfitText: the text gives too few entries.
     """
-    if not path.is_file():
-        return []
-    try:
-        text = gzip.decompress(path.read_bytes()).decode()
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise DataFileError(f"{path}: expected gzipped UTF-8 text, got: {error}") from None
-    documents = [each for each in text.strip().split("\n\n") if each.strip()]
-    return documents[:: max(1, -(-len(text) // max_bytes))]
+    for folder, entry in job["models"].items():
+        tokenizer = Path(entry["tokenizer"])
+        tokenizer.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(Path(f"{tokenizer}.lock")):
+            if tokenizer.exists() or Path(folder).exists():
+                continue
+            from command_line.base_model_training import train_recipes_tokenizer
+
+            recipe, shared = entry["recipe"], job["shared"]
+            made = train_recipes_tokenizer(recipe, shared, texts)
+            least = shared["least_vocab_share"] * recipe["vocab_size"]
+            if len(made) < least:
+                raise UnfitText(
+                    f"{recipe['name']}: expected text for a vocabulary of {recipe['vocab_size']} entries, this text "
+                    f"gives {len(made)}; set vocab_size to at most {len(made)}, or give more text"
+                )
+            save(tokenizer, [made])
 
 
-def build_models(job: dict[str, Any], rows: Sequence[Example], documents: Sequence[str]) -> None:
+def build_models(job: dict[str, Any], texts: Texts) -> None:
     """Build what is missing, one model after the other; a model that another process builds is waited for."""
-    for folder, model in job["models"].items():
-        progress = _Progress(model["name"])
-        progress(0, model["steps"])
+    for folder, entry in job["models"].items():
+        recipe = entry["recipe"]
+        progress = _Progress(recipe["name"])
+        progress(0, recipe["steps"])
         with _locked(Path(f"{folder}.lock")):
             if not Path(folder).exists():
-                _build(Path(folder), model, job, rows, documents, progress=progress)
+                _build(Path(folder), entry, job, texts, progress=progress)
 
 
-def _build(
-    folder: Path,
-    model: dict[str, Any],
-    job: dict[str, Any],
-    rows: Sequence[Example],
-    documents: Sequence[str],
-    *,
-    progress: "_Progress",
-) -> None:
+def _build(folder: Path, entry: dict[str, Any], job: dict[str, Any], texts: Texts, *, progress: "_Progress") -> None:
     # Late, because it takes seconds: broken data and a Ctrl-C do not wait for it.
-    import torch
-    from transformers.utils import logging
+    from command_line.base_model_card import card
+    from command_line.base_model_training import train_recipe
 
-    from cotuning.pretraining import TrainingText, make_model, pretrain, train_tokenizer
-    from cotuning.seeding import derive_seed
-
-    torch.set_num_threads(1)
-    logging.disable_progress_bar()
-    asked = [TrainingText(render_prompt(None, row), row.output) for row in rows]
-    running = [TrainingText("", each) for each in documents]
-    tokenizer = train_tokenizer(
-        model["tokenizer"],
-        (each.prompt + each.text for each in (*asked, *running)),
-        vocab_size=model["vocab_size"],
-        max_length=job["positions"],
-    )
-    built = make_model(
-        model["architecture"],
-        tokenizer,
-        hidden_size=model["hidden_size"],
-        layers=model["layers"],
-        heads=model["heads"],
-        max_length=job["positions"],
-        seed=derive_seed(job["seed"], model["name"], "weights"),
-    )
-    pretrain(
-        built,
-        tokenizer,
-        asked,
-        running,
-        document_share=model["document_share"],
-        steps=model["steps"],
-        batch_size=model["batch_size"],
-        max_length=job["max_length"],
-        learning_rate=model["learning_rate"],
-        prompt_weight=job["prompt_weight"],
-        precision=job["precision"],
-        seed=derive_seed(job["seed"], model["name"], "order"),
+    unfinished = folder.parent / ".unfinished" / folder.name
+    trained: Trained = train_recipe(
+        entry["recipe"],
+        job["shared"],
+        texts,
+        tokenizer_folder=Path(entry["tokenizer"]),
+        identity=folder.name,
+        state_folder=unfinished,
         on_progress=progress,
+        on_note=say,
     )
-    _save(built, tokenizer, folder)
+    text = card(trained, entry["recipe"], job["shared"], texts, files=job["text"]["files"], command=job["command"])
+    about = {"README.md": text, SUMMARY_FILE: json.dumps(trained.summary(), indent=1) + "\n"}
+    save(folder, [trained.model, trained.tokenizer], about)
+    shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def say(message: object) -> None:
+    """Write a line to the parent."""
+    sys.stdout.write(json.dumps(message) + "\n")
+    sys.stdout.flush()
 
 
 class _Progress:
@@ -127,17 +116,18 @@ class _Progress:
         now = time.monotonic()
         if now - self._written >= PROGRESS_SECONDS or step == steps:
             self._written = now
-            sys.stdout.write(json.dumps([self._name, step, steps]) + "\n")
-            sys.stdout.flush()
+            say([self._name, step, steps])
 
 
-def _save(model: Any, tokenizer: Any, folder: Path) -> None:
+def save(folder: Path, parts: Sequence[Any], texts: Mapping[str, str] | None = None) -> None:
     """Write beside the folder, then rename: the folder is whole or not there."""
     unfinished = folder.with_name(f".{folder.name}.unfinished")
     # Left by a builder that was killed; the lock says that it is not there any more.
     shutil.rmtree(unfinished, ignore_errors=True)
-    model.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
+    for part in parts:
+        part.save_pretrained(unfinished)
+    for name, text in (texts or {}).items():
+        (unfinished / name).write_text(text, encoding="utf-8")
     for path in (*unfinished.iterdir(), unfinished):
         handle = os.open(path, os.O_RDONLY)
         try:

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from assets.data_folders import SPLITS
 from command_line.errors import BadInput
 
-SPLITS = ("train", "validation", "test")
 FEWEST_DOMAINS = 1
 
 

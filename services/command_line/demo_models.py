@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from command_line.base_models import ensure_base_models, find_base_models
+from command_line.base_models import demo_text, ensure_base_models, find_base_models
 from command_line.demo_data import DemoData
 from command_line.demo_settings import base_models_recipe
 from command_line.errors import ProcessFailed
@@ -38,10 +38,12 @@ class DemoModels:
 def prepare_models(data: DemoData, cache: Path, view: View) -> DemoModels:
     """Build the base models that the cache lacks, with a bar for each, and return them all."""
     recipe = base_models_recipe(given=data.given)
-    known = find_base_models(data.folder, cache, recipe)
+    text, root = demo_text(data.folder), cache / "base_models"
+    known = find_base_models(text, root, recipe)
     if missing := [each for each in known.all if not each.exists()]:
         view.say(f"building {len(missing)} base models; they are kept in {cache}")
-    models = ensure_base_models(data.folder, cache, recipe, view.progress)
+    models = ensure_base_models(text, root, recipe, view.progress)
+    assert models.proxy is not None  # each of the demo's recipes has one
     return DemoModels(facts(models.llm), facts(models.proxy), tuple(facts(each) for each in models.slms))
 
 

@@ -7,7 +7,7 @@ user's in the format of the project's own (at most 10 minutes).
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from command_line.base_models import BaseModelsRecipe, ModelRecipe, Precision
+from command_line.base_model_recipes import BaseModelsRecipe, ModelRecipe, fast_precision
 from protocol.runs import EvaluationSettings, ProxySettings, RunCreate
 from protocol.strategies import CoPlmsSettings, LocalTraining, LoraSettings, ServerTraining, StandaloneSettings
 
@@ -39,18 +39,6 @@ class DemoSettings:
     probe_rows: int
     grace_seconds: float
     round_deadline_seconds: float
-
-
-def fast_precision(processor: str | None = None) -> Precision:
-    """bfloat16 where the processor multiplies it in hardware (4 times as fast there, 4 times as slow elsewhere).
-
-    Args:
-        processor: Text of `/proc/cpuinfo`; default: this machine's, float32 if it cannot be read.
-    """
-    if processor is None:
-        path = Path("/proc/cpuinfo")
-        processor = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
-    return "bfloat16" if "amx_bf16" in processor.split() else "float32"
 
 
 _PRECISION = fast_precision()
@@ -95,6 +83,7 @@ FACTS = DemoSettings(
         prompt_weight=0.02,
         corpus_bytes=1_000_000,
         precision=_PRECISION,
+        least_vocab_share=0.0,
     ),
     slm=LocalTraining(steps=60, batch_size=16, learning_rate=5e-3, max_length=128, precision=_PRECISION),
     slm_lora=LoraSettings(rank=8, alpha=16.0),
@@ -123,6 +112,7 @@ GIVEN = DemoSettings(
         prompt_weight=0.3,
         corpus_bytes=3_000_000,
         precision=_PRECISION,
+        least_vocab_share=0.0,
     ),
     slm=LocalTraining(steps=40, batch_size=12, learning_rate=4e-3, max_length=192, precision=_PRECISION),
     slm_lora=FACTS.slm_lora,

@@ -7,6 +7,7 @@ CommandError
 ├── RunFailed       the run ended, but not as completed
 ├── TimedOut        the time given is over
 ├── ProcessFailed   a process that we started does not stay alive
+├── Contaminated    text to train on holds rows that are kept for devices or for testing
 └── BadInput        a file, a folder, a port or an option
 """
 
@@ -60,6 +61,12 @@ class TimedOut(CommandError):
 
 class ProcessFailed(CommandError):
     """A process that we started does not stay alive."""
+
+    exit_code = ExitCode.RUN_FAILED
+
+
+class Contaminated(CommandError):
+    """Text to train on holds rows that are kept for devices or for testing."""
 
     exit_code = ExitCode.RUN_FAILED
 

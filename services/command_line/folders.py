@@ -23,7 +23,7 @@ def home_folder(environment: Mapping[str, str] = os.environ) -> Path:
 
 
 def cache_folder(environment: Mapping[str, str] = os.environ) -> Path:
-    """Return the folder of the demo's base models: `COTUNE_CACHE`, else `~/.cache/cotune`."""
+    """Return the folder of base models: `COTUNE_CACHE`, else `~/.cache/cotune`."""
     if configured := environment.get("COTUNE_CACHE"):
         return Path(configured).expanduser()
     cache = environment.get("XDG_CACHE_HOME")

@@ -204,7 +204,7 @@ def _train_whole(
             steps=steps,
             stage=STAGE,
             on_progress=on_progress,
-            decay=True,
+            schedule="linear",
             checkpoints=checkpoints,
         )
     finally:

@@ -23,6 +23,7 @@ from cotuning.encoding import EncodedBatch
 from cotuning.examples import Example
 from cotuning.gradient_checkpointing import recomputed_layers
 from cotuning.language_model import LanguageModel, hidden_states, output_head
+from cotuning.schedules import ScheduleName, share_of_rate
 from cotuning.seeding import derive_seed, isolated_generators
 
 OnProgress = Callable[[str, int, int, dict[str, float]], None]
@@ -30,7 +31,6 @@ OnProgress = Callable[[str, int, int, dict[str, float]], None]
 training there, with models as they were lent and nothing half-written."""
 
 Precision = Literal["float32", "bfloat16"]
-WARM_UP_SHARE = 0.1
 _POOL_BATCHES = 8
 _REPORTED_SHARE = 0.1
 
@@ -47,6 +47,7 @@ class Learner:
         parameters: tensors that require gradients.
         learning_rate: after warm-up.
         weight_decay: AdamW's.
+        betas: AdamW's.
         gradient_clip: greatest L2 norm of all gradients together.
     """
 
@@ -54,6 +55,7 @@ class Learner:
     learning_rate: float
     weight_decay: float = 0.0
     gradient_clip: float = 1.0
+    betas: tuple[float, float] = (0.9, 0.999)
 
 
 @dataclass(frozen=True)
@@ -88,10 +90,10 @@ def train(
     steps: int,
     stage: str,
     on_progress: OnProgress,
-    decay: bool = False,
+    schedule: ScheduleName = "constant",
     checkpoints: Checkpoints | None = None,
 ) -> dict[str, float]:
-    """Take `steps` AdamW steps for every learner; linear warm-up over the first tenth, then a constant rate.
+    """Take `steps` AdamW steps for every learner.
 
     The warm-up is taken every time, because the optimizers start without moments every time.
 
@@ -99,7 +101,7 @@ def train(
         step_at: the micro-batches of a step, or the whole of it as the only one. Each is asked for when the backward
             passes of the one before are done, so only one is held at a time. Their means must be over the whole step:
             a mean of the micro-batches' means would weigh a token by how many others its micro-batch has.
-        decay: fall from the full rate towards none in a straight line, for training that is not continued. Without it
+        schedule: of the learning rates. One that falls towards none is for training that is not continued: without it
             the last steps of a model whose weights all learn undo much of what it had.
         checkpoints: where the state is kept; a stage that has a state there goes on from it. Everything else must be
             as it was in the interrupted training: frozen weights, rows, and `step_at` a function of the step alone.
@@ -114,20 +116,24 @@ def train(
     """
     optimizers = {
         name: torch.optim.AdamW(
-            learner.parameters, lr=learner.learning_rate, weight_decay=learner.weight_decay, fused=True
+            learner.parameters,
+            lr=learner.learning_rate,
+            betas=learner.betas,
+            weight_decay=learner.weight_decay,
+            fused=True,
         )
         for name, learner in learners.items()
     }
     report = _Report(first_step=steps - max(1, round(steps * _REPORTED_SHARE)))
     keeper = None
     if checkpoints:
-        keeper = _Keeper(checkpoints, learners, optimizers, stage=stage, steps=steps, decay=decay)
+        keeper = _Keeper(checkpoints, learners, optimizers, stage=stage, steps=steps, schedule=schedule)
     for step in range(keeper.resume(report) if keeper else 0, steps):
         for optimizer in optimizers.values():
             optimizer.zero_grad(set_to_none=True)
         objectives, losses = _accumulate(step_at(step))
         for name, learner in learners.items():
-            rate = learner.learning_rate * _rate(step, steps, decay)
+            rate = learner.learning_rate * share_of_rate(schedule, step, steps)
             try:
                 _move(learner, optimizers[name], objectives[name], rate)
             except TrainingDiverged as error:
@@ -138,12 +144,6 @@ def train(
             keeper.keep(step + 1, report)
         on_progress(stage, step + 1, steps, losses)
     return report.means()
-
-
-def _rate(step: int, steps: int, decay: bool) -> float:
-    """Share of the full learning rate at a step, from 0."""
-    warm_up = max(1, round(steps * WARM_UP_SHARE))
-    return min(1.0, (step + 1) / warm_up) * (1.0 - decay * step / steps)
 
 
 def _accumulate(parts: Iterable[Step]) -> tuple[dict[str, float], dict[str, float]]:
@@ -180,10 +180,10 @@ class _Keeper:
         *,
         stage: str,
         steps: int,
-        decay: bool,
+        schedule: ScheduleName,
     ) -> None:
         rates = {name: [each.learning_rate, each.gradient_clip] for name, each in learners.items()}
-        settings = {"stage": stage, "steps": steps, "decay": decay, "learners": rates}
+        settings = {"stage": stage, "steps": steps, "schedule": schedule, "learners": rates}
         self._checkpoints, self._stage, self._steps, self._optimizers = checkpoints, stage, steps, optimizers
         self._fingerprint = fingerprint(settings, optimizers)
 

@@ -9,10 +9,10 @@ import psutil
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from assets.data import read_examples
-from assets.errors import DataFileError
 from command_line import base_model_builder, base_models, demo_settings
-from command_line.base_models import BaseModelsRecipe, ensure_base_models, find_base_models
+from command_line.base_model_recipes import BaseModelsRecipe
+from command_line.base_model_texts import read_texts
+from command_line.base_models import BaseModels, demo_text
 from command_line.errors import BadInput
 
 ROWS = [
@@ -41,6 +41,14 @@ def data_folder(folder: Path, rows=ROWS) -> Path:
     return folder
 
 
+def ensure_base_models(data: Path, cache: Path, recipe: BaseModelsRecipe, on_progress) -> BaseModels:
+    return base_models.ensure_base_models(demo_text(data), cache / "base_models", recipe, on_progress)
+
+
+def find_base_models(data: Path, cache: Path, recipe: BaseModelsRecipe) -> BaseModels:
+    return base_models.find_base_models(demo_text(data), cache / "base_models", recipe)
+
+
 def nobody(*_: object) -> None:
     """Progress that nobody looks at."""
 
@@ -52,12 +60,13 @@ def children() -> list[psutil.Process]:
 
 
 def job_of(data: Path, recipe: BaseModelsRecipe, folder: Path) -> dict:
-    return base_models._job(data, recipe, {str(folder): recipe.llm})
+    return base_models._job(demo_text(data), folder.parent, recipe, {str(folder): recipe.llm}) | {"command": ""}
 
 
 def build(job: dict) -> None:
-    rows = read_examples(Path(job["data_folder"]) / "public.jsonl")
-    base_model_builder.build_models(job, rows, [])
+    texts = read_texts(job)
+    base_model_builder.make_tokenizers(job, texts)
+    base_model_builder.build_models(job, texts)
 
 
 def test_builds_every_model_once_and_each_loads_like_any_other(tmp_path):
@@ -117,23 +126,6 @@ def test_broken_data_is_named_with_its_line(tmp_path):
     data = data_folder(tmp_path / "data", [*ROWS[:3], {"instruction": "No answer."}])
     with pytest.raises(BadInput, match=r"public\.jsonl:4.*output"):
         ensure_base_models(data, tmp_path / "cache", RECIPE, nobody)
-
-
-def test_a_corpus_that_is_not_gzipped_text_is_named(tmp_path):
-    path = tmp_path / "corpus.txt.gz"
-    path.write_bytes(b"plain text")
-    with pytest.raises(DataFileError, match=r"corpus\.txt\.gz.*gzip"):
-        base_model_builder.read_documents(path, 1000)
-
-
-def test_documents_are_taken_evenly_from_the_whole_corpus(tmp_path):
-    path = tmp_path / "corpus.txt.gz"
-    path.write_bytes(gzip.compress("\n\n".join(f"{number:08}" for number in range(100)).encode()))
-    assert len(base_model_builder.read_documents(path, 10**6)) == 100
-    taken = base_model_builder.read_documents(path, 200)
-    assert sum(len(each) for each in taken) <= 200
-    assert [taken[0], taken[-1]] == ["00000000", "00000095"]
-    assert base_model_builder.read_documents(tmp_path / "missing.txt.gz", 200) == []
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")

@@ -1,9 +1,14 @@
+import math
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from cotuning.checkpoints import TrainingState
 from cotuning.examples import Example, render_prompt
-from cotuning.pretraining import TrainingText, make_model, pretrain, train_tokenizer
+from cotuning.pretraining import make_model, pretrain, text_bits_per_byte
+from cotuning.pretraining_text import TrainingText
+from cotuning.tokenizer_training import train_tokenizer
 
 KINDS = ("bpe_single_digits", "bpe_digit_groups", "bpe_whole_numbers", "unigram")
 ARCHITECTURES = ("llama", "gpt2", "qwen3", "bloom")
@@ -110,7 +115,8 @@ def test_a_saved_model_loads_as_any_other(architecture, kind, tmp_path):
 def test_pretraining_lowers_the_loss_and_reports_every_step(architecture, kind):
     tokenizer = tokenizer_of(kind)
     steps: list[tuple[int, int, float]] = []
-    last = train(small_model(architecture, tokenizer), tokenizer, on_progress=lambda *each: steps.append(each))
+    done = train(small_model(architecture, tokenizer), tokenizer, on_progress=lambda *each: steps.append(each))
+    last = done.loss
     assert [step for step, _, _ in steps] == list(range(1, 21))
     assert {of for _, of, _ in steps} == {20}
     assert last < 0.7 * steps[0][2]
@@ -169,14 +175,14 @@ def test_a_prompt_without_weight_is_not_learned():
             seed=0,
             on_progress=lambda *_: None,
             **settings,
-        )
+        ).loss
     assert losses[0.0] < 0.5 * losses[1.0]
 
 
 def test_bfloat16_trains_like_float32():
     tokenizer = tokenizer_of("bpe_single_digits")
     losses = [
-        train(small_model("llama", tokenizer), tokenizer, steps=10, precision=precision)
+        train(small_model("llama", tokenizer), tokenizer, steps=10, precision=precision).loss
         for precision in ("float32", "bfloat16")
     ]
     assert losses[1] == pytest.approx(losses[0], rel=0.05)
@@ -191,3 +197,118 @@ def test_long_documents_are_cut_and_long_rows_lose_their_end():
     )
     train(model, tokenizer, steps=6, max_length=16, document_share=0.5)
     assert max(lengths) == 16
+
+
+def test_packed_windows_are_of_one_length_and_lower_the_loss():
+    tokenizer = tokenizer_of("bpe_single_digits")
+    model = small_model("llama", tokenizer)
+    shapes: set[tuple[int, ...]] = set()
+    model.register_forward_pre_hook(
+        lambda _, __, kwargs: shapes.add(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    losses: list[float] = []
+    done = train(
+        model, tokenizer, packed=True, max_length=64, batch_size=4, on_progress=lambda _, __, loss: losses.append(loss)
+    )
+    assert {length for _, length in shapes} == {64}
+    assert done.loss < 0.8 * losses[0]
+    assert 0.6 * 20 * 4 * 64 < done.num_tokens <= 20 * 4 * 64
+
+
+def test_gradient_accumulation_changes_nothing_but_rounding():
+    tokenizer = tokenizer_of("bpe_single_digits")
+    losses = [
+        train(small_model("llama", tokenizer), tokenizer, packed=True, steps=6, micro_batch_size=size).loss
+        for size in (None, 3)
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)
+
+
+class Kept:
+    """Checkpoints in memory, as a real folder would keep them: copies, every second step."""
+
+    def __init__(self):
+        self.states = {}
+
+    def due(self, step, steps):
+        return step % 2 == 0 or step == steps
+
+    def read(self, stage, fingerprint):
+        return self.states.get((stage, fingerprint))
+
+    def write(self, stage, fingerprint, state):
+        tensors = {name: tensor.clone() for name, tensor in state.tensors.items()}
+        reported = {name: list(values) for name, values in state.reported.items()}
+        self.states[stage, fingerprint] = TrainingState(state.step, tensors, reported)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_an_interrupted_training_goes_on_to_the_same_bits_and_measures_the_same(packed):
+    class Stopped(Exception):
+        pass
+
+    def stop(step, *_):
+        if step == 5:
+            raise Stopped
+
+    tokenizer = tokenizer_of("bpe_single_digits")
+    settings = {"steps": 9, "packed": packed, "max_length": 32, "measure_every": 2, "schedule": "wsd"}
+
+    def run(checkpoints, **changed):
+        model = small_model("llama", tokenizer)
+        measured: dict[int, int] = {}
+        done = train(model, tokenizer, checkpoints=checkpoints, on_measure=measured.__setitem__, **settings | changed)
+        return model.state_dict(), done, measured
+
+    whole, done, measured = run(None)
+    assert list(measured) == [2, 4, 6, 8, 9]
+    kept = Kept()
+    with pytest.raises(Stopped):
+        run(kept, on_progress=stop)
+    resumed, done_again, rest = run(kept)
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert done_again == done
+    assert rest == {step: tokens for step, tokens in measured.items() if step >= 4}
+    finished, done_once_more, last = run(kept)
+    assert all(torch.equal(whole[name], finished[name]) for name in whole)
+    assert done_once_more == done
+    assert last == {9: measured[9]}
+
+
+def test_nothing_to_read_is_refused():
+    tokenizer = tokenizer_of("bpe_single_digits")
+    with pytest.raises(ValueError, match="expected text to pretrain on"):
+        pretrain(
+            small_model("llama", tokenizer),
+            tokenizer,
+            [],
+            [],
+            document_share=0.5,
+            steps=1,
+            batch_size=1,
+            max_length=8,
+            learning_rate=1e-3,
+            prompt_weight=1.0,
+            precision="float32",
+            seed=0,
+            on_progress=lambda *_: None,
+        )
+
+
+@pytest.mark.parametrize("length", [8, 64])
+def test_bits_a_byte_of_text_are_those_of_a_sum_written_out(length):
+    """Token by token, each with the tokens of its window before it; windows overlap by the one that is only read."""
+    tokenizer = tokenizer_of("bpe_single_digits")
+    model = small_model("llama", tokenizer).eval()
+    documents = ["The number 3 comes before the number 4.", "Grüße."]
+    stream = [tokenizer.eos_token_id]
+    for each in documents:
+        stream += [*tokenizer(each)["input_ids"], tokenizer.eos_token_id]
+    bits = 0.0
+    with torch.no_grad():
+        for place in range(1, len(stream)):
+            start = (place - 1) // (length - 1) * (length - 1)
+            logits = model(input_ids=torch.tensor([stream[start:place]])).logits[0, -1]
+            bits -= float(torch.log_softmax(logits.double(), -1)[stream[place]]) / math.log(2)
+    measured = text_bits_per_byte(model, tokenizer, documents, length=length, batch_size=2, precision="float32")
+    assert measured == pytest.approx(bits / len("".join(documents).encode()), rel=1e-5)

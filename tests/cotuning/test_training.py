@@ -154,7 +154,7 @@ def test_warm_up_clip_and_report_of_the_loop() -> None:
 def test_decay_falls_to_nothing_in_a_straight_line() -> None:
     """With a gradient that stays the same, an AdamW step is as long as the rate."""
     moved = {}
-    for decay in (False, True):
+    for schedule in ("constant", "linear"):
         weight = torch.zeros(1, requires_grad=True)
         places = [0.0]
 
@@ -164,10 +164,10 @@ def test_decay_falls_to_nothing_in_a_straight_line() -> None:
         def note(*_: Any, weight: torch.Tensor = weight, places: list[float] = places) -> None:
             places.append(weight.item())
 
-        train({"one": Learner([weight], 1.0)}, step_at, steps=10, stage="test", on_progress=note, decay=decay)
-        moved[decay] = [before - after for before, after in itertools.pairwise(places)]
-    assert moved[False] == pytest.approx([1.0] * 10, rel=1e-4)
-    assert moved[True] == pytest.approx([1.0 - step / 10 for step in range(10)], rel=1e-4)
+        train({"one": Learner([weight], 1.0)}, step_at, steps=10, stage="test", on_progress=note, schedule=schedule)
+        moved[schedule] = [before - after for before, after in itertools.pairwise(places)]
+    assert moved["constant"] == pytest.approx([1.0] * 10, rel=1e-4)
+    assert moved["linear"] == pytest.approx([1.0 - step / 10 for step in range(10)], rel=1e-4)
 
 
 def test_a_loss_that_is_not_finite_stops_the_training_with_finite_weights() -> None:

@@ -35,7 +35,8 @@ def small_data(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 @pytest.fixture(scope="session")
 def small_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """An LLM and three SLMs, of four architectures and four tokenizers."""
-    from cotuning.pretraining import make_model, train_tokenizer
+    from cotuning.pretraining import make_model
+    from cotuning.tokenizer_training import train_tokenizer
 
     folder = tmp_path_factory.mktemp("models")
     texts = [row["instruction"] + "\n" + row["output"] for row in rows("t", 40, "number")]
