@@ -47,7 +47,11 @@ class Replays:
         self._forget_nonces()
         answers["nonces forgotten"] = self._send(known)
         after = self.cloud.read(snapshot)
-        changed = [f"replays changed {name}" for name in before if before[name] != after[name]]
+        changed = [
+            f"replays changed {name}: {_difference(before[name], after[name])}"
+            for name in before
+            if before[name] != after[name]
+        ]
         return answers, changed + self.proxy.seen.take_faults()
 
     def _send(self, requests: object) -> dict[str, int]:
@@ -61,6 +65,14 @@ class Replays:
         self.cloud.ask("GET", "/ready")
         if self.cloud.redis is not None:
             self.cloud.redis.flush()
+
+
+def _difference(before: object, after: object) -> str:
+    """Name the rows that differ."""
+    if not isinstance(before, list) or not isinstance(after, list):
+        return f"{before!r} -> {after!r}"
+    gone, new = [row for row in before if row not in after], [row for row in after if row not in before]
+    return f"{gone[:2]!r} -> {new[:2]!r}"
 
 
 def snapshot(session: Session) -> Snapshot:

@@ -21,6 +21,7 @@ from cloud_api.rate_limits import RateLimits
 from cloud_api.recent import Recent
 from cloud_api.request_metrics import RequestMetrics
 from cloud_api.settings import Settings
+from cloud_api.transfers import Transfers
 from persistence import devices, events, open_work
 from persistence.blobs import BlobStore, open_store
 from persistence.clock import DatabaseClock
@@ -108,6 +109,8 @@ class Cloud:
     checks: Recent[dict[str, str]]
     completing: OneAtATime = field(default_factory=OneAtATime)
     """Uploads that are put together now."""
+    transfers: Transfers = field(default_factory=Transfers)
+    """Files that come and go now."""
     request_metrics: RequestMetrics = field(default_factory=RequestMetrics)
 
     async def write(self, work: Callable[[Session], Result]) -> Result:

@@ -101,8 +101,8 @@ def get_assignment(
 
 def report_progress(
     session: Session, device_id: str, assignment_id: str, progress: AssignmentProgress, now: datetime
-) -> AssignmentStatus:
-    """Remember where the device is; return the assignment's status, which may be ahead of the report.
+) -> AssignmentRow:
+    """Remember where the device is; return the assignment, whose status may be ahead of the report.
 
     The status only moves forward: a device that starts again after a crash reports an earlier one, and then only its
     stage, step and losses are noted. Losses that are not finite are left out. The round starts to collect with the
@@ -114,7 +114,7 @@ def report_progress(
     """
     row = owned(session, device_id, assignment_id)
     if row.status in SUBMITTED:
-        return row.status
+        return row
     status = session.scalar(select(RoundRow.status).where(RoundRow.id == row.round_id))
     if status is RoundStatus.OPEN:
         status = start_collecting(session, lock_round(session, row.round_id)[1], now)
@@ -124,7 +124,7 @@ def report_progress(
             session, session.get_one(RunRow, row.run_id), session.get_one(RoundRow, row.round_id), row
         ):
             raise _not_workable(row, status)
-        return row.status
+        return row
     values = {
         "stage": progress.stage,
         "step": progress.step,
@@ -137,13 +137,13 @@ def report_progress(
     else:
         statement = update(AssignmentRow).where(AssignmentRow.id == row.id).values(values)
         session.execute(statement, execution_options={"synchronize_session": False})
-    return row.status
+    return row
 
 
 def refuse_assignment(
     session: Session, device_id: str, assignment_id: str, refusal: AssignmentRefusal, now: datetime
-) -> AssignmentStatus:
-    """Take the device's no. Repeating it, or saying it when the round is over anyway, changes nothing.
+) -> AssignmentRow:
+    """Take the device's no; return the assignment. Repeated, or said when the round is over anyway, it changes nothing.
 
     The device's own words are kept in the assignment, for the operator; the event feed gets its code only.
 
@@ -154,7 +154,7 @@ def refuse_assignment(
     run, round_row = lock_round(session, round_id)
     row = owned(session, device_id, assignment_id, lock=True)
     if row.status in (AssignmentStatus.REJECTED, AssignmentStatus.LOST, AssignmentStatus.LATE):
-        return row.status
+        return row
     if row.status in SUBMITTED or row.status is AssignmentStatus.QUARANTINED:
         detail = f"assignment {row.id} is {row.status.value}; it is too late to refuse it"
         raise DomainError(ErrorCode.ILLEGAL_TRANSITION, detail, received=row.status.value)
@@ -164,7 +164,7 @@ def refuse_assignment(
     start_collecting(session, round_row, now)
     move(session, row, AssignmentStatus.REJECTED, now=now, reason=reason, values={"reason": kept})
     settle(session, run, round_row, now)
-    return row.status
+    return row
 
 
 def owned(session: Session, device_id: str, assignment_id: str, *, lock: bool = False) -> AssignmentRow:

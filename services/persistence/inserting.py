@@ -1,8 +1,9 @@
 """Inserting a row that may be there already, the same on SQLite and PostgreSQL."""
 
 from collections.abc import Mapping
+from typing import Any, cast
 
-from sqlalchemy import inspect
+from sqlalchemy import FromClause, inspect
 from sqlalchemy.dialects.postgresql import Insert as PostgresqlInsert
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.dialects.sqlite import Insert as SqliteInsert
@@ -12,9 +13,14 @@ from sqlalchemy.orm import Session
 from persistence.table_base import Table
 
 
-def insert_into(session: Session, table: type[Table]) -> PostgresqlInsert | SqliteInsert:
-    """Return an INSERT of the session's database, which has `on_conflict_do_nothing` and `on_conflict_do_update`."""
-    return (postgresql_insert if session.get_bind().dialect.name == "postgresql" else sqlite_insert)(table)
+def insert_into(dialect: str, table: FromClause) -> PostgresqlInsert | SqliteInsert:
+    """Return a database's INSERT, which has `on_conflict_do_nothing` and `on_conflict_do_update`."""
+    return (postgresql_insert if dialect == "postgresql" else sqlite_insert)(cast("Any", table))
+
+
+def dialect_of(session: Session) -> str:
+    """Return which database the session speaks to."""
+    return session.get_bind().dialect.name
 
 
 def insert_or_keep(session: Session, table: type[Table], values: Mapping[str, object]) -> bool:
@@ -23,5 +29,5 @@ def insert_or_keep(session: Session, table: type[Table], values: Mapping[str, ob
     Two transactions may do it at once: the second waits until the first has ended.
     """
     # RETURNING, as the count of rows of an INSERT is not known with every driver.
-    statement = insert_into(session, table).values(values).on_conflict_do_nothing()
+    statement = insert_into(dialect_of(session), table.__table__).values(values).on_conflict_do_nothing()
     return session.execute(statement.returning(*inspect(table).primary_key)).first() is not None

@@ -238,7 +238,7 @@ def test_a_refusal_is_kept_for_the_operator_and_not_on_the_feed(world: World) ->
     run = world.start_run()
     assignment = world.take(device)
     for _ in range(2):
-        status = world.call(assignments.refuse_assignment, device, assignment.assignment_id, REFUSAL, world.now)
+        status = world.call(assignments.refuse_assignment, device, assignment.assignment_id, REFUSAL, world.now).status
         assert status is AssignmentStatus.REJECTED
     shown = world.round(run.run_id)
     assert "my secret text" in (shown.devices[0].reason or "")

@@ -132,7 +132,7 @@ class World:
         self, assignment: Assignment, device_id: str, status: AssignmentStatus, **values: Any
     ) -> AssignmentStatus:
         progress = AssignmentProgress.model_validate({"status": status, **values})
-        return self.call(assignments.report_progress, device_id, assignment.assignment_id, progress, self.now)
+        return self.call(assignments.report_progress, device_id, assignment.assignment_id, progress, self.now).status
 
     def upload(self, assignment: Assignment, device_id: str, content: str = "") -> None:
         for part in parts_of(assignment, content or device_id):

@@ -19,8 +19,6 @@ from persistence import traffic
 from persistence.artifacts import Artifact
 from protocol.headers import CONTENT_DIGEST_HEADER, REPR_DIGEST_HEADER, content_digest
 
-CHUNK_BYTES = 256 * 1024
-
 
 @dataclass(frozen=True)
 class Wanted:
@@ -109,11 +107,12 @@ class _FileResponse(Response):
         hung_up = asyncio.ensure_future(_disconnect(receive))
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            while sent < self._part.size and not hung_up.done():
-                chunk = await self._read(file, self._part.size - sent)
-                sent += len(chunk)
-                more = sent < self._part.size
-                await send({"type": "http.response.body", "body": chunk, "more_body": more})
+            with self._cloud.transfers.one():
+                while sent < self._part.size and not hung_up.done():
+                    chunk = await self._read(file, self._part.size - sent)
+                    sent += len(chunk)
+                    more = sent < self._part.size
+                    await send({"type": "http.response.body", "body": chunk, "more_body": more})
             if self._part.size == 0:
                 await send({"type": "http.response.body", "body": b""})
         finally:
@@ -122,9 +121,8 @@ class _FileResponse(Response):
             with anyio.CancelScope(shield=True):
                 await _count(self._cloud, self._artifact, self._device_id, sent)
 
-    @staticmethod
-    async def _read(file: BinaryIO, left: int) -> bytes:
-        chunk = await run_in_threadpool(file.read, min(CHUNK_BYTES, left))
+    async def _read(self, file: BinaryIO, left: int) -> bytes:
+        chunk = await run_in_threadpool(file.read, min(self._cloud.transfers.block_bytes, left))
         if not chunk:
             raise EOFError(f"a stored file is {left} bytes shorter than it was")
         return chunk

@@ -74,10 +74,9 @@ def report_progress(
     progress: Annotated[AssignmentProgress, Body(examples=[examples.PROGRESS.model_dump(mode="json")])],
 ) -> AssignmentState:
     """Say where the device is. The status only moves forward; an earlier one updates the stage and losses only."""
-    run_id = assignments.owned(session, device_id, assignment_id).run_id
-    status = assignments.report_progress(session, device_id, assignment_id, progress, now)
-    traffic.add(session, run_id, device_id, "up", "metrics", body_bytes)
-    return AssignmentState(status=status)
+    row = assignments.report_progress(session, device_id, assignment_id, progress, now)
+    traffic.add(session, row.run_id, device_id, "up", "metrics", body_bytes)
+    return AssignmentState(status=row.status)
 
 
 @router.post(
@@ -97,7 +96,6 @@ def refuse_assignment(
     refusal: Annotated[AssignmentRefusal, Body(examples=[examples.REFUSAL.model_dump(mode="json")])],
 ) -> AssignmentState:
     """Say that this device cannot do it, so that the round need not wait. Repeating it changes nothing."""
-    run_id = assignments.owned(session, device_id, assignment_id).run_id
-    status = assignments.refuse_assignment(session, device_id, assignment_id, refusal, now)
-    traffic.add(session, run_id, device_id, "up", "metrics", body_bytes)
-    return AssignmentState(status=status)
+    row = assignments.refuse_assignment(session, device_id, assignment_id, refusal, now)
+    traffic.add(session, row.run_id, device_id, "up", "metrics", body_bytes)
+    return AssignmentState(status=row.status)

@@ -14,6 +14,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
 from cloud_api.cloud import Cloud
+from cloud_api.transfers import Transfers
 from cloud_api.updates.admission import HeaderGate
 from persistence.blobs import BlobWriter, StoredBlob
 from persistence.part_uploads import ReceivedFile
@@ -22,8 +23,8 @@ from protocol.errors import DomainError, ErrorCode
 from protocol.headers import CONTENT_DIGEST_HEADER, parse_content_digest
 from protocol.statuses import PartKind
 
-BLOCK_BYTES = 256 * 1024
-"""Written and hashed at once, in a thread; small enough for a thousand uploads at a time."""
+COPY_BYTES = 256 * 1024
+"""Copied at once where a file is put together."""
 
 HEADER_BLOCK_BYTES = 16 * 1024
 """Read at once of a file of which only the header is looked at."""
@@ -105,9 +106,11 @@ async def _receive(
             gate.take(block)
         writer.write(block)
 
-    async with aclosing(_blocks(request, body.size_bytes, cloud.settings.upload_idle_seconds)) as blocks:
-        async for block in blocks:
-            await run_in_threadpool(take, block)
+    seconds = cloud.settings.upload_idle_seconds
+    with cloud.transfers.one():
+        async with aclosing(_blocks(request, body.size_bytes, seconds, cloud.transfers)) as blocks:
+            async for block in blocks:
+                await run_in_threadpool(take, block)
 
 
 def adopt(cloud: Cloud, upload_id: str, file: Announced, gate: HeaderGate) -> StoredBlob | None:
@@ -138,7 +141,7 @@ def assemble(cloud: Cloud, upload_id: str, file: ReceivedFile, gate: HeaderGate)
         for chunk in file.chunks:
             left = chunk.size_bytes
             with cloud.blobs.open_staged(upload_id, chunk) as stream:
-                while block := stream.read(min(BLOCK_BYTES, left)):
+                while block := stream.read(min(COPY_BYTES, left)):
                     left -= len(block)
                     gate.take(block)
                     writer.write(block)
@@ -146,8 +149,10 @@ def assemble(cloud: Cloud, upload_id: str, file: ReceivedFile, gate: HeaderGate)
         return writer.commit(file.sha256)
 
 
-async def _blocks(request: Request, size_bytes: int, idle_seconds: float) -> AsyncGenerator[bytes]:
-    """Yield the body in blocks of at least `BLOCK_BYTES`, but for the last."""
+async def _blocks(
+    request: Request, size_bytes: int, idle_seconds: float, transfers: Transfers
+) -> AsyncGenerator[bytes]:
+    """Yield the body in blocks of at least `transfers.block_bytes`, but for the last."""
     waiting: list[bytes] = []
     size = received = 0
     chunks = request.stream()
@@ -160,7 +165,7 @@ async def _blocks(request: Request, size_bytes: int, idle_seconds: float) -> Asy
             received += len(chunk)
             waiting.append(chunk)
             size += len(chunk)
-            if size >= BLOCK_BYTES:
+            if size >= transfers.block_bytes:
                 yield b"".join(waiting)
                 waiting.clear()
                 size = 0

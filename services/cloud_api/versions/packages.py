@@ -12,7 +12,6 @@ from fastapi import Response
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import StreamingResponse
 
-from cloud_api.artifacts.files import CHUNK_BYTES
 from cloud_api.cloud import Cloud
 from cloud_api.versions.model_card import CardFacts, folder_name, model_card
 from protocol.errors import DomainError, ErrorCode
@@ -73,8 +72,9 @@ async def _archive(cloud: Cloud, package: Package, adapter_size: int) -> AsyncIt
     yield _header(package, "adapter_model.safetensors", adapter_size)
     file = await run_in_threadpool(cloud.blobs.open, package.adapter_sha256)
     try:
-        while chunk := await run_in_threadpool(file.read, CHUNK_BYTES):
-            yield chunk
+        with cloud.transfers.one():
+            while chunk := await run_in_threadpool(file.read, cloud.transfers.block_bytes):
+                yield chunk
     finally:
         file.close()
     yield bytes(_padding(adapter_size)) + _END
