@@ -30,10 +30,15 @@ class History:
     """Assignment -> SHA-256 of the delta that the service has of it."""
 
 
-def read_history(session: Session, run_id: str) -> History:
-    """Read everything about a run, as it was at one moment: devices may still be told that they come too late."""
+def as_of_one_moment(session: Session) -> None:
+    """Let all that a new session reads be as it was at one moment."""
     if session.get_bind().dialect.name == "postgresql":  # SQLite's transactions see one moment anyway
         session.connection(execution_options={"isolation_level": "REPEATABLE READ"})
+
+
+def read_history(session: Session, run_id: str) -> History:
+    """Read everything about a run, as it was at one moment: devices may still be told that they come too late."""
+    as_of_one_moment(session)
     told: list[Event] = []
     while page := events.list_events(session, run_id=run_id, after=told[-1].sequence if told else 0, limit=PAGE):
         told += page

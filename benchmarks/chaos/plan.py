@@ -28,7 +28,7 @@ LATE_MOMENTS = ("update late", LATE_TAKEN, LATE_CLAIMED)
 RARE_MOMENTS = frozenset((*RUN_MOMENTS, *MOVE_MOMENTS, *LATE_MOMENTS))
 """These are struck at however short ago something else was."""
 
-CHUNK_REQUESTS = ("upload begun", "chunk", "upload completed")
+CHUNK_REQUESTS = ("upload begun", "chunk")  # the last chunk completes the file
 IN_FLIGHT = ("poll", "progress", "part", *CHUNK_REQUESTS, "submission")
 FULL = "full"
 KILL = "kill -9"

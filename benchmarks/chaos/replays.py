@@ -1,17 +1,21 @@
-"""Sends the signed requests of runs that are over once more: nothing of the runs may change.
+"""Sends the signed requests of runs that are over once more: nothing of the runs may change (but see `snapshot`).
 
 First as they are: the service knows their nonces, unless it lost them in a kill. Then after the API was killed and
 Redis was flushed, so that no nonce is known any more and only what the requests ask for protects.
 """
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
-from sqlalchemy import func, select
+from sqlalchemy import Row, select
 from sqlalchemy.orm import Session
 
 from benchmarks.chaos.cloud import API, Cloud
+from benchmarks.chaos.history import as_of_one_moment
 from benchmarks.chaos.network import SpoilingProxy
+from persistence.table_base import Table
 from persistence.tables import (
     AssignmentRow,
     EventRow,
@@ -24,6 +28,8 @@ from persistence.tables import (
     UploadChunkRow,
     VersionRow,
 )
+from protocol.events import EventType
+from protocol.statuses import AssignmentStatus
 
 TABLES = (
     *(RunRow, RoundRow, AssignmentRow, VersionRow, JobRow),
@@ -76,9 +82,27 @@ def _difference(before: object, after: object) -> str:
 
 
 def snapshot(session: Session) -> Snapshot:
-    """Return every row about runs, and the last event of one."""
+    """Return every row about runs and the numbers of their events, but for what is told to who comes too late.
+
+    A lost assignment becomes late when something of it comes after all: that a request is heard which was said before,
+    and whose nonce nobody knows any more, is all that it can do.
+    """
+    as_of_one_moment(session)
     rows: Snapshot = {
-        table.__tablename__: sorted((tuple(row) for row in session.execute(select(table.__table__))), key=repr)
+        table.__tablename__: sorted((_told(table, row) for row in session.execute(select(table.__table__))), key=repr)
         for table in TABLES
     }
-    return rows | {"events": session.scalar(select(func.max(EventRow.sequence)).where(EventRow.run_id.is_not(None)))}
+    known = session.execute(select(EventRow.sequence, EventRow.type, EventRow.data).where(EventRow.run_id.is_not(None)))
+    return rows | {"events": [sequence for sequence, kind, data in known if not _says_late(kind, data)]}
+
+
+def _told(table: type[Table], row: Row[Any]) -> tuple[object, ...]:
+    if table is AssignmentRow and row.status is AssignmentStatus.LATE and row.submitted_at is None:
+        return tuple((dict(row._mapping) | {"status": AssignmentStatus.LOST, "reason": None}).values())
+    if table is AssignmentRow and row.status is AssignmentStatus.LOST:
+        return tuple((dict(row._mapping) | {"reason": None}).values())
+    return tuple(row)
+
+
+def _says_late(kind: EventType, data: Mapping[str, object]) -> bool:
+    return kind is EventType.ASSIGNMENT_STATUS_CHANGED and data.get("to") == AssignmentStatus.LATE

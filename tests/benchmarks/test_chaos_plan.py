@@ -8,7 +8,16 @@ from typing import Any
 import pytest
 
 from benchmarks.chaos import plan as plans
-from benchmarks.chaos.plan import IN_FLIGHT, LATE_CLAIMED, LATE_TAKEN, MOMENTS, MOVE_MOMENTS, Moments, moment_of
+from benchmarks.chaos.plan import (
+    CHUNK_REQUESTS,
+    IN_FLIGHT,
+    LATE_CLAIMED,
+    LATE_TAKEN,
+    MOMENTS,
+    MOVE_MOMENTS,
+    Moments,
+    moment_of,
+)
 from benchmarks.chaos.scenarios import MEMBERS, Move, Scenario, late, moved, plain, run_config
 from protocol.events import Event, EventType
 from protocol.runs import RunCreate
@@ -80,9 +89,9 @@ def test_every_move_is_made_and_struck_at() -> None:
 
 
 def test_every_request_of_an_upload_in_chunks_is_struck_at_and_spoilt() -> None:
-    assert {"upload begun", "chunk", "upload completed"} < set(IN_FLIGHT)
+    assert set(CHUNK_REQUESTS) < set(IN_FLIGHT)
     for plan in (plans.served_plan(1), plans.embedded_plan(1)):
         moments = {fault.moment for fault in plan.faults}
-        for kind in ("upload begun", "chunk", "upload completed"):
+        for kind in CHUNK_REQUESTS:
             assert {f"{kind} in flight", f"{kind} request"} < moments
     assert "chunk in flight" in {fault.moment for fault in plans.full_disk_plan(1).faults}

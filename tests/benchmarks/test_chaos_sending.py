@@ -11,6 +11,7 @@ from cloud_api.brief_memory import InProcessMemory
 from cloud_api.signatures import RequestParts, verify
 from edge_agent.signing import public_text
 from protocol.errors import DomainError, ErrorCode
+from protocol.headers import CONTENT_DIGEST_HEADER
 from protocol.signatures import SIGNATURE_HEADER, SIGNATURE_INPUT_HEADER, request_values
 
 PATH = "/v1/assignments/a/parts/logits"
@@ -37,7 +38,9 @@ class Service:
         """Send one upload, signed like this, to the service's own check; raises DomainError if it is refused."""
         upload = Upload(b"x", 1, digest_of(b"x"), "logits", signing)
         headers = self.signer.headers(PATH, upload)
-        values = request_values("PUT", PATH, "", upload.digest)
+        values = request_values(
+            "PUT", PATH, "", lambda name: [upload.digest] if name == CONTENT_DIGEST_HEADER.lower() else []
+        )
         signature_input, signature = headers.get(SIGNATURE_INPUT_HEADER), headers.get(SIGNATURE_HEADER)
         verify(
             RequestParts(values, has_body=True, signature_input=signature_input, signature=signature),
