@@ -8,6 +8,7 @@ upload in chunks, submit; what fails is tried again. Nothing is trained. `python
 
 import functools
 import hashlib
+import itertools
 import json
 import os
 import random
@@ -67,7 +68,9 @@ def work(client: CloudClient, retrier: Retrier, number: int, logits: Path, delta
     files = {PartKind.ADAPTER_DELTA: delta, PartKind.LOGITS: logits}
     parts = [part_of(kind, file) for kind, file in files.items()]
     for part in parts:
-        retrier.call("upload", functools.partial(upload_file, client, assignment, part, files[part.kind]))
+        attempts = itertools.count()
+        upload = functools.partial(upload_file, client, assignment, part, files[part.kind])
+        retrier.call("upload", lambda: upload(fresh=next(attempts) == 0))  # noqa: B023
     submission = Submission(base_sha256=adapter.sha256, num_examples=8, parts=parts, metrics=DeviceMetrics())
     retrier.call("submit", lambda: client.submit(assignment, submission))
 
