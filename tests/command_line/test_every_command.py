@@ -14,7 +14,7 @@ from command_line.ports import free_port
 from command_line.transport import NEXT_STEPS
 from tests.command_line.conftest import Cotune
 
-ALONE = {"demo", "demo-seed", "up"}
+ALONE = {"demo", "demo-seed", "pretrain", "up"}
 """They start an API, or wait for one by themselves."""
 
 ARGUMENTS = {
