@@ -73,7 +73,7 @@ def admit_part(session: Session, device_id: str, assignment_id: str, kind: PartK
     """
     row = owned(session, device_id, assignment_id)
     if row.status not in SUBMITTED:
-        run, round_row, row = _lock_taking(session, device_id, assignment_id, now)
+        run, round_row, row = _lock_taking(session, row, now)
     else:
         run, round_row = lock_round(session, row.round_id)
     _check_kind(run, kind)
@@ -105,7 +105,7 @@ def record_part(  # noqa: PLR0917
         return _same_part(known, sha256)
     if row.status in SUBMITTED:
         _check_kind(session.get_one(RunRow, row.run_id), kind)
-    run, round_row, row = _lock_taking(session, device_id, assignment_id, now)
+    run, round_row, row = _lock_taking(session, row, now)
     _check_kind(run, kind)
     if (known := _part(session, assignment_id, kind)) is not None:
         return _same_part(known, sha256)
@@ -139,7 +139,7 @@ def submit(
     row = owned(session, device_id, assignment_id)
     if row.update_sha256 is not None:
         return _same_submission(row, digest)
-    run, round_row, row = _lock_taking(session, device_id, assignment_id, now)
+    run, round_row, row = _lock_taking(session, row, now)
     if row.update_sha256 is not None:
         return _same_submission(row, digest)
     _check_base(round_row, submission)
@@ -270,14 +270,13 @@ def _tensors(run: RunRow, adapter_rank: int | None = None) -> dict[str, TensorIn
     return full if adapter_rank is None else tensors_at_rank(full, adapter_rank)
 
 
-def _lock_taking(
-    session: Session, device_id: str, assignment_id: str, now: datetime
-) -> tuple[RunRow, RoundRow, AssignmentRow]:
-    """Lock the assignment and its round, and see that the round still takes it.
+def _lock_taking(session: Session, found: AssignmentRow, now: datetime) -> tuple[RunRow, RoundRow, AssignmentRow]:
+    """Lock an assignment that `owned` returned, and its round, and see that the round still takes it.
 
     Else it is marked late; and refused, unless the run keeps late updates.
     """
-    run, round_row = lock_round(session, owned(session, device_id, assignment_id).round_id)
+    device_id, assignment_id = found.device_id, found.id
+    run, round_row = lock_round(session, found.round_id)
     row = owned(session, device_id, assignment_id, lock=True)
     if row.status in (AssignmentStatus.REJECTED, AssignmentStatus.QUARANTINED):
         detail = f"assignment {row.id} is {row.status.value}: {row.reason}"
@@ -301,8 +300,12 @@ def _lock_taking(
     raise RoundClosed(detail, received=round_row.status.value)
 
 
+def _uploads(run: RunRow) -> frozenset[PartKind]:
+    return STRATEGIES[run.config["strategy"]["name"]].uploads
+
+
 def _check_kind(run: RunRow, kind: PartKind) -> None:
-    uploads = STRATEGIES[run.config["strategy"]["name"]].uploads
+    uploads = _uploads(run)
     if kind not in uploads:
         expected = sorted(uploads)
         detail = (
@@ -312,8 +315,10 @@ def _check_kind(run: RunRow, kind: PartKind) -> None:
 
 
 def _most_logits_bytes(session: Session, run: RunRow, kind: PartKind) -> int | None:
+    if kind is not PartKind.LOGITS or run.probe_set_sha256 is None:
+        return None
     settings = RunCreate.model_validate(run.config).strategy
-    if kind is not PartKind.LOGITS or run.probe_set_sha256 is None or not isinstance(settings, CoPlmsSettings):
+    if not isinstance(settings, CoPlmsSettings):
         return None
     return most_logits_bytes(artifacts.get(session, run.probe_set_sha256).size_bytes, settings.top_k)
 
@@ -358,7 +363,7 @@ def _check_base(round_row: RoundRow, submission: Submission) -> None:
 
 
 def _check_parts(session: Session, run: RunRow, row: AssignmentRow, submission: Submission) -> None:
-    needed = STRATEGIES[RunCreate.model_validate(run.config).strategy.name].uploads
+    needed = _uploads(run)
     stored = session.scalars(select(UpdatePartRow).where(UpdatePartRow.assignment_id == row.id))
     uploaded = sorted(f"{part.kind.value} {part.sha256} {part.size_bytes}" for part in stored)
     named = sorted(f"{part.kind.value} {part.sha256} {part.size_bytes}" for part in submission.parts)
