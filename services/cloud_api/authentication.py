@@ -90,12 +90,22 @@ def identify_device(session: Session, cloud: Cloud, presented: Presented) -> enr
         DomainError: UNAUTHENTICATED, DEVICE_REVOKED, SIGNATURE_*, REQUEST_REPLAYED, RATE_LIMITED, or FORBIDDEN for an
             operator's key.
     """
+    identity = _device(session, cloud, presented)
+    enrolment.adopt_credential(session, identity)
+    return identity
+
+
+def recognise_device(session: Session, cloud: Cloud, presented: Presented) -> str:
+    """Return the id of the calling device, in a session that only reads. Raises as `identify_device`."""
+    return _device(session, cloud, presented).device_id
+
+
+def _device(session: Session, cloud: Cloud, presented: Presented) -> enrolment.DeviceIdentity:
     with _judging(cloud, presented, "expected `Authorization: Bearer <device credential>`") as bearer:
         if _operator(session, cloud, bearer) is not None:
             raise DomainError(ErrorCode.FORBIDDEN, "expected a device's credential, got an operator key")
         identity = _by_credential(session, bearer, "the credential of an enrolled device")
         _prove(cloud, presented, identity)
-        enrolment.adopt_credential(session, identity)
         return identity
 
 

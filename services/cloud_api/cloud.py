@@ -44,11 +44,16 @@ class Transactions:
 
     SQLite has one writer at a time. Whom it makes wait sleeps in its thread for up to 0.1 s at a time, and in no order;
     here writers follow one another at once, in theirs.
+
+    Args:
+        database: where.
+        told: called in the event loop after a commit that added events.
     """
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, told: Callable[[], None] = lambda: None) -> None:
         pool = database.engine.pool
         self._database = database
+        self.told = told
         self._turns = asyncio.Semaphore(pool.size() if isinstance(pool, QueuePool) else 1)
         one_writer = database.engine.dialect.name == "sqlite"
         self._to_write: AbstractAsyncContextManager[object] = asyncio.Lock() if one_writer else nullcontext()
@@ -62,6 +67,8 @@ class Transactions:
             contextmanager_in_threadpool(self._database.transaction()) as session,
         ):
             yield session
+        if events.were_written(session):
+            self.told()
 
     @asynccontextmanager
     async def reading(self) -> AsyncIterator[Session]:
@@ -72,12 +79,16 @@ class Transactions:
     async def write(self, work: Callable[[Session], Result]) -> Result:
         """Run `work` in a transaction of its own and return what it returned, once that is committed."""
 
-        def call() -> Result:
+        def call() -> tuple[Result, bool]:
             with self._database.transaction() as session:
-                return work(session)
+                result = work(session)
+            return result, events.were_written(session)
 
         async with self._to_write, self._turns:
-            return await run_in_threadpool(call)
+            result, told = await run_in_threadpool(call)
+        if told:
+            self.told()
+        return result
 
     async def read(self, work: Callable[[Session], Result]) -> Result:
         """Run `work` in a session that only reads."""
@@ -115,9 +126,7 @@ class Cloud:
 
     async def write(self, work: Callable[[Session], Result]) -> Result:
         """Run `work` in a transaction; wake who waits for what it committed."""
-        result = await self.transactions.write(work)
-        self.feed.nudge()
-        return result
+        return await self.transactions.write(work)
 
     async def read(self, work: Callable[[Session], Result]) -> Result:
         """Run `work` in a session that only reads."""
@@ -159,6 +168,7 @@ def open_cloud(settings: Settings) -> Cloud:
 
     board = WorkBoard(lambda: transactions.read(open_work.look), touch, trusted_seconds=settings.trusted_seconds)
     feed = Feed(newest, after, board=board, interval_seconds=settings.feed_seconds)
+    transactions.told = feed.nudge
     memory = _brief_memory(settings)
     limits = RateLimits(memory, settings.rates)
     counts: Recent[Counts | None] = Recent(settings.probe_seconds)

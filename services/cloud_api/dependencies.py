@@ -128,7 +128,6 @@ async def _writing(request: Request, cloud: CloudHere, note: Note) -> AsyncItera
     except DomainError as error:
         await _record_refusal(request, cloud, note, error.code)
         raise
-    cloud.feed.nudge()
 
 
 async def _reading(cloud: CloudHere) -> AsyncIterator[Session]:

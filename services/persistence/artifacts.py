@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal, get_args
 
-from sqlalchemy import ColumnElement, exists, select
+from sqlalchemy import ColumnElement, bindparam, exists, select
 from sqlalchemy.orm import Session
 
 from persistence.database import require_blob
@@ -23,6 +23,11 @@ are what devices sent. What is not registered as one of them is removed by the s
 
 FOR_DEVICES = frozenset({"proxy_base", "adapter", "probe_set"})
 """What a device may fetch: never another device's update, and never the LLM's adapter."""
+
+
+_SIZES = select(ArtifactRow.sha256, ArtifactRow.size_bytes).where(
+    ArtifactRow.sha256.in_(bindparam("hashes", expanding=True))
+)
 
 
 @dataclass(frozen=True)
@@ -89,5 +94,5 @@ def references(session: Session, hashes: Iterable[str | None]) -> dict[str, Arti
     wanted = {sha256 for sha256 in hashes if sha256 is not None}
     if not wanted:
         return {}
-    rows = session.execute(select(ArtifactRow.sha256, ArtifactRow.size_bytes).where(ArtifactRow.sha256.in_(wanted)))
+    rows = session.execute(_SIZES, {"hashes": sorted(wanted)})
     return {row.sha256: ArtifactRef(sha256=row.sha256, size_bytes=row.size_bytes) for row in rows}

@@ -7,25 +7,96 @@ first, so that no run keeps a device from the others.
 import math
 from collections.abc import Mapping
 from datetime import datetime
-from typing import Any
 
-from sqlalchemy import Select, and_, exists, func, or_, select, update
+from sqlalchemy import and_, bindparam, exists, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from persistence import artifacts, devices, late_updates
 from persistence.identifiers import new_id
 from persistence.round_lifecycle import SUBMITTED, lock_round, settle
+from persistence.run_config import config_of
 from persistence.table_base import shorten
 from persistence.tables import AssignmentRow, FederationDeviceRow, RoundRow, RunRow
 from persistence.transitions import TAKES_UPDATES, UNDELIVERED, move
 from protocol.assignments import Assignment, AssignmentProgress, AssignmentRefusal
 from protocol.devices import DeviceProfile
 from protocol.errors import DomainError, ErrorCode
-from protocol.runs import RunCreate
 from protocol.statuses import AssignmentStatus, PartKind, RoundStatus, RunStatus
 from protocol.strategies import STRATEGIES, CoPlmsSettings
 
 _ORDER = list(AssignmentStatus)
+
+# Statements of what devices ask most, put together once: to build one takes longer than to execute it.
+_OWNED = (
+    select(AssignmentRow)
+    .where(AssignmentRow.id == bindparam("assignment_id"), AssignmentRow.device_id == bindparam("device_id"))
+    .execution_options(populate_existing=True)
+)
+_OWNED_LOCKED = _OWNED.with_for_update(key_share=True)
+_WITH_ROUND = (
+    select(RunRow, RoundRow, AssignmentRow)  # In the order in which everybody locks.
+    .join(RoundRow, RoundRow.run_id == RunRow.id)
+    .join(AssignmentRow, AssignmentRow.round_id == RoundRow.id)
+    .where(AssignmentRow.id == bindparam("assignment_id"), AssignmentRow.device_id == bindparam("device_id"))
+    .execution_options(populate_existing=True)
+)
+_WITH_ROUND_LOCKED = _WITH_ROUND.with_for_update(key_share=True)
+_ROUND_STATUS = (
+    select(RoundRow.status)
+    .join(AssignmentRow, AssignmentRow.round_id == RoundRow.id)
+    .where(AssignmentRow.id == bindparam("assignment_id"))
+)
+_UNFINISHED = (
+    select(AssignmentRow, RoundRow, RunRow)
+    .join(RoundRow, RoundRow.id == AssignmentRow.round_id)
+    .join(RunRow, RunRow.id == RoundRow.run_id)
+    .where(
+        AssignmentRow.device_id == bindparam("device_id"),
+        AssignmentRow.status.in_(UNDELIVERED),
+        RoundRow.status.in_(TAKES_UPDATES),
+        # A paused run's clock stands still, and what a device has begun it may finish.
+        or_(
+            and_(RoundRow.deadline_at > bindparam("now"), RunRow.status == RunStatus.RUNNING),
+            RunRow.status == RunStatus.PAUSED,
+        ),
+    )
+    .order_by(AssignmentRow.id)
+    .limit(1)
+)
+_UNFINISHED_ID = _UNFINISHED.with_only_columns(AssignmentRow.id)
+_PLACES_TAKEN = (
+    select(func.count())
+    .select_from(AssignmentRow)
+    .where(AssignmentRow.round_id == RoundRow.id, AssignmentRow.status.in_(UNDELIVERED | SUBMITTED))
+    .correlate(RoundRow)
+    .scalar_subquery()
+)
+_CANDIDATES = (
+    select(RoundRow.id, RunRow.device_ids)
+    .join(RunRow, RunRow.id == RoundRow.run_id)
+    .where(
+        RoundRow.status.in_(TAKES_UPDATES),
+        RoundRow.deadline_at > bindparam("now"),
+        RunRow.status == RunStatus.RUNNING,
+        ~exists().where(AssignmentRow.round_id == RoundRow.id, AssignmentRow.device_id == bindparam("device_id")),
+        exists().where(
+            FederationDeviceRow.federation == RunRow.federation,
+            FederationDeviceRow.device_id == bindparam("device_id"),
+        ),
+        (RunRow.max_updates.is_(None)) | (RunRow.max_updates > _PLACES_TAKEN),
+    )
+    .order_by(RoundRow.opened_at, RoundRow.id)
+)
+_ANOTHER_SUBMITTED = (
+    select(AssignmentRow.id)
+    .where(
+        AssignmentRow.device_id == bindparam("device_id"),
+        AssignmentRow.run_id == bindparam("run_id"),
+        AssignmentRow.id != bindparam("assignment_id"),
+        AssignmentRow.status.in_(SUBMITTED),
+    )
+    .limit(1)
+)
 
 
 def work_waits(session: Session, device_id: str, now: datetime) -> bool:
@@ -33,7 +104,7 @@ def work_waits(session: Session, device_id: str, now: datetime) -> bool:
 
     It may be wrong for a moment, when another device takes the last place; `next_assignment` decides.
     """
-    if session.scalar(_unfinished(device_id, now).with_only_columns(AssignmentRow.id)) is not None:
+    if session.scalar(_UNFINISHED_ID, {"device_id": device_id, "now": now}) is not None:
         return True
     return bool(_candidates(session, device_id, now))
 
@@ -61,13 +132,14 @@ def next_assignment(
 def _unfinished_or_new(
     session: Session, device_id: str, profile: DeviceProfile, now: datetime, upload_limits: Mapping[PartKind, int]
 ) -> Assignment | None:
-    found = session.execute(_unfinished(device_id, now)).first()
+    asked = {"device_id": device_id, "now": now}
+    found = session.execute(_UNFINISHED, asked).first()
     if found is not None:
         return _assignment(session, *found, upload_limits)
     for round_id in _candidates(session, device_id, now):
         run, round_row = lock_round(session, round_id)
         # Decided again under the lock: the same device may have asked twice at once, or another took the last place.
-        found = session.execute(_unfinished(device_id, now)).first()
+        found = session.execute(_UNFINISHED, asked).first()
         if found is not None:
             return _assignment(session, *found, upload_limits)
         if round_id in _candidates(session, device_id, now):
@@ -92,10 +164,7 @@ def get_assignment(
     session: Session, device_id: str, assignment_id: str, upload_limits: Mapping[PartKind, int]
 ) -> Assignment:
     """Return one of the device's assignments. Raises DomainError ASSIGNMENT_NOT_FOUND."""
-    row = owned(session, device_id, assignment_id)
-    round_row, run = session.execute(
-        select(RoundRow, RunRow).join(RunRow, RunRow.id == RoundRow.run_id).where(RoundRow.id == row.round_id)
-    ).one()
+    run, round_row, row = with_round(session, device_id, assignment_id)
     return _assignment(session, row, round_row, run, upload_limits)
 
 
@@ -112,13 +181,14 @@ def report_progress(
         DomainError: ASSIGNMENT_NOT_FOUND; ROUND_CLOSED, it is too late, a late update will not be taken, and training
             on is a waste; ILLEGAL_TRANSITION, the assignment was rejected.
     """
-    row = owned(session, device_id, assignment_id)
+    status = session.scalar(_ROUND_STATUS, {"assignment_id": assignment_id})
+    if status is RoundStatus.OPEN:  # Only the first report of a round has to lock it, before the assignment.
+        _, round_row, row = with_round(session, device_id, assignment_id, lock=True)
+        status = start_collecting(session, round_row, now)
+    else:
+        row = owned(session, device_id, assignment_id, lock=True)
     if row.status in SUBMITTED:
         return row
-    status = session.scalar(select(RoundRow.status).where(RoundRow.id == row.round_id))
-    if status is RoundStatus.OPEN:
-        status = start_collecting(session, lock_round(session, row.round_id)[1], now)
-    row = owned(session, device_id, assignment_id, lock=True)
     if row.status not in UNDELIVERED or status not in TAKES_UPDATES:
         if not late_updates.may_still_come(
             session, session.get_one(RunRow, row.run_id), session.get_one(RoundRow, row.round_id), row
@@ -169,14 +239,33 @@ def refuse_assignment(
 
 def owned(session: Session, device_id: str, assignment_id: str, *, lock: bool = False) -> AssignmentRow:
     """Return a device's assignment as it is now. Raises DomainError ASSIGNMENT_NOT_FOUND, also if it is another's."""
-    query = select(AssignmentRow).where(AssignmentRow.id == assignment_id, AssignmentRow.device_id == device_id)
-    if lock:
-        query = query.with_for_update(key_share=True)
-    row = session.scalar(query.execution_options(populate_existing=True))
+    asked = {"assignment_id": assignment_id, "device_id": device_id}
+    row = session.scalar(_OWNED_LOCKED if lock else _OWNED, asked)
     if row is None:
-        detail = f"this device has no assignment {assignment_id!r}"
-        raise DomainError(ErrorCode.ASSIGNMENT_NOT_FOUND, detail, received=assignment_id)
+        raise _not_found(assignment_id)
     return row
+
+
+def with_round(
+    session: Session, device_id: str, assignment_id: str, *, lock: bool = False
+) -> tuple[RunRow, RoundRow, AssignmentRow]:
+    """Return a device's assignment as it is now, with its run and round; all locked if asked. Raises as `owned`."""
+    asked = {"assignment_id": assignment_id, "device_id": device_id}
+    found = session.execute(_WITH_ROUND_LOCKED if lock else _WITH_ROUND, asked).first()
+    if found is None:
+        raise _not_found(assignment_id)
+    run, round_row, row = found
+    return run, round_row, row
+
+
+def run_of(session: Session, assignment_id: str) -> str:
+    """Return the run of an assignment that this session has read."""
+    return session.get_one(AssignmentRow, assignment_id).run_id
+
+
+def _not_found(assignment_id: str) -> DomainError:
+    detail = f"this device has no assignment {assignment_id!r}"
+    return DomainError(ErrorCode.ASSIGNMENT_NOT_FOUND, detail, received=assignment_id)
 
 
 def start_collecting(session: Session, round_row: RoundRow, now: datetime) -> RoundStatus:
@@ -194,61 +283,15 @@ def _not_workable(row: AssignmentRow, round_status: RoundStatus | None) -> Domai
     return DomainError(ErrorCode.ROUND_CLOSED, detail, expected=["open", "collecting"], received=round_status)
 
 
-def _unfinished(device_id: str, now: datetime) -> Select[AssignmentRow, RoundRow, RunRow]:
-    return (
-        select(AssignmentRow, RoundRow, RunRow)
-        .join(RoundRow, RoundRow.id == AssignmentRow.round_id)
-        .join(RunRow, RunRow.id == RoundRow.run_id)
-        .where(
-            AssignmentRow.device_id == device_id,
-            AssignmentRow.status.in_(UNDELIVERED),
-            RoundRow.status.in_(TAKES_UPDATES),
-            # A paused run's clock stands still, and what a device has begun it may finish.
-            or_(
-                and_(RoundRow.deadline_at > now, RunRow.status == RunStatus.RUNNING), RunRow.status == RunStatus.PAUSED
-            ),
-        )
-        .order_by(AssignmentRow.id)
-        .limit(1)
-    )
-
-
 def _candidates(session: Session, device_id: str, now: datetime) -> list[str]:
     """Return the open rounds that the device has no assignment of and is meant for, the one opened first at first."""
-    taken = exists().where(AssignmentRow.round_id == RoundRow.id, AssignmentRow.device_id == device_id)
-    member = exists().where(
-        FederationDeviceRow.federation == RunRow.federation, FederationDeviceRow.device_id == device_id
-    )
-    rows = session.execute(
-        select(RoundRow.id, RunRow.device_ids)
-        .join(RunRow, RunRow.id == RoundRow.run_id)
-        .where(
-            RoundRow.status.in_(TAKES_UPDATES),
-            RoundRow.deadline_at > now,
-            RunRow.status == RunStatus.RUNNING,
-            ~taken,
-            member,
-            (RunRow.max_updates.is_(None)) | (RunRow.max_updates > _places_taken()),
-        )
-        .order_by(RoundRow.opened_at, RoundRow.id)
-    )
+    rows = session.execute(_CANDIDATES, {"device_id": device_id, "now": now})
     return [round_id for round_id, device_ids in rows if device_ids is None or device_id in device_ids]
-
-
-def _places_taken() -> Any:
-    takes_place = UNDELIVERED | SUBMITTED
-    return (
-        select(func.count())
-        .select_from(AssignmentRow)
-        .where(AssignmentRow.round_id == RoundRow.id, AssignmentRow.status.in_(takes_place))
-        .correlate(RoundRow)
-        .scalar_subquery()
-    )
 
 
 def _adapter_rank(run: RunRow, profile: DeviceProfile) -> int | None:
     """Return the rank that this device is given for the round, whatever its profile says later; None: the run's."""
-    strategy = RunCreate.model_validate(run.config).strategy
+    strategy = config_of(run).strategy
     if not isinstance(strategy, CoPlmsSettings):
         return None
     rank = strategy.rank_for(profile.max_adapter_rank)
@@ -262,20 +305,12 @@ def _assignment(
     run: RunRow,
     upload_limits: Mapping[PartKind, int],
 ) -> Assignment:
-    config = RunCreate.model_validate(run.config)
+    config = config_of(run)
     uploads = sorted(STRATEGIES[config.strategy.name].uploads)
     hashes = (run.proxy_manifest_sha256, round_row.base_adapter_sha256, run.probe_set_sha256)
     files = artifacts.references(session, hashes)
-    tuned_before = session.scalar(
-        select(AssignmentRow.id)
-        .where(
-            AssignmentRow.device_id == row.device_id,
-            AssignmentRow.run_id == run.id,
-            AssignmentRow.id != row.id,
-            AssignmentRow.status.in_(SUBMITTED),
-        )
-        .limit(1)
-    )
+    asked = {"device_id": row.device_id, "run_id": run.id, "assignment_id": row.id}
+    tuned_before = session.scalar(_ANOTHER_SUBMITTED, asked)
     return Assignment(
         assignment_id=row.id,
         run_id=run.id,

@@ -8,7 +8,7 @@ import hmac
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from sqlalchemy import CursorResult, select, update
+from sqlalchemy import CursorResult, bindparam, select, update
 from sqlalchemy.orm import Session
 
 from persistence import events, federations, paging
@@ -26,6 +26,10 @@ from protocol.errors import DomainError, ErrorCode
 from protocol.events import EventType
 from protocol.pages import Page
 from protocol.statuses import DeviceStatus
+
+_CREDENTIALS = select(  # put together once, like the statements of `persistence.assignments`
+    DeviceRow.credential_sha256, DeviceRow.next_credential_sha256, DeviceRow.public_key, DeviceRow.status
+).where(DeviceRow.id == bindparam("device_id"))
 
 
 @dataclass(frozen=True)
@@ -152,11 +156,7 @@ def authenticate(session: Session, credential: str) -> DeviceIdentity:
     device_id, _, secret = credential.partition(".")
     if not (device_id.isascii() and device_id.isprintable()):  # Not every database can be asked for any text.
         device_id = ""
-    known = session.execute(
-        select(
-            DeviceRow.credential_sha256, DeviceRow.next_credential_sha256, DeviceRow.public_key, DeviceRow.status
-        ).where(DeviceRow.id == device_id)
-    ).first()
+    known = session.execute(_CREDENTIALS, {"device_id": device_id}).first()
     # The comparisons happen also for an unknown device, so that the time taken tells nothing.
     nothing, came = sha256_text(""), sha256_text(secret)
     is_present = hmac.compare_digest(known.credential_sha256 if known else nothing, came)

@@ -16,7 +16,9 @@ from sqlalchemy.orm import Session
 from persistence.tables import EventRow
 from protocol.events import Event, EventType
 
+_INSERT = insert(EventRow)
 _PENDING = "cotune_pending_events"
+_WRITTEN = "cotune_wrote_events"
 _FEED_LOCK = 0x636F74756E65  # "cotune"; any number that no other lock of the database uses.
 _LARGEST_SEQUENCE = 2**63 - 1
 
@@ -50,7 +52,13 @@ def write_pending(session: Session) -> None:
         return
     if session.get_bind().dialect.name == "postgresql":
         session.execute(select(func.pg_advisory_xact_lock(_FEED_LOCK)))
-    session.execute(insert(EventRow), rows)
+    session.execute(_INSERT, rows)
+    session.info[_WRITTEN] = True
+
+
+def were_written(session: Session) -> bool:
+    """Return whether the session's transaction, which is committed, has added to the feed."""
+    return bool(session.info.get(_WRITTEN))
 
 
 def list_events(

@@ -1,9 +1,10 @@
 """Inserting a row that may be there already, the same on SQLite and PostgreSQL."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any, cast
 
-from sqlalchemy import FromClause, inspect
+from sqlalchemy import Executable, FromClause, inspect
 from sqlalchemy.dialects.postgresql import Insert as PostgresqlInsert
 from sqlalchemy.dialects.postgresql import insert as postgresql_insert
 from sqlalchemy.dialects.sqlite import Insert as SqliteInsert
@@ -28,6 +29,11 @@ def insert_or_keep(session: Session, table: type[Table], values: Mapping[str, ob
 
     Two transactions may do it at once: the second waits until the first has ended.
     """
+    return session.execute(_keeping(dialect_of(session), table), dict(values)).first() is not None
+
+
+@functools.cache
+def _keeping(dialect: str, table: type[Table]) -> Executable:
     # RETURNING, as the count of rows of an INSERT is not known with every driver.
-    statement = insert_into(dialect_of(session), table.__table__).values(values).on_conflict_do_nothing()
-    return session.execute(statement.returning(*inspect(table).primary_key)).first() is not None
+    statement = insert_into(dialect, table.__table__).on_conflict_do_nothing()
+    return statement.returning(*inspect(table).primary_key)

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from sqlalchemy import delete, or_, select
+from sqlalchemy import bindparam, delete, or_, select
 from sqlalchemy.orm import Session
 
 from persistence import late_updates, updates
@@ -20,6 +20,17 @@ from persistence.transitions import UNDELIVERED
 from protocol.assignments import PartReceipt, PartUpload
 from protocol.errors import DomainError, ErrorCode
 from protocol.statuses import PartKind
+
+# Put together once, like the statements of `persistence.assignments`.
+_OF_PART = select(PartUploadRow).where(
+    PartUploadRow.assignment_id == bindparam("assignment_id"), PartUploadRow.kind == bindparam("kind")
+)
+_UPLOAD = _OF_PART.where(PartUploadRow.id == bindparam("upload_id")).execution_options(populate_existing=True)
+_UPLOAD_LOCKED = _UPLOAD.with_for_update()
+_DELETE = (
+    delete(UploadChunkRow).where(UploadChunkRow.upload_id.in_(bindparam("upload_ids", expanding=True))),
+    delete(PartUploadRow).where(PartUploadRow.id.in_(bindparam("upload_ids", expanding=True))),
+)
 
 EXPIRES_AFTER = timedelta(days=1)
 """An upload of which nothing comes for so long is forgotten."""
@@ -33,8 +44,28 @@ class UploadPlace:
     """Of the whole file, as it was announced."""
     size_bytes: int
     """Of the whole file."""
+    offset: int
     chunk_size: int
     """Of the chunk at this place."""
+    known_sha256: str | None
+    """Of the chunk that came before; None if none did."""
+
+    def refuse_other(self, sha256: str) -> None:
+        """See, before a byte is read, that no other chunk came: what is staged in vain fills the disk.
+
+        Raises:
+            DomainError: UPDATE_CONFLICT.
+        """
+        _refuse_other(self.offset, self.known_sha256, sha256)
+
+
+@dataclass(frozen=True)
+class FirstChunk:
+    """A file's first chunk, staged under the id of an upload that may have to begin with it."""
+
+    upload_id: str
+    """From `new_upload_id`, or of the upload that was begun before."""
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -55,14 +86,16 @@ def begin(  # noqa: PLR0917
     chunk_bytes: int,
     now: datetime,
     *,
-    upload_id: str | None = None,
+    first: FirstChunk | None = None,
 ) -> tuple[PartUpload, str | None]:
     """Begin to receive a file, or say how far it has come. For a part that `updates.admit_part` admitted here and now.
 
     An unfinished upload of another file for the same part is forgotten.
 
     Args:
-        upload_id: from `new_upload_id`, if a chunk is staged under it already.
+        chunk_bytes: of each chunk but the last, unless it was begun with others.
+        first: the chunk that is staged already. It is recorded with an upload that begins here, or was begun under the
+            same id and has nothing yet; in any other it does not count.
 
     Returns:
         The upload, and the id of one that was forgotten: its stage can be dropped after the commit.
@@ -81,7 +114,7 @@ def begin(  # noqa: PLR0917
         row = None
     if row is None:
         row = PartUploadRow(
-            id=upload_id or new_upload_id(now),
+            id=first.upload_id if first is not None else new_upload_id(now),
             assignment_id=assignment_id,
             kind=kind,
             sha256=sha256,
@@ -92,9 +125,19 @@ def begin(  # noqa: PLR0917
             touched_at=now,
         )
         session.add(row)
+    if first is not None and row.id == first.upload_id and row.received_bytes == 0:
+        _receive(session, row, first.sha256)
     row.touched_at = now
     session.flush()
     return _shown(row), forgotten
+
+
+def _receive(session: Session, row: PartUploadRow, sha256: str) -> None:
+    """Record the chunk that an upload lacks next."""
+    size = min(row.chunk_bytes, row.size_bytes - row.received_bytes)
+    number = row.received_bytes // row.chunk_bytes
+    session.add(UploadChunkRow(upload_id=row.id, number=number, sha256=sha256, size_bytes=size))
+    row.received_bytes += size
 
 
 def new_upload_id(now: datetime) -> str:
@@ -127,18 +170,9 @@ def place(session: Session, assignment_id: str, kind: PartKind, upload_id: str, 
     row = _row(session, assignment_id, kind, upload_id)
     if offset > row.received_bytes or offset % row.chunk_bytes or offset >= row.size_bytes:
         raise _wrong_offset(row, offset)
-    return UploadPlace(row.sha256, row.size_bytes, min(row.chunk_bytes, row.size_bytes - offset))
-
-
-def refuse_other_chunk(  # noqa: PLR0917
-    session: Session, assignment_id: str, kind: PartKind, upload_id: str, offset: int, sha256: str
-) -> None:
-    """See, before a byte is read, that no other chunk came for this place: what is staged in vain fills the disk.
-
-    Raises:
-        DomainError: UPLOAD_NOT_FOUND; UPDATE_CONFLICT.
-    """
-    _came_before(session, _row(session, assignment_id, kind, upload_id), offset, sha256)
+    known = None if offset == row.received_bytes else _chunk(session, row, offset)
+    size = min(row.chunk_bytes, row.size_bytes - offset)
+    return UploadPlace(row.sha256, row.size_bytes, offset, size, None if known is None else known.sha256)
 
 
 def record_chunk(  # noqa: PLR0917
@@ -150,16 +184,15 @@ def record_chunk(  # noqa: PLR0917
         DomainError: UPLOAD_NOT_FOUND; UPLOAD_OFFSET_MISMATCH; UPDATE_CONFLICT, another chunk came for this place.
     """
     row = _row(session, assignment_id, kind, upload_id, lock=True)
-    number = offset // row.chunk_bytes
     if offset == row.received_bytes:
-        size = min(row.chunk_bytes, row.size_bytes - offset)
-        session.add(UploadChunkRow(upload_id=row.id, number=number, sha256=sha256, size_bytes=size))
-        row.received_bytes += size
+        _receive(session, row, sha256)
         row.touched_at = now
         session.flush()
         return _shown(row)
-    if not _came_before(session, row, offset, sha256):
+    known = _chunk(session, row, offset)
+    if known is None:
         raise _wrong_offset(row, offset)
+    _refuse_other(offset, known.sha256, sha256)
     return _shown(row)
 
 
@@ -241,38 +274,31 @@ def complete(receipt: PartReceipt, chunk_bytes: int) -> PartUpload:
 
 
 def _of_part(session: Session, assignment_id: str, kind: PartKind) -> PartUploadRow | None:
-    return session.scalar(
-        select(PartUploadRow).where(PartUploadRow.assignment_id == assignment_id, PartUploadRow.kind == kind)
-    )
+    return session.scalar(_OF_PART, {"assignment_id": assignment_id, "kind": kind})
 
 
 def _row(session: Session, assignment_id: str, kind: PartKind, upload_id: str, *, lock: bool = False) -> PartUploadRow:
-    query = select(PartUploadRow).where(
-        PartUploadRow.id == upload_id, PartUploadRow.assignment_id == assignment_id, PartUploadRow.kind == kind
-    )
-    if lock:
-        query = query.with_for_update()
-    row = session.scalar(query.execution_options(populate_existing=True))
+    asked = {"upload_id": upload_id, "assignment_id": assignment_id, "kind": kind}
+    row = session.scalar(_UPLOAD_LOCKED if lock else _UPLOAD, asked)
     if row is None:
         detail = f"assignment {assignment_id} has no upload {upload_id!r}; begin again: what is there will be found"
         raise DomainError(ErrorCode.UPLOAD_NOT_FOUND, detail, received=upload_id)
     return row
 
 
-def _came_before(session: Session, row: PartUploadRow, offset: int, sha256: str) -> bool:
-    """Return whether this very chunk came before. Raises DomainError UPDATE_CONFLICT: another one did."""
-    known = session.get(UploadChunkRow, (row.id, offset // row.chunk_bytes))
-    if known is None:
-        return False
-    if known.sha256 != sha256:
-        detail = f"the chunk at {offset} was received with SHA-256 {known.sha256}; now {sha256} came"
-        raise DomainError(ErrorCode.UPDATE_CONFLICT, detail, expected=known.sha256, received=sha256)
-    return True
+def _chunk(session: Session, row: PartUploadRow, offset: int) -> UploadChunkRow | None:
+    return session.get(UploadChunkRow, (row.id, offset // row.chunk_bytes))
+
+
+def _refuse_other(offset: int, known_sha256: str | None, sha256: str) -> None:
+    if known_sha256 is not None and known_sha256 != sha256:
+        detail = f"the chunk at {offset} was received with SHA-256 {known_sha256}; now {sha256} came"
+        raise DomainError(ErrorCode.UPDATE_CONFLICT, detail, expected=known_sha256, received=sha256)
 
 
 def _delete(session: Session, upload_ids: Sequence[str]) -> None:
-    session.execute(delete(UploadChunkRow).where(UploadChunkRow.upload_id.in_(upload_ids)))
-    session.execute(delete(PartUploadRow).where(PartUploadRow.id.in_(upload_ids)))
+    for statement in _DELETE:
+        session.execute(statement, {"upload_ids": upload_ids}, execution_options={"synchronize_session": False})
 
 
 def _wrong_offset(row: PartUploadRow, offset: int) -> DomainError:

@@ -5,10 +5,10 @@ from datetime import datetime, timedelta
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from persistence.run_config import config_of
 from persistence.table_base import shorten
 from persistence.tables import RoundRow, RunRow
 from persistence.transitions import TAKES_UPDATES, move
-from protocol.runs import RunCreate
 from protocol.statuses import RunStatus
 
 
@@ -47,7 +47,7 @@ def go_on(session: Session, run: RunRow, *, reason: str, now: datetime) -> Round
         row.grace_until += held
     if row.sampling_until is not None:
         row.sampling_until += held
-        window = RunCreate.model_validate(run.config).sampling_deadline_seconds
+        window = config_of(run).sampling_deadline_seconds
         if row.sampling_until <= now and window is not None:
             row.sampling_until = now + timedelta(seconds=window)
             row.deadline_at = max(row.deadline_at, row.sampling_until)

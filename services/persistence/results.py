@@ -19,12 +19,12 @@ from persistence.errors import LeaseLost
 from persistence.jobs import JobRecord, held_or_lost, lock_job
 from persistence.round_lifecycle import fail_for_too_few, lock_round
 from persistence.round_opening import open_next_round
+from persistence.run_config import config_of
 from persistence.run_endings import lock_run
 from persistence.tables import AssignmentRow, JobRow, RoundRow, RunRow, VersionRow
 from persistence.transitions import move
 from protocol.errors import DomainError, ErrorCode
 from protocol.events import EventType
-from protocol.runs import RunCreate
 from protocol.safetensors_header import TensorInfo
 from protocol.statuses import AssignmentStatus, JobKind, JobStatus, RoundStatus, RunStatus
 
@@ -110,7 +110,7 @@ def finish_aggregation(  # noqa: PLR0917
     run, round_row, row = held
     _finish_job(session, row, now)
     rows = _lock_updates(session, round_row, counted)
-    needed = RunCreate.model_validate(run.config).min_updates
+    needed = config_of(run).min_updates
     own = sum(row.id in counted and row.used_in_round_id is None for row in rows)
     if own < needed:
         rejected = _describe_rejected(session, round_row)

@@ -9,12 +9,13 @@ taken the round by then. A run never waits for ever. While it is paused none of 
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from sqlalchemy import exists, func, select
+from sqlalchemy import bindparam, exists, func, select
 from sqlalchemy.orm import Session
 
 from persistence import jobs, late_updates
 from persistence.pausing import pause
-from persistence.run_endings import end_run, lock_run
+from persistence.run_config import config_of
+from persistence.run_endings import end_run
 from persistence.tables import AssignmentRow, DeviceRow, FederationDeviceRow, RoundRow, RunRow
 from persistence.transitions import TAKES_UPDATES, UNDELIVERED, move
 from protocol.errors import DomainError, ErrorCode
@@ -24,6 +25,22 @@ from protocol.statuses import AssignmentStatus, DeviceStatus, JobKind, RoundStat
 SUBMITTED = frozenset({AssignmentStatus.SUBMITTED, AssignmentStatus.COUNTED})
 NAMES_SHOWN = 10
 """A reason names at most so many devices."""
+
+
+# Put together once: to build a statement takes longer than to execute it. The order is that of the locks: the run's
+# first, as everywhere.
+_LOCKED = (
+    select(RunRow, RoundRow)
+    .join(RoundRow, RoundRow.run_id == RunRow.id)
+    .where(RoundRow.id == bindparam("round_id"))
+    .with_for_update(key_share=True)
+    .execution_options(populate_existing=True)
+)
+_STATES = (
+    select(AssignmentRow.status, func.count())
+    .where(AssignmentRow.round_id == bindparam("round_id"))
+    .group_by(AssignmentRow.status)
+)
 
 
 @dataclass(frozen=True)
@@ -40,16 +57,10 @@ def lock_round(session: Session, round_id: str) -> tuple[RunRow, RoundRow]:
     Raises:
         DomainError: ROUND_NOT_FOUND.
     """
-    run_id = session.scalar(select(RoundRow.run_id).where(RoundRow.id == round_id))
-    if run_id is None:
+    found = session.execute(_LOCKED, {"round_id": round_id}).first()
+    if found is None:
         raise DomainError(ErrorCode.ROUND_NOT_FOUND, f"no round {round_id!r}", received=round_id)
-    run = lock_run(session, run_id)
-    row = session.scalars(
-        select(RoundRow)
-        .where(RoundRow.id == round_id)
-        .with_for_update(key_share=True)
-        .execution_options(populate_existing=True)
-    ).one()
+    run, row = found
     return run, row
 
 
@@ -57,7 +68,7 @@ def settle(session: Session, run: RunRow, row: RoundRow, now: datetime) -> None:
     """Close a locked round, or give it up, if it is time; else change nothing but the start of the grace."""
     if row.status not in TAKES_UPDATES or run.status is not RunStatus.RUNNING:
         return
-    config = RunCreate.model_validate(run.config)
+    config = config_of(run)
     tally = _count(session, row)
     if tally.submitted >= config.min_updates:
         if row.grace_until is None:
@@ -105,11 +116,7 @@ def _nobody_is_waited_for(session: Session, run: RunRow, row: RoundRow, tally: T
 
 
 def _count(session: Session, row: RoundRow) -> Tally:
-    states = session.execute(
-        select(AssignmentRow.status, func.count())
-        .where(AssignmentRow.round_id == row.id)
-        .group_by(AssignmentRow.status)
-    ).all()
+    states = session.execute(_STATES, {"round_id": row.id}).all()
     submitted = sum(number for status, number in states if status in SUBMITTED)
     working = sum(number for status, number in states if status in UNDELIVERED)
     return Tally(submitted, working)

@@ -7,6 +7,7 @@ from sqlalchemy.orm import Session
 
 from persistence import events
 from persistence.identifiers import new_id
+from persistence.run_config import config_of
 from persistence.tables import RoundRow, RunRow, VersionRow
 from persistence.transitions import UNFINISHED_ROUND, move
 from protocol.events import EventType
@@ -34,7 +35,7 @@ def open_next_round(session: Session, run: RunRow, now: datetime) -> None:
     newest = newest_round(session, run.id)
     if newest is not None and newest.status in UNFINISHED_ROUND:
         return
-    config = RunCreate.model_validate(run.config)
+    config = config_of(run)
     if newest is None:
         number, attempt = 1, 1
     elif newest.status is RoundStatus.PUBLISHED:

@@ -9,6 +9,7 @@ from sqlalchemy.orm import Session, aliased
 
 from persistence import paging, waiting
 from persistence.round_lifecycle import lock_round, settle
+from persistence.run_config import config_of
 from persistence.runs import find_run
 from persistence.tables import AssignmentRow, DeviceRow, RoundRow, RunRow
 from persistence.transitions import TAKES_UPDATES, UNDELIVERED, move
@@ -113,7 +114,7 @@ def get_context(session: Session, round_id: str) -> RoundContext:
         run_id=run.id,
         run_name=run.name,
         number=row.number,
-        config=RunCreate.model_validate(run.config),
+        config=config_of(run),
         base_version=row.base_version,
         base_adapter_sha256=row.base_adapter_sha256,
         base_llm_adapter_sha256=row.base_llm_adapter_sha256,

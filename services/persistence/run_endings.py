@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import TypeVar
 
-from sqlalchemy import Select, select
+from sqlalchemy import Select, bindparam, select
 from sqlalchemy.orm import Session
 
 from persistence import late_updates
@@ -15,15 +15,17 @@ from protocol.statuses import AssignmentStatus, JobStatus, RoundStatus, RunStatu
 
 Row = TypeVar("Row")
 
+_LOCKED = (
+    select(RunRow)
+    .where(RunRow.id == bindparam("run_id"))
+    .with_for_update(key_share=True)
+    .execution_options(populate_existing=True)
+)
+
 
 def lock_run(session: Session, run_id: str) -> RunRow:
     """Read a run and keep others from changing it until the transaction ends. Raises DomainError RUN_NOT_FOUND."""
-    row = session.scalar(
-        select(RunRow)
-        .where(RunRow.id == run_id)
-        .with_for_update(key_share=True)
-        .execution_options(populate_existing=True)
-    )
+    row = session.scalar(_LOCKED, {"run_id": run_id})
     if row is None:
         raise run_not_found(run_id)
     return row

@@ -7,6 +7,7 @@ from sqlalchemy.orm import Session
 
 from persistence import events, federations, jobs, paging, waiting
 from persistence.identifiers import new_id
+from persistence.run_config import config_of
 from persistence.run_endings import end_run, lock_run, run_not_found
 from persistence.tables import DeviceRow, FederationDeviceRow, RunRow
 from persistence.transitions import UNFINISHED_RUN
@@ -151,7 +152,7 @@ def _run(session: Session, row: RunRow, now: datetime | None) -> Run:
         status_reason=reason,
         waiting=waits,
         error_code=row.error_code,
-        config=RunCreate.model_validate(row.config),
+        config=config_of(row),
         current_round=row.current_round,
         latest_version=row.latest_version,
         federation=row.federation,

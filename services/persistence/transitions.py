@@ -4,12 +4,13 @@ A pair that is not in a table is illegal. A move is one UPDATE with the old stat
 move the same row one wins and the other gets `IllegalTransition`. The event is part of the same transaction.
 """
 
+import functools
 from collections.abc import Mapping
 from datetime import datetime
 from enum import StrEnum
 from typing import Any, TypeVar
 
-from sqlalchemy import CursorResult, select, update
+from sqlalchemy import CursorResult, TableClause, Update, bindparam, select, update
 from sqlalchemy.orm import Session
 from sqlalchemy.orm.attributes import set_committed_value
 
@@ -148,8 +149,10 @@ def move(
     current = row.status
     check(subject, MOVES[table], current, to)
     columns = {"status": to, **(values or {})}
-    statement = update(table).where(table.id == row.id, table.status == current).values(columns)
-    result = session.execute(statement, execution_options={"synchronize_session": False})
+    statement = _moving(table, tuple(sorted(columns)))
+    asked = {f"new_{name}": value for name, value in columns.items()} | {"row_id": row.id, "current": current}
+    session.flush()  # A statement on the table does not, as one on its class would.
+    result = session.execute(statement, asked)
     assert isinstance(result, CursorResult)
     if result.rowcount != 1:
         actual = session.scalar(select(table.status).where(table.id == row.id))
@@ -157,6 +160,15 @@ def move(
     for name, value in columns.items():
         set_committed_value(row, name, value)
     _append_event(session, row, current=current, to=to, reason=reason, now=now)
+
+
+@functools.cache
+def _moving(table: type[Movable], columns: tuple[str, ...]) -> Update:
+    """Return the statement; to put it together takes longer than to execute it."""
+    target = table.__table__
+    of_row = (target.c.id == bindparam("row_id"), target.c.status == bindparam("current"))
+    assert isinstance(target, TableClause)
+    return update(target).where(*of_row).values({name: bindparam(f"new_{name}") for name in columns})
 
 
 def _append_event(

@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-from sqlalchemy import and_, or_, select
+from sqlalchemy import and_, bindparam, or_, select
 from sqlalchemy.orm import Session
 
 from persistence import artifacts, events, late_updates
-from persistence.assignments import owned, start_collecting
+from persistence.assignments import owned, start_collecting, with_round
 from persistence.errors import RoundClosed
-from persistence.round_lifecycle import SUBMITTED, lock_round, settle
+from persistence.round_lifecycle import SUBMITTED, settle
+from persistence.run_config import config_of
 from persistence.table_base import shorten
 from persistence.tables import AssignmentRow, RoundRow, RunRow, UpdatePartRow
 from persistence.transitions import TAKES_UPDATES, UNDELIVERED, move
@@ -26,10 +27,15 @@ from protocol.assignments import PartReceipt, Submission, SubmissionReceipt, Upd
 from protocol.errors import DomainError, ErrorCode
 from protocol.events import EventType
 from protocol.part_sizes import most_delta_bytes, most_logits_bytes
-from protocol.runs import RunCreate
 from protocol.safetensors_header import TensorInfo
 from protocol.statuses import AssignmentStatus, PartKind, RunStatus
 from protocol.strategies import STRATEGIES, CoPlmsSettings
+
+_PART = (  # put together once, like the statements of `persistence.assignments`
+    select(UpdatePartRow)
+    .where(UpdatePartRow.assignment_id == bindparam("assignment_id"), UpdatePartRow.kind == bindparam("kind"))
+    .execution_options(populate_existing=True)
+)
 
 
 @dataclass(frozen=True)
@@ -71,11 +77,31 @@ def admit_part(session: Session, device_id: str, assignment_id: str, kind: PartK
     Raises:
         DomainError: as `record_part`, but for UPDATE_CONFLICT.
     """
-    row = owned(session, device_id, assignment_id)
+    run, round_row, row = with_round(session, device_id, assignment_id, lock=True)
     if row.status not in SUBMITTED:
-        run, round_row, row = _lock_taking(session, row, now)
-    else:
-        run, round_row = lock_round(session, row.round_id)
+        row = _see_taking(session, run, round_row, row, now)
+    return _admission(session, run, round_row, row, kind)
+
+
+def look_at_part(
+    session: Session, device_id: str, assignment_id: str, kind: PartKind, now: datetime
+) -> PartAdmission | None:
+    """Say what `admit_part` says, where that needs no lock and changes nothing: for a session that only reads.
+
+    Returns:
+        None: it needs both; ask `admit_part`.
+
+    Raises:
+        DomainError: ASSIGNMENT_NOT_FOUND; INVALID_FIELD, the strategy has no such part.
+    """
+    run, round_row, row = with_round(session, device_id, assignment_id)
+    in_time = now < round_row.deadline_at and row.status in UNDELIVERED
+    if row.status in SUBMITTED or (in_time and _takes(run, round_row)):
+        return _admission(session, run, round_row, row, kind)
+    return None
+
+
+def _admission(session: Session, run: RunRow, round_row: RoundRow, row: AssignmentRow, kind: PartKind) -> PartAdmission:
     _check_kind(run, kind)
     tensors = _tensors(run, row.adapter_rank) if kind is PartKind.ADAPTER_DELTA else None
     return PartAdmission(
@@ -100,15 +126,11 @@ def record_part(  # noqa: PLR0917
             came for it before; ILLEGAL_TRANSITION, the assignment was rejected; DEVICE_REVOKED, meanwhile.
         RoundClosed: too late; the assignment is `late`, which the transaction commits.
     """
-    row = owned(session, device_id, assignment_id)
+    run, round_row, row = with_round(session, device_id, assignment_id, lock=True)
     if (known := _part(session, assignment_id, kind)) is not None:
         return _same_part(known, sha256)
-    if row.status in SUBMITTED:
-        _check_kind(session.get_one(RunRow, row.run_id), kind)
-    run, round_row, row = _lock_taking(session, row, now)
     _check_kind(run, kind)
-    if (known := _part(session, assignment_id, kind)) is not None:
-        return _same_part(known, sha256)
+    row = _see_taking(session, run, round_row, row, now)
     artifacts.register(session, sha256, size, kind.value, run.id, now)
     part = UpdatePartRow(assignment_id=row.id, kind=kind, sha256=sha256, size_bytes=size, received_at=now)
     session.add(part)
@@ -136,12 +158,10 @@ def submit(
         RoundClosed: too late; the assignment is `late`, which the transaction commits.
     """
     digest = _identity(submission)
-    row = owned(session, device_id, assignment_id)
+    run, round_row, row = with_round(session, device_id, assignment_id, lock=True)
     if row.update_sha256 is not None:
         return _same_submission(row, digest)
-    run, round_row, row = _lock_taking(session, row, now)
-    if row.update_sha256 is not None:
-        return _same_submission(row, digest)
+    row = _see_taking(session, run, round_row, row, now)
     _check_base(round_row, submission)
     _check_parts(session, run, row, submission)
     start_collecting(session, round_row, now)
@@ -270,33 +290,36 @@ def _tensors(run: RunRow, adapter_rank: int | None = None) -> dict[str, TensorIn
     return full if adapter_rank is None else tensors_at_rank(full, adapter_rank)
 
 
-def _lock_taking(session: Session, found: AssignmentRow, now: datetime) -> tuple[RunRow, RoundRow, AssignmentRow]:
-    """Lock an assignment that `owned` returned, and its round, and see that the round still takes it.
+def _takes(run: RunRow, round_row: RoundRow) -> bool:
+    return round_row.status in TAKES_UPDATES and run.status in (RunStatus.RUNNING, RunStatus.PAUSED)
+
+
+def _see_taking(session: Session, run: RunRow, round_row: RoundRow, row: AssignmentRow, now: datetime) -> AssignmentRow:
+    """See that a locked round still takes a locked assignment; return that as it is then.
 
     Else it is marked late; and refused, unless the run keeps late updates.
     """
-    device_id, assignment_id = found.device_id, found.id
-    run, round_row = lock_round(session, found.round_id)
-    row = owned(session, device_id, assignment_id, lock=True)
     if row.status in (AssignmentStatus.REJECTED, AssignmentStatus.QUARANTINED):
         detail = f"assignment {row.id} is {row.status.value}: {row.reason}"
         raise DomainError(ErrorCode.ILLEGAL_TRANSITION, detail, received=row.status.value)
     if now >= round_row.deadline_at:
         settle(session, run, round_row, now)
-        row = owned(session, device_id, assignment_id)
-    taking = round_row.status in TAKES_UPDATES and run.status in (RunStatus.RUNNING, RunStatus.PAUSED)
+        row = owned(session, row.device_id, row.id)
+    taking = _takes(run, round_row)
     if taking and row.status is AssignmentStatus.LOST:
         # Nothing else loses an assignment of such a round; the credential was still good when the bytes began to come.
-        raise DomainError(ErrorCode.DEVICE_REVOKED, f"assignment {row.id} is lost: {row.reason}", received=device_id)
+        raise DomainError(
+            ErrorCode.DEVICE_REVOKED, f"assignment {row.id} is lost: {row.reason}", received=row.device_id
+        )
     if taking or row.status in SUBMITTED:
-        return run, round_row, row
+        return row
     detail = f"round {round_row.number} is {round_row.status.value} and takes no more updates"
     refused = late_updates.refusal(session, run, round_row)
     detail += "" if refused is None else f": {refused}"
     if row.status is not AssignmentStatus.LATE:
         move(session, row, AssignmentStatus.LATE, now=now, reason=detail, values={"reason": detail})
     if refused is None:
-        return run, round_row, row
+        return row
     raise RoundClosed(detail, received=round_row.status.value)
 
 
@@ -317,14 +340,14 @@ def _check_kind(run: RunRow, kind: PartKind) -> None:
 def _most_logits_bytes(session: Session, run: RunRow, kind: PartKind) -> int | None:
     if kind is not PartKind.LOGITS or run.probe_set_sha256 is None:
         return None
-    settings = RunCreate.model_validate(run.config).strategy
+    settings = config_of(run).strategy
     if not isinstance(settings, CoPlmsSettings):
         return None
     return most_logits_bytes(artifacts.get(session, run.probe_set_sha256).size_bytes, settings.top_k)
 
 
 def _part(session: Session, assignment_id: str, kind: PartKind) -> UpdatePartRow | None:
-    return session.get(UpdatePartRow, (assignment_id, kind), populate_existing=True)
+    return session.scalar(_PART, {"assignment_id": assignment_id, "kind": kind})
 
 
 def _same_part(part: UpdatePartRow, sha256: str) -> PartReceipt:

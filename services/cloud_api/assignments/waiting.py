@@ -67,8 +67,7 @@ async def _recognised(cloud: Cloud, presented: Presented) -> str | None:
 
 
 async def _asked(cloud: Cloud, presented: Presented) -> tuple[str, Assignment | None]:
-    # Not `cloud.write`: a poll tells the feed nothing, and there may be a thousand a second.
-    identity, assignment = await cloud.transactions.write(lambda session: _ask(session, cloud, presented))
+    identity, assignment = await cloud.write(lambda session: _ask(session, cloud, presented))
     assert presented.bearer is not None
     cloud.board.remember(presented.bearer, identity)
     return identity.device_id, assignment

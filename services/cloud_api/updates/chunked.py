@@ -12,14 +12,15 @@ from fastapi import Request
 from sqlalchemy.orm import Session
 from starlette.concurrency import run_in_threadpool
 
-from cloud_api.authentication import Presented, authenticate_device
+from cloud_api.authentication import Presented, authenticate_device, recognise_device
 from cloud_api.cloud import Cloud
 from cloud_api.settings import LARGEST_CHUNK
 from cloud_api.updates.admission import HeaderGate
+from cloud_api.updates.admitting import admitted
 from cloud_api.updates.receiving import Announced, adopt, announced, assemble, most_bytes, receive_chunk
 from persistence import assignments, part_uploads, traffic, updates
 from persistence.blobs import StoredBlob
-from persistence.part_uploads import ReceivedFile, UploadPlace
+from persistence.part_uploads import FirstChunk, ReceivedFile, UploadPlace
 from persistence.updates import PartAdmission
 from protocol.assignments import PartReceipt, PartUpload
 from protocol.errors import DomainError, ErrorCode
@@ -62,22 +63,28 @@ class ChunkedPart:
         brought = request.headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in request.headers
         chunk_bytes = cloud.settings.upload_chunk_bytes
 
-        def admit(session: Session) -> tuple[PartAdmission, Announced, PartUpload | None, str | None]:
-            _, admission = self._admit(session)
+        def about(admission: PartAdmission) -> Announced:
             limit = most_bytes(cloud, self.kind, admission)
-            file = announced(request, limit, length_header=UPLOAD_LENGTH_HEADER, digest_header=REPR_DIGEST_HEADER)
-            place = (session, self.assignment_id, self.kind, file.sha256)
-            if brought:
-                return admission, file, part_uploads.look(*place, file.size_bytes, chunk_bytes), None
-            return admission, file, *part_uploads.begin(*place, file.size_bytes, chunk_bytes, now)
+            return announced(request, limit, length_header=UPLOAD_LENGTH_HEADER, digest_header=REPR_DIGEST_HEADER)
 
-        admission, file, upload, forgotten = await cloud.write(admit)
-        await self._drop(forgotten)
-        if upload is not None and (upload.received_bytes or upload.receipt):
-            return upload, False
-        if upload is not None and not brought:
-            return upload, True
-        return await self._begin_with_chunk(request, admission, file, upload), True
+        def begin(session: Session) -> tuple[PartUpload, str | None]:
+            file = about(self._admit(session)[1])
+            place = (session, self.assignment_id, self.kind, file.sha256)
+            return part_uploads.begin(*place, file.size_bytes, chunk_bytes, now)
+
+        def look(session: Session, admission: PartAdmission) -> tuple[Announced, PartUpload | None]:
+            file = about(admission)
+            place = (session, self.assignment_id, self.kind, file.sha256)
+            return file, part_uploads.look(*place, file.size_bytes, chunk_bytes)
+
+        if not brought:
+            upload, forgotten = await cloud.write(begin)
+            await self._drop(forgotten)
+            return upload, not (upload.received_bytes or upload.receipt)
+        admission, (file, begun) = await admitted(*self._part, look)
+        if begun is not None and (begun.received_bytes or begun.receipt):
+            return begun, False
+        return await self._begin_with_chunk(request, admission, file, begun), True
 
     async def send(self, request: Request, upload_id: str, offset: int) -> PartUpload:
         """Take the chunk at `offset`; the last one completes the file.
@@ -86,14 +93,13 @@ class ChunkedPart:
             DomainError: as `updates.admit_part`, `part_uploads.record_chunk` and `receive_file`.
         """
 
-        def admit(session: Session) -> tuple[PartAdmission, UploadPlace, Announced]:
-            _, admission = self._admit(session)
+        def look(session: Session, _admission: PartAdmission) -> tuple[UploadPlace, Announced]:
             place = part_uploads.place(session, self.assignment_id, self.kind, upload_id, offset)
             chunk = announced(request, place.chunk_size)
-            part_uploads.refuse_other_chunk(session, self.assignment_id, self.kind, upload_id, offset, chunk.sha256)
-            return admission, place, chunk
+            place.refuse_other(chunk.sha256)
+            return place, chunk
 
-        admission, place, chunk = await self.cloud.write(admit)
+        admission, (place, chunk) = await admitted(*self._part, look)
         if chunk.size_bytes != place.chunk_size:
             detail = (
                 f"expected a chunk of {place.chunk_size} bytes at {offset}, `Content-Length` says {chunk.size_bytes}"
@@ -116,9 +122,13 @@ class ChunkedPart:
 
     def ask(self, session: Session, upload_id: str) -> PartUpload:
         """Return how far an upload has come."""
-        device_id = authenticate_device(session, self.cloud, self.presented)
+        device_id = recognise_device(session, self.cloud, self.presented)
         assignments.owned(session, device_id, self.assignment_id)
         return part_uploads.get(session, self.assignment_id, self.kind, upload_id)
+
+    @property
+    def _part(self) -> tuple[Cloud, Presented, str, PartKind]:
+        return self.cloud, self.presented, self.assignment_id, self.kind
 
     def _admit(self, session: Session) -> tuple[str, PartAdmission]:
         device_id = authenticate_device(session, self.cloud, self.presented)
@@ -146,13 +156,10 @@ class ChunkedPart:
         def record(session: Session) -> tuple[PartUpload, str | None]:
             device_id, _ = self._admit(session)  # Again: it locks the round, so that one upload is begun.
             place = (session, self.assignment_id, self.kind)
-            upload, forgotten = part_uploads.begin(
-                *place, file.sha256, size_bytes, stored.size, now, upload_id=upload_id
-            )
-            if upload.upload_id != upload_id or upload.received_bytes:
-                return upload, forgotten  # Another request was quicker.
+            first = FirstChunk(upload_id, stored.sha256)
+            begun = part_uploads.begin(*place, file.sha256, size_bytes, stored.size, now, first=first)
             traffic.add(session, admission.run_id, device_id, "up", self.kind.value, stored.size)
-            return part_uploads.record_chunk(*place, upload_id, 0, stored.sha256, now), forgotten
+            return begun
 
         upload, unwanted = None, upload_id if begun is None else None
         try:

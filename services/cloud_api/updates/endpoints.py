@@ -12,6 +12,7 @@ from cloud_api.documentation import DEVICE, answers
 from cloud_api.strict_json import StrictJsonRoute
 from cloud_api.updates import examples
 from cloud_api.updates.admission import HeaderGate
+from cloud_api.updates.admitting import admitted
 from cloud_api.updates.receiving import Announced, announced, most_bytes, receive_file
 from persistence import assignments, traffic, updates
 from persistence.updates import PartAdmission
@@ -94,14 +95,12 @@ async def upload_part(
     dtypes, and the hashes of what it starts from. The same file again gets the same receipt, another one gets 409.
     """
 
-    def admit(session: Session) -> tuple[PartAdmission, Announced]:
-        device_id = authenticate_device(session, cloud, presented)
-        admission = updates.admit_part(session, device_id, assignment_id, kind, cloud.now())
+    def look(session: Session, admission: PartAdmission) -> Announced:
         body = announced(request, most_bytes(cloud, kind, admission))
         updates.find_receipt(session, assignment_id, kind, body.sha256)  # Another file is refused unread.
-        return admission, body
+        return body
 
-    admission, body = await cloud.write(admit)
+    admission, body = await admitted(cloud, presented, assignment_id, kind, look)
     blob = await receive_file(request, cloud, body, HeaderGate(kind, admission, body.size_bytes))
     now = cloud.now()
 
@@ -145,9 +144,8 @@ def submit(
 
     The same submission again gets the same receipt, also when the round is long over; another one gets 409.
     """
-    run_id = assignments.owned(session, device_id, assignment_id).run_id
     receipt = updates.submit(session, device_id, assignment_id, submission, now)
-    traffic.add(session, run_id, device_id, "up", "metrics", body_bytes)
+    traffic.add(session, assignments.run_of(session, assignment_id), device_id, "up", "metrics", body_bytes)
     response.status_code = 201 if receipt.received_at == now else 200
     return receipt
 
