@@ -156,16 +156,20 @@ async def _blocks(
     waiting: list[bytes] = []
     size = received = 0
     chunks = request.stream()
+    loop = asyncio.get_running_loop()
+    ended = False
     try:
-        while True:
-            async with asyncio.timeout(idle_seconds):
-                chunk = await anext(chunks, b"")
-            if not chunk:
-                break
-            received += len(chunk)
-            waiting.append(chunk)
-            size += len(chunk)
-            if size >= transfers.block_bytes:
+        while not ended:
+            # One for each block and not for each of its pieces; it is put off while they come.
+            async with asyncio.timeout(idle_seconds) as limit:
+                while not ended and size < transfers.block_bytes:
+                    chunk = await anext(chunks, b"")
+                    ended = not chunk
+                    waiting.append(chunk)
+                    size += len(chunk)
+                    received += len(chunk)
+                    limit.reschedule(loop.time() + idle_seconds)
+            if not ended:
                 yield b"".join(waiting)
                 waiting.clear()
                 size = 0
@@ -177,7 +181,7 @@ async def _blocks(
         await chunks.aclose()
     if received < size_bytes:
         raise _truncated(size_bytes, received, "then the body ended")
-    if waiting:
+    if size:
         yield b"".join(waiting)
 
 
