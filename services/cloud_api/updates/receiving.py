@@ -160,15 +160,18 @@ async def _blocks(
     ended = False
     try:
         while not ended:
-            # One for each block and not for each of its pieces; it is put off while they come.
-            async with asyncio.timeout(idle_seconds) as limit:
+            # One for each block and not for each of its pieces; while they come it is put off, now and then.
+            put_off = loop.time()
+            async with asyncio.timeout_at(put_off + idle_seconds) as limit:
                 while not ended and size < transfers.block_bytes:
                     chunk = await anext(chunks, b"")
                     ended = not chunk
                     waiting.append(chunk)
                     size += len(chunk)
                     received += len(chunk)
-                    limit.reschedule(loop.time() + idle_seconds)
+                    if loop.time() - put_off > idle_seconds / 8:
+                        put_off = loop.time()
+                        limit.reschedule(put_off + idle_seconds)
             if not ended:
                 yield b"".join(waiting)
                 waiting.clear()
