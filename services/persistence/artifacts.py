@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal, get_args
 
-from sqlalchemy import ColumnElement, bindparam, exists, select
+from sqlalchemy import Row, bindparam, exists, select
 from sqlalchemy.orm import Session
 
 from persistence.database import require_blob
@@ -25,6 +25,18 @@ FOR_DEVICES = frozenset({"proxy_base", "adapter", "probe_set"})
 """What a device may fetch: never another device's update, and never the LLM's adapter."""
 
 
+# Put together once, like the statements of `persistence.assignments`.
+_FILE = (
+    select(ArtifactRow.sha256, ArtifactRow.size_bytes, RunArtifactRow.kind, RunArtifactRow.run_id)
+    .join(RunArtifactRow, RunArtifactRow.sha256 == ArtifactRow.sha256)
+    .where(ArtifactRow.sha256 == bindparam("sha256"))
+    .order_by(RunArtifactRow.run_id.desc(), RunArtifactRow.kind)
+    .limit(1)
+)
+_FILE_FOR_DEVICE = _FILE.where(
+    RunArtifactRow.kind.in_(FOR_DEVICES),
+    exists().where(AssignmentRow.run_id == RunArtifactRow.run_id, AssignmentRow.device_id == bindparam("device_id")),
+)
 _SIZES = select(ArtifactRow.sha256, ArtifactRow.size_bytes).where(
     ArtifactRow.sha256.in_(bindparam("hashes", expanding=True))
 )
@@ -63,7 +75,7 @@ def get(session: Session, sha256: str) -> Artifact:
     Raises:
         DomainError: ARTIFACT_NOT_FOUND.
     """
-    return _first(session, sha256)
+    return _first(session.execute(_FILE, {"sha256": sha256}).first(), sha256)
 
 
 def get_for_device(session: Session, sha256: str, device_id: str) -> Artifact:
@@ -72,18 +84,10 @@ def get_for_device(session: Session, sha256: str, device_id: str) -> Artifact:
     Raises:
         DomainError: ARTIFACT_NOT_FOUND, also where the file exists and is not this device's business.
     """
-    takes_part = exists().where(AssignmentRow.run_id == RunArtifactRow.run_id, AssignmentRow.device_id == device_id)
-    return _first(session, sha256, takes_part, RunArtifactRow.kind.in_(FOR_DEVICES))
+    return _first(session.execute(_FILE_FOR_DEVICE, {"sha256": sha256, "device_id": device_id}).first(), sha256)
 
 
-def _first(session: Session, sha256: str, *conditions: ColumnElement[bool]) -> Artifact:
-    row = session.execute(
-        select(ArtifactRow.sha256, ArtifactRow.size_bytes, RunArtifactRow.kind, RunArtifactRow.run_id)
-        .join(RunArtifactRow, RunArtifactRow.sha256 == ArtifactRow.sha256)
-        .where(ArtifactRow.sha256 == sha256, *conditions)
-        .order_by(RunArtifactRow.run_id.desc(), RunArtifactRow.kind)
-        .limit(1)
-    ).first()
+def _first(row: Row[str, int, str, str] | None, sha256: str) -> Artifact:
     if row is None:
         raise DomainError(ErrorCode.ARTIFACT_NOT_FOUND, f"no artifact {sha256} here for you", received=sha256)
     return Artifact(row.sha256, row.size_bytes, row.kind, row.run_id)

@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping
 from datetime import datetime
 
-from sqlalchemy import and_, bindparam, exists, func, or_, select, update
+from sqlalchemy import Table, and_, bindparam, exists, func, or_, select, update
 from sqlalchemy.orm import Session
 
 from persistence import artifacts, devices, late_updates
@@ -45,6 +45,13 @@ _ROUND_STATUS = (
     select(RoundRow.status)
     .join(AssignmentRow, AssignmentRow.round_id == RoundRow.id)
     .where(AssignmentRow.id == bindparam("assignment_id"))
+)
+_TABLE = AssignmentRow.__table__
+assert isinstance(_TABLE, Table)
+_NOTE_PROGRESS = (
+    update(_TABLE)
+    .where(_TABLE.c.id == bindparam("assignment_id"))
+    .values({name: bindparam(f"new_{name}") for name in ("stage", "step", "steps", "losses")})
 )
 _UNFINISHED = (
     select(AssignmentRow, RoundRow, RunRow)
@@ -205,8 +212,7 @@ def report_progress(
     if _ORDER.index(to) > _ORDER.index(row.status):
         move(session, row, to, now=now, values=values)
     else:
-        statement = update(AssignmentRow).where(AssignmentRow.id == row.id).values(values)
-        session.execute(statement, execution_options={"synchronize_session": False})
+        session.execute(_NOTE_PROGRESS, {"assignment_id": row.id} | {f"new_{name}": values[name] for name in values})
     return row
 
 

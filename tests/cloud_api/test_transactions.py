@@ -1,6 +1,7 @@
 import asyncio
 import threading
 from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,9 @@ from sqlalchemy import text
 from sqlalchemy.orm import Session
 
 from cloud_api.cloud import Transactions
+from persistence import events
 from persistence.database import Database
+from protocol.events import EventType
 
 PATIENCE_SECONDS = 30
 
@@ -74,3 +77,36 @@ def test_a_writer_that_fails_lets_the_next_one_in(database: Database) -> None:
             return int(session.execute(text("SELECT 7")).scalar_one())
 
     assert asyncio.run(one_after_another()) == 7
+
+
+def test_the_feed_is_told_of_commits_that_added_events_and_of_no_others(home: Path) -> None:
+    database = Database(f"sqlite:///{home / 'cotune.sqlite3'}")
+    told: list[str] = []
+
+    def note(session: Session) -> None:
+        events.append(session, EventType.RUN_CREATED, datetime.now(UTC), data={})
+
+    def note_and_fail(session: Session) -> None:
+        note(session)
+        raise LookupError("nothing there")
+
+    async def play() -> list[int]:
+        transactions = Transactions(database, told=lambda: told.append("told"))
+        counts = []
+        await transactions.write(lambda session: session.execute(text("SELECT 1")).close())
+        counts.append(len(told))
+        await transactions.write(note)
+        counts.append(len(told))
+        with pytest.raises(LookupError):
+            await transactions.write(note_and_fail)
+        counts.append(len(told))
+        async with transactions.writing() as session:
+            note(session)
+        counts.append(len(told))
+        async with transactions.writing() as session:
+            session.execute(text("SELECT 1"))
+        counts.append(len(told))
+        return counts
+
+    assert asyncio.run(play()) == [0, 1, 1, 2, 2]
+    database.dispose()

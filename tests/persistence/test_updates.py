@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from persistence import artifacts, devices, rounds, runs, updates
+from persistence import artifacts, devices, rounds, run_moves, runs, updates
 from persistence.errors import RoundClosed
 from persistence.tables import UpdatePartRow
 from protocol.assignments import Assignment, Part, Submission
@@ -72,6 +72,44 @@ def test_admission_tells_what_a_part_must_agree_with(world: World) -> None:
     world.upload(assignment, device)
     world.submit(assignment, device)
     assert world.call(updates.admit_part, *arguments) == admission  # A repeat must get as far as its receipt.
+
+
+def look(world: World, assignment: Assignment, device: str, kind: PartKind = PartKind.ADAPTER_DELTA) -> Any:
+    with world.database.reading() as session:
+        return updates.look_at_part(session, device, assignment.assignment_id, kind, world.now)
+
+
+def test_a_look_says_what_admission_says_while_a_round_is_open(world: World) -> None:
+    device = world.enrol("a")
+    run = world.start_run(min_updates=2)
+    assignment = world.take(device)
+    admission = world.call(updates.admit_part, device, assignment.assignment_id, PartKind.ADAPTER_DELTA, world.now)
+    assert look(world, assignment, device) == admission
+    world.upload(assignment, device)
+    assert look(world, assignment, device) == admission
+    world.call(run_moves.pause_run, run.run_id, "a look", world.now)
+    assert look(world, assignment, device) == admission
+    world.call(run_moves.resume_run, run.run_id, world.now)
+    world.submit(assignment, device)
+    world.wait(10**6)
+    assert look(world, assignment, device) == admission  # A repeat must get as far as its receipt.
+
+
+def test_a_look_leaves_to_admission_what_has_to_be_remembered(world: World) -> None:
+    device, other = world.enrol("a"), world.enrol("b")
+    run = world.start_run(min_updates=2)
+    assignment, stopped = world.take(device), world.take(other)
+    before = world.snapshot()
+    with pytest.raises(DomainError) as caught:
+        look(world, assignment, other)
+    assert caught.value.code is ErrorCode.ASSIGNMENT_NOT_FOUND
+    world.wait(10**6)
+    assert look(world, assignment, device) is None  # The deadline has passed, and nobody has closed the round.
+    assert world.snapshot() == before
+    world.call(runs.stop_run, run.run_id, "no", world.now)
+    assert look(world, stopped, other) is None
+    with pytest.raises(RoundClosed):
+        world.call(updates.admit_part, other, stopped.assignment_id, PartKind.ADAPTER_DELTA, world.now)
 
 
 def test_an_update_is_submitted_twice(world: World) -> None:

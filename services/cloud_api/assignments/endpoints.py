@@ -49,7 +49,7 @@ async def next_assignment(
     assignment = await wait_for_assignment(cloud, presented, wait_seconds, request.is_disconnected)
     if assignment is None:
         return Response(status_code=204)
-    return Response(assignment.model_dump_json(), media_type="application/json")
+    return Response(assignment, media_type="application/json")
 
 
 @router.post(

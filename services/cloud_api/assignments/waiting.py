@@ -14,7 +14,6 @@ from cloud_api.cloud import Cloud
 from cloud_api.feed import WORK
 from persistence import assignments, traffic
 from persistence.enrolment import DeviceIdentity
-from protocol.assignments import Assignment
 
 
 async def wait_for_assignment(
@@ -22,8 +21,8 @@ async def wait_for_assignment(
     presented: Presented,
     wait_seconds: float,
     is_gone: Callable[[], Awaitable[bool]],
-) -> Assignment | None:
-    """Return the device's assignment, or None after `wait_seconds` without one.
+) -> bytes | None:
+    """Return the device's assignment as JSON, or None after `wait_seconds` without one.
 
     Args:
         is_gone: whether the device has hung up; then nothing is offered to it.
@@ -66,18 +65,19 @@ async def _recognised(cloud: Cloud, presented: Presented) -> str | None:
     return identity.device_id
 
 
-async def _asked(cloud: Cloud, presented: Presented) -> tuple[str, Assignment | None]:
+async def _asked(cloud: Cloud, presented: Presented) -> tuple[str, bytes | None]:
     identity, assignment = await cloud.write(lambda session: _ask(session, cloud, presented))
     assert presented.bearer is not None
     cloud.board.remember(presented.bearer, identity)
     return identity.device_id, assignment
 
 
-def _ask(session: Session, cloud: Cloud, presented: Presented) -> tuple[DeviceIdentity, Assignment | None]:
+def _ask(session: Session, cloud: Cloud, presented: Presented) -> tuple[DeviceIdentity, bytes | None]:
     identity = identify_device(session, cloud, presented)
     limits = cloud.settings.upload_limits
     assignment = assignments.next_assignment(session, identity.device_id, cloud.now(), limits)
-    if assignment is not None:
-        num_bytes = len(assignment.model_dump_json().encode())
-        traffic.add(session, assignment.run_id, identity.device_id, "down", "assignment", num_bytes)
-    return identity, assignment
+    if assignment is None:
+        return identity, None
+    content = assignment.model_dump_json().encode()
+    traffic.add(session, assignment.run_id, identity.device_id, "down", "assignment", len(content))
+    return identity, content
