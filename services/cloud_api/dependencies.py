@@ -51,8 +51,9 @@ async def _cloud(request: Request) -> Cloud:
 CloudHere = Annotated[Cloud, Depends(_cloud)]
 
 
-async def _now(cloud: CloudHere) -> datetime:
-    return cloud.now()
+# A dependency of a dependency is solved again for each that asks for it, so those below ask for the request only.
+async def _now(request: Request) -> datetime:
+    return get_cloud(request).now()
 
 
 Now = Annotated[datetime, Depends(_now)]
@@ -97,8 +98,17 @@ class AuditNote:
     operator: Operator | None = None
 
 
+def _note_of(request: Request) -> AuditNote:
+    note = getattr(request.state, "audit_note", None)
+    if note is None:
+        note = AuditNote("/".join(map(str, request.path_params.values()))[: audit.LONGEST_SUBJECT] or None)
+        request.state.audit_note = note
+    assert isinstance(note, AuditNote)
+    return note
+
+
 async def _note(request: Request) -> AuditNote:
-    return AuditNote("/".join(map(str, request.path_params.values()))[: audit.LONGEST_SUBJECT] or None)
+    return _note_of(request)
 
 
 Note = Annotated[AuditNote, Depends(_note)]
@@ -119,7 +129,8 @@ async def _record_refusal(request: Request, cloud: Cloud, note: AuditNote, code:
         await cloud.transactions.write(lambda session: audit.record(session, deed, code.value, cloud.now()))
 
 
-async def _writing(request: Request, cloud: CloudHere, note: Note) -> AsyncIterator[Session]:
+async def _writing(request: Request) -> AsyncIterator[Session]:
+    cloud, note = get_cloud(request), _note_of(request)
     try:
         async with cloud.transactions.writing() as session:
             yield session
@@ -130,8 +141,8 @@ async def _writing(request: Request, cloud: CloudHere, note: Note) -> AsyncItera
         raise
 
 
-async def _reading(cloud: CloudHere) -> AsyncIterator[Session]:
-    async with cloud.transactions.reading() as session:
+async def _reading(request: Request) -> AsyncIterator[Session]:
+    async with get_cloud(request).transactions.reading() as session:
         yield session
 
 
@@ -139,7 +150,8 @@ WriteSession = Annotated[Session, Depends(_writing, scope="function")]
 ReadSession = Annotated[Session, Depends(_reading, scope="function")]
 
 
-async def _operator(request: Request, cloud: CloudHere, presented: OperatorKey, note: Note) -> Operator:
+async def _operator(request: Request, presented: OperatorKey) -> Operator:
+    cloud, note = get_cloud(request), _note_of(request)
     operator = await cloud.read(lambda session: authenticate_operator(session, cloud, presented))
     note.operator = operator
     needed = access_of(request).role
@@ -157,8 +169,8 @@ OperatorHere = Annotated[Operator, Depends(_operator)]
 """The operator who calls, where an endpoint has to know."""
 
 
-def _device(session: WriteSession, cloud: CloudHere, presented: DeviceKey) -> str:
-    return authenticate_device(session, cloud, presented)
+def _device(request: Request, session: WriteSession, presented: DeviceKey) -> str:
+    return authenticate_device(session, get_cloud(request), presented)
 
 
 DeviceId = Annotated[str, Depends(_device)]
