@@ -22,7 +22,7 @@ FEWEST_DEVICES = 2
 
 @dataclass(frozen=True)
 class DomainRows:
-    """The rows of one domain. Those of `validation` and `test` accept every answer that `extra_references.jsonl` has."""
+    """The rows of one domain, with every accepted answer that `extra_references.jsonl` has for them."""
 
     name: str
     train: tuple[Example, ...]
@@ -194,7 +194,7 @@ def dirichlet_mixtures(
                 mixture = dict(zip(names, counts, strict=True))
         kept = {name: count for name, count in sorted(mixture.items(), key=lambda pair: -pair[1]) if count}
         device = f"device-{index + 1}"
-        devices.append(DeviceRows(device, kept, *(rows[split] for split in SPLITS), test_set=device))
+        devices.append(DeviceRows(device, kept, rows["train"], rows["validation"], rows["test"], test_set=device))
     return devices
 
 

@@ -1,4 +1,4 @@
-"""What one strategy reached with one seed and one set of base checkpoints: what a simulator returns and a cache keeps."""
+"""What one strategy reached with one seed and one set of base models: what a simulator returns and a cache keeps."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Self

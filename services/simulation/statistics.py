@@ -6,14 +6,14 @@ Names: B draws, K cells (a seed of a base checkpoint), N rows of a set.
 checkpoints of the mean over seeds of the metric over the unit's rows. The gain is `ours / theirs - 1`, with the sign
 turned for bits per byte, so that more is always better: a ratio of means, which a device near 0 cannot blow up.
 
-**A draw.** (1) Of C base checkpoints C-1 are drawn with replacement; (2) of each drawn one's R seeds R-1, anew each time
-it is drawn; (3) independently, of each set's N rows N, the same draw for every cell, model and strategy that is measured
-on the set. Both strategies are scored with the same draw: pairs of the same checkpoint, seed and row stay pairs. A level
-with one member is not resampled, and the interval then says nothing about other members. Units are not resampled: the
-claim is about these devices.
+**A draw.** (1) Of C base checkpoints C-1 are drawn with replacement; (2) of each drawn one's R seeds R-1, anew each
+time it is drawn; (3) independently, of each set's N rows N, the same draw for every cell, model and strategy that is
+measured on the set. Both strategies are scored with the same draw: pairs of the same checkpoint, seed and row stay
+pairs. A level with one member is not resampled, and the interval then says nothing about other members. Units are not
+resampled: the claim is about these devices.
 
-Crossing runs with rows is the Multi-Bootstrap (Sellam et al., arXiv 2106.16163, section 3); seeds within checkpoints are
-hierarchical data (Davison and Hinkley, Bootstrap Methods and their Application, 1997, section 3.8); n-1 of n is the
+Crossing runs with rows is the Multi-Bootstrap (Sellam et al., arXiv 2106.16163, section 3); seeds within checkpoints
+are hierarchical data (Davison and Hinkley, Bootstrap Methods and their Application, 1997, section 3.8); n-1 of n is the
 rescaling of Rao and Wu (Journal of the American Statistical Association 83, 1988) without which the variance of so few
 members comes out too small by (n-1)/n.
 
@@ -26,9 +26,9 @@ of so few points are too narrow. So h is put together from the variances of draw
 
     h^2 = t(N - 1)^2 V_rows + t(K - C)^2 max(0, V_seeds - V_noise) + t(C - 1)^2 max(0, V_checkpoints - W)
 
-with K the cells in all, V_noise what drawing cells and rows together shows beyond drawing either alone, and W the larger
-of V_seeds and V_noise (a checkpoint's mean has its seeds' and its rows' noise in it). This combination is ours; the tests
-hold the share of such intervals that cover the truth.
+with V_noise what drawing cells and rows together shows beyond drawing either alone, and W the larger of V_seeds and
+V_noise (a checkpoint's mean has its seeds' and its rows' noise in it). This combination is ours; the tests hold the
+share of such intervals that cover the truth.
 """
 
 import math
@@ -132,8 +132,8 @@ class _Draws:
                 np.add.at(weights_BK, (hit_B[:, None], np.array(places)[drawn]), 1 / times / taken)
         return weights_BK
 
-    def rows_BN(self, name: str, num_rows: int) -> Floats:
-        """Weights of a set's rows; the same for everything that is measured on it."""
+    def row_weights(self, name: str, num_rows: int) -> Floats:
+        """Weights [B, N] of a set's rows; the same for everything that is measured on it."""
         if name not in self._rows:
             generator = np.random.default_rng(derive_seed(self._seed, "rows", name))
             counts_BN = generator.multinomial(num_rows, np.full(num_rows, 1 / num_rows), size=self._draws)
@@ -193,7 +193,9 @@ def compare(
 
 
 def score_interval(observations: Observations, metric: Metric, *, draws: int = DRAWS, seed: int = 0) -> Interval:
-    """One strategy's own score with its interval. Two such intervals may overlap where `compare` shows a difference.
+    """One strategy's own score with its interval, cut to what the metric can be.
+
+    Two such intervals may overlap where `compare` shows a difference.
 
     Raises:
         MeasurementError: nothing was measured, or units are missing in some cell.
@@ -202,7 +204,11 @@ def score_interval(observations: Observations, metric: Metric, *, draws: int = D
     drawn = _Draws(observations, draws, seed)
     found = _scores(observations, metric, drawn)
     num_rows = min(each.num_rows for each in observations.values())
-    return _interval(lambda x, _: x, found, found, drawn, num_rows)
+    whole = _interval(lambda x, _: x, found, found, drawn, num_rows)
+    if whole.low is None or whole.high is None:
+        return whole
+    most = math.inf if metric == "bits_per_byte" else 100.0
+    return whole.model_copy(update={"low": max(0.0, whole.low), "high": min(most, whole.high)})
 
 
 def best_of(strategies: Mapping[str, Observations], metric: Metric) -> str:
@@ -263,7 +269,7 @@ def _scores(observations: Observations, metric: Metric, drawn: _Draws) -> _Score
         own = [observations[Cell(checkpoint=name, seed=seed, unit=unit)] for name, seed in drawn.cells]
         parts = [scores.parts(metric) for scores in own]
         above_KN, below_KN = (np.stack([part[side] for part in parts]) for side in (0, 1))
-        weights_BN = drawn.rows_BN(own[0].rows, own[0].num_rows)
+        weights_BN = drawn.row_weights(own[0].rows, own[0].num_rows)
         cells_K = above_KN.sum(1) / below_KN.sum(1)
         cells_BK = (weights_BN @ above_KN.T) / (weights_BN @ below_KN.T)
         found = {"rows": cells_BK @ drawn.even_K}
