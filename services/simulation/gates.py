@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from pydantic import Field
 
-from cotuning.contamination import ProtectedRows
+from cotuning.contamination import Finding, ProtectedRows, text_of
 from cotuning.examples import Example
 from simulation.errors import MeasurementError
 from simulation.scores import Record, RowScores
@@ -157,6 +157,24 @@ def contamination_gate(
         figures=figures,
         without_it="models may repeat rows that they have read: no figure here is a measurement",
     )
+
+
+def without_protected(
+    protected: Sequence[Example], rows: Sequence[Example]
+) -> tuple[list[Example], list[tuple[Example, Finding]]]:
+    """Public rows that hold no protected row, and those that do, each with what was found in it.
+
+    Args:
+        protected: as in `contamination_gate`, which passes on what is kept.
+        rows: what is to be trained on.
+
+    Returns:
+        What is kept, in order; and what is left out, for the report to say.
+    """
+    searched = ProtectedRows(protected)
+    found = {finding.place: finding for finding in searched.find_all([text_of(row) for row in rows])}
+    kept = [row for place, row in enumerate(rows) if place not in found]
+    return kept, [(rows[place], finding) for place, finding in found.items()]
 
 
 def _leads(better: Mapping[str, RowScores], slms: Mapping[str, RowScores], name: str) -> dict[str, float]:

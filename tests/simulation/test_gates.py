@@ -1,8 +1,9 @@
 import pytest
 
+from cotuning.contamination import text_of
 from cotuning.examples import Example
 from simulation.errors import MeasurementError
-from simulation.gates import contamination_gate, exact_match_gate, lead_gate, proxy_gate
+from simulation.gates import contamination_gate, exact_match_gate, lead_gate, proxy_gate, without_protected
 from simulation.scores import RowScores
 from tests.simulation.observations import scores_of
 
@@ -89,6 +90,18 @@ def test_a_row_in_what_is_trained_on_is_found_and_named() -> None:
     assert seen[0] == ("corpus", 0, 2)
     assert seen[-1] == ("public rows", 1, 1)
     assert contamination_gate(protected, {"corpus": ["Other words."]}).passed
+
+
+def test_rows_that_hold_a_protected_one_are_left_out_and_told() -> None:
+    protected = [Example("code/test:7", "Say it.", "the quick brown fox jumps over", "the lazy dog")]
+    public = [
+        Example("public-1", "Name a colour.", "the sky", "blue"),
+        Example("public-2", "Repeat.", "The quick brown fox jumps over", "the lazy dog."),
+    ]
+    kept, left_out = without_protected(protected, public)
+    assert kept == public[:1]
+    assert [(row.id, finding.row, finding.kind) for row, finding in left_out] == [("public-2", "code/test:7", "whole")]
+    assert contamination_gate(protected, {"public": [text_of(row) for row in kept]}).passed
 
 
 @pytest.mark.parametrize(("protected", "texts"), [([], {"corpus": ["x"]}), ([Example("a", "b", "", "c")], {})])

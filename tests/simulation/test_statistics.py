@@ -145,25 +145,13 @@ def test_devices_on_the_same_rows_are_drawn_together() -> None:
     assert apart.difference.variance["rows"] == pytest.approx(one.variance["rows"] / 2, rel=0.1)
 
 
-@pytest.mark.parametrize(
-    ("checkpoints", "seeds", "run_sd", "noise", "low", "high"),
-    [
-        # Nothing but rows: as often as it says.
-        (1, 1, 0.0, 6.0, 0.92, 0.98),
-        # The noise of rows in each run outweighs that of runs: counted once, not three times.
-        (1, 3, 0.3, 6.0, 0.92, 0.99),
-        # Runs outweigh rows, and there are few of them.
-        (1, 5, 2.0, 3.0, 0.90, 0.98),
-        (1, 3, 2.0, 3.0, 0.86, 0.98),
-        (3, 1, 1.5, 3.0, 0.86, 0.98),
-        (3, 3, 1.0, 3.0, 0.90, 0.98),
-    ],
-)
-def test_it_covers_the_truth_about_as_often_as_it_says(
-    checkpoints: int, seeds: int, run_sd: float, noise: float, low: float, high: float
-) -> None:
+def covered_share(checkpoints: int, seeds: int, run_sd: float, noise: float, *, trials: int) -> float:
+    """How often the interval of a true relative gain of 10 % covers it.
+
+    Rows differ by 8 (the same for both strategies), checkpoints and seeds by `run_sd` and single answers by `noise`.
+    """
     generator = np.random.default_rng(0)
-    cells, rows, trials = checkpoints * seeds, 60, 300
+    cells, rows = checkpoints * seeds, 60
     covered = 0
     for _ in range(trials):
         difficulty = generator.normal(0, 8, (1, 1, rows))
@@ -176,7 +164,27 @@ def test_it_covers_the_truth_about_as_often_as_it_says(
         seed = int(generator.integers(2**31))
         found = compare(sides[0], sides[1], "rouge_l", draws=400, seed=seed).relative
         covered += found.low <= 0.1 <= found.high
-    assert low < covered / trials < high
+    return covered / trials
+
+
+@pytest.mark.parametrize(
+    ("checkpoints", "seeds", "run_sd", "noise", "low", "high"),
+    [
+        # Nothing but rows: as often as it says.
+        (1, 1, 0.0, 6.0, 0.92, 0.98),
+        # The noise of single answers outweighs the rest: counted once, not once a level.
+        (1, 3, 0.3, 6.0, 0.92, 0.99),
+        # Runs outweigh rows, and there are few of them.
+        (1, 5, 2.0, 3.0, 0.90, 0.98),
+        (1, 3, 2.0, 3.0, 0.89, 0.98),
+        (3, 1, 1.5, 3.0, 0.89, 0.98),
+        (3, 3, 1.0, 3.0, 0.90, 0.98),
+    ],
+)
+def test_it_covers_the_truth_about_as_often_as_it_says(
+    checkpoints: int, seeds: int, run_sd: float, noise: float, low: float, high: float
+) -> None:
+    assert low < covered_share(checkpoints, seeds, run_sd, noise, trials=300) < high
 
 
 def test_a_baseline_of_zero_has_a_difference_and_no_relative_gain() -> None:
