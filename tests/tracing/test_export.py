@@ -19,7 +19,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTrace
 
 import tracing
 from protocol.exit_codes import ServiceExit
-from tracing.setup import wanted
+from tracing.setup import FLUSH_SECONDS, wanted
 
 KEY = "a-key-of-the-tests-that-is-long-enough-0123456789"
 TRACE = "0af7651916cd43dd8448eb211c80319c"
@@ -165,6 +165,22 @@ def test_an_agents_request_names_its_trace(collector: Collector) -> None:
     (span,) = collector.of_the_trace("cotune-agent")
     assert (traceparent, trace_id) == (f"00-{TRACE}-{span.span_id.hex()}-01", TRACE)
     assert attributes(span) == {"cotune.run_id": "run_1"}
+
+
+def test_a_process_ends_in_time_where_no_collector_answers() -> None:
+    program = (
+        "import os, time, tracing\n"
+        "assert tracing.start('cotune-agent', os.environ)\n"
+        "with tracing.span('assignment'): pass\n"
+        "begun = time.monotonic(); tracing.flush(); print(time.monotonic() - begun, flush=True)"
+    )
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        environment = {**os.environ, "OTEL_EXPORTER_OTLP_ENDPOINT": url}
+        with subprocess.Popen([sys.executable, "-c", program], env=environment, stdout=subprocess.PIPE) as process:
+            assert process.stdout is not None
+            assert FLUSH_SECONDS <= float(process.stdout.readline()) < 8  # the SDK: 10
+            assert process.wait(5) == 0
 
 
 def test_without_being_asked_it_does_and_imports_nothing() -> None:
