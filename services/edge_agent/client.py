@@ -39,14 +39,8 @@ from protocol.assignments import (
     Submission,
     SubmissionReceipt,
 )
-from protocol.devices import (
-    Device,
-    DeviceCredential,
-    EnrolmentReceipt,
-    EnrolmentRequest,
-    Heartbeat,
-    HeartbeatReceipt,
-)
+from protocol.base import reading_answers
+from protocol.devices import Device, DeviceCredential, EnrolmentReceipt, EnrolmentRequest, Heartbeat, HeartbeatReceipt
 from protocol.errors import ErrorCode
 from protocol.headers import (
     CONTENT_DIGEST_HEADER,
@@ -390,7 +384,8 @@ def _problem(response: httpx.Response) -> tuple[str | None, str]:
 
 def _parse(response: httpx.Response, schema: type[Schema]) -> Schema:
     try:
-        return schema.model_validate_json(response.content)
+        with reading_answers():
+            return schema.model_validate_json(response.content)
     except ValidationError as error:
         first = error.errors(include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"])

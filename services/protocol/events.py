@@ -1,14 +1,13 @@
 """The append-only feed: every transition and everything worth telling, in order."""
 
-from enum import StrEnum
 from typing import Any
 
 from pydantic import Field
 
-from protocol.base import ResponseModel, Timestamp
+from protocol.base import OpenEnum, ResponseModel, Timestamp
 
 
-class EventType(StrEnum):
+class EventType(OpenEnum):
     """Every kind of event."""
 
     RUN_CREATED = "run.created"

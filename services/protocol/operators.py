@@ -1,14 +1,13 @@
 """Operators: their roles, their API keys, and the trail of what they did."""
 
-from enum import StrEnum
 from typing import Any
 
 from pydantic import Field
 
-from protocol.base import Name, RequestModel, ResponseModel, Timestamp
+from protocol.base import Name, OpenEnum, RequestModel, ResponseModel, Timestamp
 
 
-class OperatorRole(StrEnum):
+class OperatorRole(OpenEnum):
     """What an operator may do; each role may do what those before it may."""
 
     VIEWER = "viewer"  # Reads runs, rounds, versions, devices, events.
