@@ -13,6 +13,7 @@ import uvicorn
 from fastapi import FastAPI
 
 from cloud_api.cloud import Cloud
+from cloud_api.reading import reading_little
 
 GRACE_SECONDS = 2
 """From the signal to the cut of requests that still run (uploads, downloads); waiting ends at once."""
@@ -108,7 +109,7 @@ def serve(app: FastAPI, cloud: Cloud, listener: socket.socket, lifeline: int | N
     config = uvicorn.Config(
         app,
         loop="uvloop",
-        http="httptools",
+        http=reading_little(),
         ws="none",
         lifespan="on",
         log_config=None,

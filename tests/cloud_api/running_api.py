@@ -22,6 +22,7 @@ import uvicorn
 from cloud_api.app import create_app
 from cloud_api.brief_memory import Rate
 from cloud_api.cloud import Cloud, open_cloud
+from cloud_api.reading import reading_little
 from cloud_api.security import Rates
 from cloud_api.server import GRACE_SECONDS, Server, bind
 from cloud_api.settings import Settings
@@ -317,7 +318,7 @@ def running_api(settings: Settings) -> Iterator[RunningApi]:
     config = uvicorn.Config(
         create_app(cloud),
         loop="uvloop",
-        http="httptools",
+        http=reading_little(),
         ws="none",
         log_config=None,
         access_log=False,

@@ -23,6 +23,7 @@ from edge_agent.ledger import Ledger
 from edge_agent.settings import ServerSection, tls_context
 from tests.cloud_api.running_api import PROFILE
 from tests.cloud_api.test_process import refused, started
+from tests.cloud_api.test_reading import exchange_all_sizes, serving
 
 
 @dataclass
@@ -138,6 +139,12 @@ def test_the_api_speaks_tls_and_knows_its_clients(tmp_path: Path, authority: Aut
                 else:
                     with pytest.raises(CloudUnavailable, match="certificate"):
                         device.whoami()
+
+
+def test_large_bodies_come_whole_over_tls(authority: Authority) -> None:
+    with serving(*authority.sign("large", "127.0.0.1")) as served:
+        served.tls = ssl.create_default_context(cafile=str(authority.certificate))
+        exchange_all_sizes(served)
 
 
 def test_tls_files_that_cannot_be_used_are_told_at_the_start(tmp_path: Path, authority: Authority) -> None:
