@@ -95,6 +95,7 @@ class _FileResponse(Response):
         self._artifact = artifact
         self._part = part
         self._device_id = device_id
+        self._sent = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send."""
@@ -102,30 +103,29 @@ class _FileResponse(Response):
             await super().__call__(scope, receive, send)
             return
         file = await run_in_threadpool(self._cloud.blobs.open, self._artifact.sha256, self._part.start)
-        sent = 0
         # One task for the whole file: to ask before each chunk cost more than to send it.
         hung_up = asyncio.ensure_future(_disconnect(receive))
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
             with self._cloud.transfers.one():
-                while sent < self._part.size and not hung_up.done():
-                    chunk = await self._read(file, self._part.size - sent)
-                    sent += len(chunk)
-                    more = sent < self._part.size
-                    await send({"type": "http.response.body", "body": chunk, "more_body": more})
+                while self._sent < self._part.size and not hung_up.done():
+                    await self._send_chunk(file, send)
             if self._part.size == 0:
                 await send({"type": "http.response.body", "body": b""})
         finally:
             hung_up.cancel()
             file.close()
             with anyio.CancelScope(shield=True):
-                await _count(self._cloud, self._artifact, self._device_id, sent)
+                await _count(self._cloud, self._artifact, self._device_id, self._sent)
 
-    async def _read(self, file: BinaryIO, left: int) -> bytes:
+    async def _send_chunk(self, file: BinaryIO, send: Send) -> None:
+        """Send the next bytes. Nobody holds them after it: those that have sent all wait long for their count."""
+        left = self._part.size - self._sent
         chunk = await run_in_threadpool(file.read, min(self._cloud.transfers.block_bytes, left))
         if not chunk:
             raise EOFError(f"a stored file is {left} bytes shorter than it was")
-        return chunk
+        self._sent += len(chunk)
+        await send({"type": "http.response.body", "body": chunk, "more_body": self._sent < self._part.size})
 
 
 async def _disconnect(receive: Receive) -> None:

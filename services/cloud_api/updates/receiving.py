@@ -111,6 +111,7 @@ async def _receive(
         async with aclosing(_blocks(request, body.size_bytes, seconds, cloud.transfers)) as blocks:
             async for block in blocks:
                 await run_in_threadpool(take, block)
+                del block  # or it would lie here while the next one gathers
 
 
 def adopt(cloud: Cloud, upload_id: str, file: Announced, gate: HeaderGate) -> StoredBlob | None:
@@ -173,8 +174,7 @@ async def _blocks(
                         put_off = loop.time()
                         limit.reschedule(put_off + idle_seconds)
             if not ended:
-                yield b"".join(waiting)
-                waiting.clear()
+                yield _taken(waiting)
                 size = 0
     except ClientDisconnect:
         raise _truncated(size_bytes, received, "then the connection was closed") from None
@@ -185,7 +185,14 @@ async def _blocks(
     if received < size_bytes:
         raise _truncated(size_bytes, received, "then the body ended")
     if size:
-        yield b"".join(waiting)
+        yield _taken(waiting)
+
+
+def _taken(pieces: list[bytes]) -> bytes:
+    """Put pieces together and let go of them: whoever works on the block should not hold its bytes twice."""
+    block = b"".join(pieces)
+    pieces.clear()
+    return block
 
 
 def _truncated(expected: int, received: int, what: str) -> DomainError:
