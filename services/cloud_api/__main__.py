@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import tracing
+from cloud_api.allocator import share_arenas
 from protocol.exit_codes import ServiceExit
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--migrate", action="store_true", help="only bring the database's schema up to date, and end")
     parser.add_argument("--socket", type=int, help=argparse.SUPPRESS)  # one of several processes: see `processes`
     options = parser.parse_args(arguments)
+    share_arenas()
 
     from cloud_api import logging
     from cloud_api.server import CannotListen, bind
