@@ -46,8 +46,7 @@ Every answer has `X-Request-ID`, which is also in the server's log; send your ow
 **Repeating.** Uploads and submissions are idempotent: the same content gets the same receipt, other content gets 409.
 Every other `POST` is, with an `Idempotency-Key`. After `429` and `503`, wait for `Retry-After` and repeat.
 
-**Versions.** Clients may send `Cotune-Protocol: 1`. Fields are only ever added, and so are words (statuses, event
-types, error codes): ignore fields that you do not know, and take such a word as it comes.
+**Versions.** Clients may send `Cotune-Protocol: 1`. Fields are only ever added: ignore those that you do not know.
 """
 
 _WITH_BODY = (ErrorCode.MALFORMED_REQUEST, ErrorCode.DIGEST_MISMATCH, ErrorCode.BODY_TOO_LARGE)

@@ -6,7 +6,6 @@ in the one transaction of what the endpoint does. See `persistence.idempotency`.
 
 import inspect
 from collections.abc import Callable
-from datetime import datetime
 from functools import wraps
 from typing import Annotated, Any
 
@@ -14,8 +13,7 @@ from fastapi import Depends, Header, Request, Response
 from pydantic import BaseModel
 from sqlalchemy.orm import Session
 
-from cloud_api.dependencies import Now, get_cloud
-from cloud_api.rate_limits import RateLimited
+from cloud_api.dependencies import Now
 from persistence import idempotency
 from persistence.errors import CommittedRefusal
 from persistence.idempotency import Answer, KeyedRequest
@@ -25,9 +23,7 @@ Endpoint = Callable[..., Any]
 
 _DESCRIPTION = (
     "Chosen by the client, new for each new request, best a UUID. The same request with the same key does nothing for "
-    f"24 hours and gets the same answer, with `{IDEMPOTENCY_REPLAYED_HEADER}: true`; another request with it gets 409. "
-    "So many answers of one credential are kept (`COTUNE_IDEMPOTENCY_KEYS`, 20 000 unless it is set); a new key beyond "
-    "them gets 429, and `Retry-After` says when the oldest is forgotten. Repetitions are answered all the same."
+    f"24 hours and gets the same answer, with `{IDEMPOTENCY_REPLAYED_HEADER}: true`; another request with it gets 409."
 )
 _Key = Annotated[
     str | None,
@@ -42,34 +38,15 @@ _Key = Annotated[
 ]
 
 
-async def _keyed_request(request: Request, key: _Key = None) -> tuple[KeyedRequest, int] | None:
-    """Return the request with its key, and how many answers its caller may have; None without a key."""
+async def _keyed_request(request: Request, key: _Key = None) -> KeyedRequest | None:
     if key is None:
         return None
     path = request.scope.get("raw_path") or request.url.path.encode()
     content = b"\n".join([request.method.encode(), path, request.scope.get("query_string", b""), await request.body()])
-    keyed = KeyedRequest(request.headers.get("Authorization", ""), key, content)
-    return keyed, get_cloud(request).settings.idempotency_keys
+    return KeyedRequest(request.headers.get("Authorization", ""), key, content)
 
 
-_Keyed = Annotated[tuple[KeyedRequest, int] | None, Depends(_keyed_request)]
-
-
-def _known_answer(session: Session, request: KeyedRequest, most: int, now: datetime) -> Response | None:
-    """Claim the key: return the answer that the same request got, or None if it is new and has yet to be done.
-
-    Raises:
-        DomainError: IDEMPOTENCY_KEY_REUSED.
-        RateLimited: it is new, and the caller has `most` answers already.
-    """
-    known = idempotency.claim(session, request, now)
-    if known is not None:
-        headers = {IDEMPOTENCY_REPLAYED_HEADER: "true"}
-        return Response(known.body, known.status, headers, "application/json")
-    wait_seconds = idempotency.seconds_until_room(session, request, most, now)
-    if wait_seconds > 0:
-        raise RateLimited(f"this credential with a new `{IDEMPOTENCY_KEY_HEADER}` ({most} in 24 hours)", wait_seconds)
-    return None
+_Keyed = Annotated[KeyedRequest | None, Depends(_keyed_request)]
 
 
 def repeats_by_content(endpoint: Endpoint) -> Endpoint:
@@ -98,15 +75,15 @@ def repeatable(endpoint: Endpoint, status_code: int) -> Endpoint:
 
     @wraps(endpoint)
     def answer(**arguments: Any) -> Any:
-        keyed, now = arguments.pop("keyed_request"), arguments.pop("answered_at")
+        request, now = arguments.pop("keyed_request"), arguments.pop("answered_at")
         response: Response = arguments["response"] if own_response else arguments.pop("response")
         session: Session = arguments["session"]
-        if keyed is None:
+        if request is None:
             return endpoint(**arguments)
-        request, most = keyed
-        known = _known_answer(session, request, most, now)
+        known = idempotency.claim(session, request, now)
         if known is not None:
-            return known
+            headers = {IDEMPOTENCY_REPLAYED_HEADER: "true"}
+            return Response(known.body, known.status, headers, "application/json")
         try:
             result: BaseModel = endpoint(**arguments)
         except CommittedRefusal:

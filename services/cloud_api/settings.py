@@ -21,8 +21,6 @@ Choice = TypeVar("Choice", bound=str)
 
 KEY_FILE = "operator.key"
 DEFAULT_UPLOAD_BYTES = 512 * 2**20
-DEFAULT_IDEMPOTENCY_KEYS = 20_000
-"""An operator's program may make a token for each of 10,000 devices in a day, with a key for each."""
 MOST_PROCESSES = 64
 SMALLEST_CHUNK = 4 * 2**20
 LARGEST_CHUNK = 2 * SMALLEST_CHUNK
@@ -71,8 +69,6 @@ class Settings:
     tls: Tls | None = None
     link_seconds: int = 0
     """A download is answered with a link to the object store, good for so long, if the client takes one; 0: never."""
-    idempotency_keys: int = DEFAULT_IDEMPOTENCY_KEYS
-    """Most answers that are kept of one credential, so that each can be given again for 24 hours."""
     upload_chunk_bytes: int = SMALLEST_CHUNK
     """Size of the chunks in which a file may come, bytes."""
 
@@ -113,7 +109,6 @@ class Settings:
             log_level=_choice(environment, "COTUNE_LOG_LEVEL", ("info", "debug", "warning", "error"), "info"),
             upload_limits={kind: _upload_limit(environment, kind) for kind in PartKind},
             link_seconds=_whole(environment, "COTUNE_LINK_SECONDS", 0, 86_400),
-            idempotency_keys=_whole(environment, "COTUNE_IDEMPOTENCY_KEYS", 1, 10_000_000, DEFAULT_IDEMPOTENCY_KEYS),
             upload_chunk_bytes=_whole(environment, "COTUNE_UPLOAD_CHUNK_BYTES", SMALLEST_CHUNK, LARGEST_CHUNK),
             require_signatures=security.switch(environment, "COTUNE_REQUIRE_SIGNATURES", not embedded),
             rates=security.rates(environment),
@@ -186,11 +181,11 @@ def _choice(environment: Mapping[str, str], name: str, choices: tuple[Choice, ..
     raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
 
 
-def _whole(environment: Mapping[str, str], name: str, least: int, most: int, default: int | None = None) -> int:
-    """Read a whole number; where nothing is set, `default`, or `least` without one."""
+def _whole(environment: Mapping[str, str], name: str, least: int, most: int) -> int:
+    """Read a whole number; `least` where nothing is set."""
     value = environment.get(name)
     if not value:
-        return least if default is None else default
+        return least
     if not (value.isascii() and value.isdigit()) or not least <= int(value[:20]) <= most:
         raise ValueError(f"{name}: expected a whole number from {least} to {most}, got {value[:40]!r}")
     return int(value)

@@ -10,7 +10,6 @@ from pydantic import BaseModel, ValidationError
 
 from command_line.errors import BadInput, CommandError, NotAuthorised, Refused, Unreachable
 from protocol import PROTOCOL_VERSION
-from protocol.base import reading_answers
 from protocol.errors import ErrorCode, Problem
 from protocol.headers import PROTOCOL_HEADER
 from protocol.pages import Page
@@ -115,8 +114,7 @@ class Transport:
     def parse(self, response: httpx.Response, schema: type[Schema]) -> Schema:
         """Read an answer. Raises Unreachable: it is not what a Cotune API says."""
         try:
-            with reading_answers():
-                return schema.model_validate_json(response.content)
+            return schema.model_validate_json(response.content)
         except ValidationError:
             raise Unreachable(
                 f"expected a Cotune API at {self.server}, got an answer of {response.status_code} that is not one",
@@ -131,8 +129,7 @@ class Transport:
 
     def _failure(self, response: httpx.Response) -> CommandError:
         try:
-            with reading_answers():
-                problem = Problem.model_validate_json(response.content)
+            problem = Problem.model_validate_json(response.content)
         except ValidationError:
             return Unreachable(f"{self.server} answered {response.status_code} {response.reason_phrase}")
         message = problem.detail

@@ -8,7 +8,6 @@ import typer
 from command_line.connection import Format, RunArgument, Server, connect
 from command_line.output import Columns, OutputFormat, print_items
 from command_line.round_commands import round_text
-from protocol.base import reading_answers
 from protocol.runs import Round, RoundDevice, RoundMetrics
 from protocol.statuses import AssignmentStatus
 
@@ -69,22 +68,17 @@ def list_updates(
     """
     with connect(server) as client:
         rounds = [each for each in client.list_rounds(run_id) if number in (None, each.number)]
-    updates = [each for each in updates_of(rounds) if not statuses or each.status.value in set(statuses)]
+    wanted = set(statuses or UpdateStatus)
+    updates = [each for each in updates_of(rounds) if each.status.value in wanted]
     print_items(updates, output, "update(s)", COLUMNS)
-
-
-def _came(device: RoundDevice) -> bool:
-    if device.status in set(AssignmentStatus):
-        return device.status.value in set(UpdateStatus)
-    return device.submitted_at is not None  # in a status of which only a newer server knows
 
 
 def updates_of(rounds: list[Round]) -> list[Update]:
     """Return what was sent for these rounds, in their order."""
+    came = {each.value for each in UpdateStatus}
     found: list[Update] = []
     for each in rounds:
-        with reading_answers():
-            norms = RoundMetrics.model_validate(each.metrics).update_norms
+        norms = RoundMetrics.model_validate(each.metrics).update_norms
         found += [
             Update(
                 **device.model_dump(),
@@ -93,6 +87,6 @@ def updates_of(rounds: list[Round]) -> list[Update]:
                 norm=norms.get(device.device_id),
             )
             for device in each.devices
-            if _came(device)
+            if device.status.value in came
         ]
     return found

@@ -47,7 +47,7 @@ def round_words(run: Run, status: RoundStatus) -> str:
     """Return what goes on in a round of that status."""
     if status in _WORKER_STAGES and not STRATEGIES[run.config.strategy.name].needs_proxy:
         return "the worker closes the round"
-    return ROUND_WORDS.get(status, status.value)  # a newer server may know more of them
+    return ROUND_WORDS[status]
 
 
 _WORKER_STAGES = frozenset({RoundStatus.AGGREGATING, RoundStatus.CO_TUNING, RoundStatus.EVALUATING})

@@ -39,8 +39,14 @@ from protocol.assignments import (
     Submission,
     SubmissionReceipt,
 )
-from protocol.base import reading_answers
-from protocol.devices import Device, DeviceCredential, EnrolmentReceipt, EnrolmentRequest, Heartbeat, HeartbeatReceipt
+from protocol.devices import (
+    Device,
+    DeviceCredential,
+    EnrolmentReceipt,
+    EnrolmentRequest,
+    Heartbeat,
+    HeartbeatReceipt,
+)
 from protocol.errors import ErrorCode
 from protocol.headers import (
     CONTENT_DIGEST_HEADER,
@@ -384,8 +390,7 @@ def _problem(response: httpx.Response) -> tuple[str | None, str]:
 
 def _parse(response: httpx.Response, schema: type[Schema]) -> Schema:
     try:
-        with reading_answers():
-            return schema.model_validate_json(response.content)
+        return schema.model_validate_json(response.content)
     except ValidationError as error:
         first = error.errors(include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"])

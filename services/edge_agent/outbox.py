@@ -21,7 +21,6 @@ from pydantic import BaseModel
 from assets.atomic import write_atomically
 from edge_agent import durable
 from protocol.assignments import Assignment, Part, Submission, SubmissionReceipt
-from protocol.base import reading_answers
 from protocol.statuses import PartKind
 
 MANIFEST_FILE = "manifest.json"
@@ -59,8 +58,7 @@ class OutboxEntry:
     def receipt(self) -> SubmissionReceipt | None:
         """The server's answer, if it has come."""
         path = self.folder / RECEIPT_FILE
-        with reading_answers():
-            return SubmissionReceipt.model_validate_json(path.read_bytes()) if path.exists() else None
+        return SubmissionReceipt.model_validate_json(path.read_bytes()) if path.exists() else None
 
     def keep_receipt(self, receipt: SubmissionReceipt) -> None:
         """Store the server's answer durably."""
@@ -128,8 +126,7 @@ class Outbox:
 
 def _read(folder: Path) -> OutboxEntry | None:
     try:
-        with reading_answers():  # it holds the assignment, as the server said it
-            manifest = OutboxManifest.model_validate_json((folder / MANIFEST_FILE).read_bytes())
+        manifest = OutboxManifest.model_validate_json((folder / MANIFEST_FILE).read_bytes())
         entry = OutboxEntry(folder, manifest.assignment, manifest.submission)
         for part in manifest.submission.parts:
             with open(entry.file(part), "rb") as file:

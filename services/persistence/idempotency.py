@@ -6,9 +6,6 @@ none. A second request with the same key waits for the first one's transaction a
 
 Answers may hold secrets (a new device's credential) and are therefore sealed with a key made from the caller's own
 request, which the database does not hold.
-
-A caller may have so many of them and no more: a new key beyond that is refused before anything is done. Rejected: to
-drop the oldest, since that would break the promise just where it counts, in a client that repeats much.
 """
 
 import base64
@@ -17,7 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from cryptography.fernet import Fernet
-from sqlalchemy import CursorResult, delete, select, update
+from sqlalchemy import CursorResult, delete, update
 from sqlalchemy.orm import Session
 
 from persistence.inserting import insert_or_keep
@@ -28,9 +25,6 @@ _REPLAYED = "cotune_replayed"
 
 KEPT = timedelta(hours=24)
 """So long after the request its repetition gets the same answer."""
-
-FORGOTTEN_AT_ONCE = 10_000
-"""Rows of one sweep: after days without one, its transaction must not keep SQLite's other writers waiting."""
 
 
 @dataclass(frozen=True)
@@ -65,15 +59,6 @@ class KeyedRequest:
         """What tells a repetition from another request."""
         return hashlib.sha256(self.content).hexdigest()
 
-    @property
-    def caller_sha256(self) -> str | None:
-        """Whose answers are counted together; None without a credential: a device that enrols, once a token's use.
-
-        A device stays the same one with its next credential, `<device_id>.<secret>`, and does not begin anew.
-        """
-        who = self.caller.partition(" ")[2].strip().partition(".")[0]
-        return _sha256(b"caller", who.encode()).hex() if who else None
-
     def _seal(self) -> Fernet:
         secret = _sha256(b"seal", self.caller.encode(), self.key.encode(), self.content)
         return Fernet(base64.urlsafe_b64encode(secret))
@@ -93,12 +78,7 @@ def claim(session: Session, request: KeyedRequest, now: datetime) -> Answer | No
     Raises:
         DomainError: IDEMPOTENCY_KEY_REUSED, another request came with this key.
     """
-    values = {
-        "id": request.row_id,
-        "caller_sha256": request.caller_sha256,
-        "request_sha256": request.content_sha256,
-        "created_at": now,
-    }
+    values = {"id": request.row_id, "request_sha256": request.content_sha256, "created_at": now}
     if insert_or_keep(session, IdempotentAnswerRow, values):
         return None
     row = session.get_one(IdempotentAnswerRow, request.row_id, populate_existing=True)
@@ -112,23 +92,6 @@ def claim(session: Session, request: KeyedRequest, now: datetime) -> Answer | No
     assert row.sealed_answer is not None
     session.info[_REPLAYED] = True
     return Answer(row.status, request.open(row.sealed_answer))
-
-
-def seconds_until_room(session: Session, request: KeyedRequest, most: int, now: datetime) -> float:
-    """Return in how many seconds the caller of a claimed request has room for it; 0: it has.
-
-    Requests at the same time do not see one another, so a few more than `most` may pass.
-    """
-    if request.caller_sha256 is None:
-        return 0.0
-    newest_first = (
-        select(IdempotentAnswerRow.created_at)
-        .where(IdempotentAnswerRow.caller_sha256 == request.caller_sha256, IdempotentAnswerRow.created_at > now - KEPT)
-        .order_by(IdempotentAnswerRow.created_at.desc())
-    )
-    # With the claimed one, the caller has one too many until this one is forgotten.
-    in_the_way = session.scalar(newest_first.offset(most).limit(1))
-    return 0.0 if in_the_way is None else (in_the_way + KEPT - now).total_seconds()
 
 
 def was_replayed(session: Session) -> bool:
@@ -155,15 +118,9 @@ def record(session: Session, request: KeyedRequest, answer: Answer) -> None:
 
 
 def forget_old(session: Session, now: datetime) -> int:
-    """Drop answers that are older than `KEPT`, the oldest first and `FORGOTTEN_AT_ONCE` at most; return how many."""
-    old = (
-        select(IdempotentAnswerRow.id)
-        .where(IdempotentAnswerRow.created_at < now - KEPT)
-        .order_by(IdempotentAnswerRow.created_at)
-        .limit(FORGOTTEN_AT_ONCE)
-    )
+    """Drop the answers that are older than `KEPT`; return how many."""
     result = session.execute(
-        delete(IdempotentAnswerRow).where(IdempotentAnswerRow.id.in_(old)),
+        delete(IdempotentAnswerRow).where(IdempotentAnswerRow.created_at < now - KEPT),
         execution_options={"synchronize_session": False},
     )
     assert isinstance(result, CursorResult)

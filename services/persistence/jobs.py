@@ -5,13 +5,12 @@ the sweep until somebody claims it. A claim is a lease: the worker renews it, an
 the job is queued again. The queue may lose or double messages; both are harmless.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import CursorResult, and_, event, select, update
+from sqlalchemy import CursorResult, and_, select, update
 from sqlalchemy.orm import Session
 
 import tracing
@@ -40,32 +39,8 @@ class JobRecord:
     run_id: str
     round_id: str | None
     attempts: int
-    owner: str
-    claimed_at: datetime
     traceparent: str | None = None
     """The trace that the job goes on with."""
-    previous: str | None = None
-    """Why the attempt before gave it back or lost it; the trace may know only from here."""
-
-    @property
-    def ids(self) -> dict[str, str | None]:
-        """What names it in logs and traces."""
-        return {"job_id": self.job_id, "run_id": self.run_id, "round_id": self.round_id}
-
-    @contextmanager
-    def traced(self) -> Iterator[None]:
-        """Do this attempt in a span of the job's trace."""
-        with tracing.span(self.kind.value, parent=self.traceparent, **self._attempt):
-            yield
-
-    def trace_lost(self, ended: datetime, reason: str) -> None:
-        """Put this attempt into the job's trace in place of its worker, which is gone or stands still."""
-        parent, began = self.traceparent, self.claimed_at
-        tracing.record(self.kind.value, parent=parent, began=began, ended=ended, failure=reason, **self._attempt)
-
-    @property
-    def _attempt(self) -> dict[str, str | None]:
-        return self.ids | {"worker": self.owner, "attempt": str(self.attempts), "previous_attempt": self.previous}
 
 
 def queue(session: Session, kind: JobKind, run_id: str, round_id: str | None, now: datetime) -> str:
@@ -112,7 +87,7 @@ def claim(session: Session, job_id: str, owner: str, lease_seconds: float, now: 
     move(session, job, JobStatus.CLAIMED, now=now, values=values)
     if job.kind is JobKind.PREPARE_RUN and run.status is RunStatus.PENDING:
         move(session, run, RunStatus.PREPARING, now=now)
-    return _claimed(job)
+    return JobRecord(job.id, job.kind, job.run_id, job.round_id, job.attempts, job.traceparent)
 
 
 def renew(session: Session, job_id: str, owner: str, lease_seconds: float, now: datetime) -> bool:
@@ -220,32 +195,15 @@ def _back_to_queue(session: Session, job: JobRow, reason: str, now: datetime, *,
     move(session, job, JobStatus.QUEUED, now=now, reason=reason, values=values)
 
 
-def _claimed(job: JobRow) -> JobRecord:
-    """Return a job that is claimed: it has an owner, and its status since the claim."""
-    return JobRecord(
-        job_id=job.id,
-        kind=job.kind,
-        run_id=job.run_id,
-        round_id=job.round_id,
-        attempts=job.attempts,
-        owner=job.owner or "",
-        claimed_at=job.status_since or job.queued_at,
-        traceparent=job.traceparent,
-        previous=job.reason,
-    )
-
-
 def _requeue_expired(session: Session, run: RunRow, job: JobRow, now: datetime) -> bool:
     """Queue a locked job whose lease has run out; False: it was the last attempt, and the run has failed."""
-    lost, ended = _claimed(job), job.lease_until or now
-    why = f"the lease of {job.owner} ran out at {ended:%H:%M:%S}Z"
-    event.listen(session, "after_commit", lambda _: lost.trace_lost(ended, why), once=True)
     if job.attempts >= MAX_ATTEMPTS:
         reason = f"{job.kind.value} lost its worker {job.attempts} times; the last one was {job.owner}"
         _fail_for_good(session, run, job, code=ErrorCode.JOB_FAILED, reason=reason, now=now)
         return False
-    values = {"owner": None, "lease_until": None, "reason": why, "status_since": now}
-    move(session, job, JobStatus.QUEUED, now=now, reason=why, values=values)
+    reason = f"the lease of {job.owner} ran out at {job.lease_until:%H:%M:%S}Z"
+    values = {"owner": None, "lease_until": None, "reason": reason, "status_since": now}
+    move(session, job, JobStatus.QUEUED, now=now, reason=reason, values=values)
     return True
 
 

@@ -27,12 +27,9 @@ class IdempotentAnswerRow(Table):
     """What a POST with an `Idempotency-Key` was answered: written in the transaction of what it did."""
 
     __tablename__ = "idempotent_answers"
-    __table_args__ = (Index(None, "caller_sha256", "created_at"),)
 
     id: Mapped[str] = mapped_column(SHA256, primary_key=True)
     """SHA-256 over who called and the key."""
-    caller_sha256: Mapped[str | None] = mapped_column(SHA256)
-    """Whose it is, to count them; None for who had no credential yet."""
     request_sha256: Mapped[str] = mapped_column(SHA256)
     status: Mapped[int | None] = mapped_column(Integer)
     sealed_answer: Mapped[bytes | None] = mapped_column(LargeBinary)

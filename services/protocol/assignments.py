@@ -1,10 +1,10 @@
 """What a device is asked to do, and what it answers."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field
 
-from protocol.base import MAX_COUNT, OPEN_WORD, RequestModel, ResponseModel, Sha256, Timestamp
+from protocol.base import MAX_COUNT, RequestModel, ResponseModel, Sha256, Timestamp
 from protocol.runs import DeviceMetrics, EvaluationSettings
 from protocol.statuses import AssignmentStatus, PartKind
 from protocol.strategies import Strategy
@@ -143,7 +143,7 @@ class SubmissionReceipt(ResponseModel):
     round_id: str
     update_sha256: Sha256 = Field(description="Hash of the submission's canonical JSON: the update's identity.")
     received_at: Timestamp
-    counts_in: Annotated[CountsIn, OPEN_WORD] = Field(
+    counts_in: CountsIn = Field(
         default="this_round",
         description="`later_round`: it came late, and the next round that closes uses it if it is not too old by then; "
         "`no_round`: it came late and is only kept.",

@@ -4,7 +4,7 @@ from typing import Annotated
 
 from pydantic import Field, StringConstraints
 
-from protocol.base import ONLY_SHOWN, Name, RequestModel, ResponseModel, Timestamp
+from protocol.base import Name, RequestModel, ResponseModel, Timestamp
 from protocol.federations import DEFAULT_FEDERATION, FederationName
 from protocol.statuses import DeviceStatus
 
@@ -114,7 +114,7 @@ class Device(ResponseModel):
     device_id: str
     name: str
     status: DeviceStatus
-    profile: Annotated[DeviceProfile, ONLY_SHOWN]
+    profile: DeviceProfile
     activity: str
     reason: str | None = None
     federations: list[str] = Field(default_factory=list)

@@ -4,16 +4,17 @@ The body of every error is `application/problem+json` (RFC 9457): `type`, `title
 `expected` / `received` where the two can be said apart.
 """
 
+from enum import StrEnum
 from typing import Any
 
 from pydantic import Field
 
-from protocol.base import OpenEnum, ResponseModel
+from protocol.base import ResponseModel
 
 PROBLEM_MEDIA_TYPE = "application/problem+json"
 
 
-class ErrorCode(OpenEnum):
+class ErrorCode(StrEnum):
     """Every error that the API can answer with."""
 
     MALFORMED_REQUEST = "malformed_request"

@@ -1,13 +1,14 @@
 """The append-only feed: every transition and everything worth telling, in order."""
 
+from enum import StrEnum
 from typing import Any
 
 from pydantic import Field
 
-from protocol.base import OpenEnum, ResponseModel, Timestamp
+from protocol.base import ResponseModel, Timestamp
 
 
-class EventType(OpenEnum):
+class EventType(StrEnum):
     """Every kind of event."""
 
     RUN_CREATED = "run.created"

@@ -1,16 +1,16 @@
 """Health and readiness."""
 
-from typing import Annotated, Literal
+from typing import Literal
 
 from pydantic import Field
 
-from protocol.base import OPEN_WORD, ResponseModel
+from protocol.base import ResponseModel
 
 
 class Health(ResponseModel):
     """The process answers."""
 
-    status: Annotated[Literal["ok"], OPEN_WORD] = "ok"
+    status: Literal["ok"] = "ok"
     version: str
     protocol: str
 
@@ -18,5 +18,5 @@ class Health(ResponseModel):
 class Readiness(ResponseModel):
     """Whether the service can do its work, dependency by dependency."""
 
-    status: Annotated[Literal["ready", "not_ready"], OPEN_WORD]
+    status: Literal["ready", "not_ready"]
     checks: dict[str, str] = Field(description="Dependency -> `ok` or what is wrong.")

@@ -1,13 +1,14 @@
 """Operators: their roles, their API keys, and the trail of what they did."""
 
+from enum import StrEnum
 from typing import Any
 
 from pydantic import Field
 
-from protocol.base import Name, OpenEnum, RequestModel, ResponseModel, Timestamp
+from protocol.base import Name, RequestModel, ResponseModel, Timestamp
 
 
-class OperatorRole(OpenEnum):
+class OperatorRole(StrEnum):
     """What an operator may do; each role may do what those before it may."""
 
     VIEWER = "viewer"  # Reads runs, rounds, versions, devices, events.

@@ -1,10 +1,10 @@
 """Runs, rounds and model versions, as operators create and see them."""
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import ConfigDict, Field, model_validator
 
-from protocol.base import MAX_COUNT, ONLY_SHOWN, Name, RequestModel, ResponseModel, SettingsModel, Sha256, Timestamp
+from protocol.base import MAX_COUNT, Name, RequestModel, ResponseModel, SettingsModel, Sha256, Timestamp
 from protocol.errors import ErrorCode
 from protocol.federations import DEFAULT_FEDERATION, FederationName
 from protocol.statuses import AssignmentStatus, RoundStatus, RunStatus, WaitingFor
@@ -225,7 +225,7 @@ class Run(ResponseModel):
     status_reason: str | None = Field(default=None, description="Why it is in this status, or what it waits for.")
     waiting: Waiting | None = Field(default=None, description="What it waits for, since when and until when.")
     error_code: ErrorCode | None = None
-    config: Annotated[RunCreate, ONLY_SHOWN]
+    config: RunCreate
     current_round: int = Field(description="Number of the newest round; 0 before the first.")
     latest_version: int | None = Field(default=None, description="The newest promoted model version.")
     federation: str = DEFAULT_FEDERATION

@@ -3,10 +3,10 @@
 Which move is allowed is not said here: the transition tables live in `persistence`, beside the code that applies them.
 """
 
-from protocol.base import OpenEnum
+from enum import StrEnum
 
 
-class RunStatus(OpenEnum):
+class RunStatus(StrEnum):
     """The life of a run."""
 
     PENDING = "pending"  # Created; the preparation job waits for a worker.
@@ -18,7 +18,7 @@ class RunStatus(OpenEnum):
     STOPPED = "stopped"  # An operator ended it.
 
 
-class RoundStatus(OpenEnum):
+class RoundStatus(StrEnum):
     """The life of a round."""
 
     OPEN = "open"  # Assignments may be offered; nobody has accepted yet.
@@ -31,7 +31,7 @@ class RoundStatus(OpenEnum):
     ABANDONED = "abandoned"  # Too few updates came before its deadline, or the run ended.
 
 
-class AssignmentStatus(OpenEnum):
+class AssignmentStatus(StrEnum):
     """The life of one device's share of one round."""
 
     OFFERED = "offered"  # Answered to the device's poll.
@@ -46,7 +46,7 @@ class AssignmentStatus(OpenEnum):
     LOST = "lost"  # Its deadline passed and the device did not deliver.
 
 
-class DeviceStatus(OpenEnum):
+class DeviceStatus(StrEnum):
     """The life of a device."""
 
     PENDING = "pending"  # Enrolled, waiting for an operator's approval.
@@ -55,7 +55,7 @@ class DeviceStatus(OpenEnum):
     REVOKED = "revoked"  # Its credential is void for ever.
 
 
-class JobStatus(OpenEnum):
+class JobStatus(StrEnum):
     """The life of a job in the transactional outbox."""
 
     QUEUED = "queued"  # To be sent, or sent and not yet claimed.
@@ -64,7 +64,7 @@ class JobStatus(OpenEnum):
     FAILED = "failed"  # It failed for good; the reason is kept.
 
 
-class JobKind(OpenEnum):
+class JobKind(StrEnum):
     """What a worker can be asked to do. The value is also the Celery task's name behind `cotune.`."""
 
     PREPARE_RUN = "prepare_run"
@@ -78,7 +78,7 @@ class JobKind(OpenEnum):
         return f"cotune.{self.value}"
 
 
-class WaitingFor(OpenEnum):
+class WaitingFor(StrEnum):
     """What a run waits for."""
 
     WORKER = "worker"  # A job is queued and no worker has taken it.
@@ -98,7 +98,7 @@ TRAINING_QUEUE = "cotune-training"
 """The queue of the jobs that need torch: one solo worker a GPU."""
 
 
-class PartKind(OpenEnum):
+class PartKind(StrEnum):
     """The files that one update can consist of. Nothing else is accepted from a device."""
 
     ADAPTER_DELTA = "adapter_delta"  # Trained minus received values of the shared LoRA adapter, safetensors.

@@ -6,7 +6,7 @@ that here a job, not a message, carries the work.
 """
 
 from tracing.setup import TracingUnavailable, flush, start, wanted
-from tracing.spans import add_trace_id, current_traceparent, describe, outgoing_headers, record, span
+from tracing.spans import add_trace_id, current_traceparent, describe, outgoing_headers, span
 
 __all__ = [
     "TracingUnavailable",
@@ -15,7 +15,6 @@ __all__ = [
     "describe",
     "flush",
     "outgoing_headers",
-    "record",
     "span",
     "start",
     "wanted",

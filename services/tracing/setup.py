@@ -1,6 +1,5 @@
 """Starts and ends the export of spans, as the standard variables say."""
 
-import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -59,8 +58,7 @@ def start(service: str, environment: Mapping[str, str]) -> bool:
             f"traces are asked for (OTEL_*), and {error.name} is not installed: pip install 'cotune[otel]'"
         ) from None
     # The exporter reads its address, headers and timeouts from the standard variables itself.
-    resource = Resource.create({SERVICE_NAME: environment.get("OTEL_SERVICE_NAME") or service})
-    provider = TracerProvider(resource=resource, shutdown_on_exit=False)  # it would wait for the collector; see `flush`
+    provider = TracerProvider(resource=Resource.create({SERVICE_NAME: environment.get("OTEL_SERVICE_NAME") or service}))
     provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
     trace.set_tracer_provider(provider)
     _providers.append(provider)
@@ -70,13 +68,5 @@ def start(service: str, environment: Mapping[str, str]) -> bool:
 
 def flush() -> None:
     """Hand over what was not exported yet; wait for that no longer than `FLUSH_SECONDS`."""
-
-    def hand_over() -> None:
-        for provider in _providers:
-            provider.force_flush()
-
-    if _providers:
-        # In a thread: the SDK takes no limit, and where no collector answers it tries again for ten seconds.
-        thread = threading.Thread(target=hand_over, name="flush", daemon=True)
-        thread.start()
-        thread.join(FLUSH_SECONDS)
+    for provider in _providers:
+        provider.force_flush(int(FLUSH_SECONDS * 1000))

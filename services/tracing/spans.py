@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
-from datetime import datetime
 from typing import Any
 
 PREFIX = "cotune."
@@ -28,46 +27,12 @@ def span(name: str, *, parent: str | None = None, **attributes: str | None) -> I
     if not _active:
         yield
         return
-    from opentelemetry import trace
+    from opentelemetry import propagate, trace
 
-    context, known = _context(parent), _named(attributes)
+    context = propagate.extract({"traceparent": parent}) if parent else None
+    known = {f"{PREFIX}{key}": value for key, value in attributes.items() if value is not None}
     with trace.get_tracer("cotune").start_as_current_span(name, context=context, attributes=known):
         yield
-
-
-def record(
-    name: str, *, parent: str | None, began: datetime, ended: datetime, failure: str, **attributes: str | None
-) -> None:
-    """Add a failed span for work that cannot end its own any more: its process is gone, or stands still.
-
-    Args:
-        parent: as for `span`.
-        failure: why it ended, in words.
-        attributes: as for `span`.
-    """
-    if not _active:
-        return
-    from opentelemetry import trace
-
-    done = trace.get_tracer("cotune").start_span(
-        name, context=_context(parent), attributes=_named(attributes), start_time=_nanoseconds(began)
-    )
-    done.set_status(trace.Status(trace.StatusCode.ERROR, failure))
-    done.end(_nanoseconds(ended))
-
-
-def _context(parent: str | None) -> Any:
-    from opentelemetry import propagate
-
-    return propagate.extract({"traceparent": parent}) if parent else None
-
-
-def _named(attributes: Mapping[str, str | None]) -> dict[str, str]:
-    return {f"{PREFIX}{key}": value for key, value in attributes.items() if value is not None}
-
-
-def _nanoseconds(time: datetime) -> int:
-    return int(time.timestamp() * 1e6) * 1000
 
 
 def describe(attributes: Mapping[str, str]) -> None:

@@ -8,7 +8,6 @@ delivery of the same message therefore finds nothing to do. Torch is imported wh
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, assert_never
 
@@ -86,7 +85,11 @@ class JobRunner:
         if job is None:
             log.info("nothing_to_do", job_id=job_id)
             return
-        with structlog.contextvars.bound_contextvars(**job.ids), job.traced():
+        ids = {"job_id": job.job_id, "run_id": job.run_id, "round_id": job.round_id}
+        with (
+            structlog.contextvars.bound_contextvars(**ids),
+            tracing.span(job.kind.value, parent=job.traceparent, **ids, worker=self.owner),
+        ):
             log.info("job_started", kind=job.kind.value, attempt=job.attempts)
             self._attempt(job)
 
@@ -137,10 +140,7 @@ class JobRunner:
         try:
             log.error("stage_stalled", kind=job.kind.value, job_id=job.job_id, reason=reason, stack=where_it_stands())
             said = f"{job.kind.value} stood still in worker {self.owner}: {reason}"
-            given_up_at = self._fail(job, ErrorCode.JOB_FAILED, said, retry=True)
-            if given_up_at is not None:
-                job.trace_lost(given_up_at, said)  # the attempt's own span is the main thread's to end
-                tracing.flush()
+            self._fail(job, ErrorCode.JOB_FAILED, said, retry=True)
         finally:
             self.on_stall()
 
@@ -155,16 +155,12 @@ class JobRunner:
         except DomainError as error:  # the lease runs out by itself
             log.warning("job_not_given_back", kind=job.kind.value, reason=str(error))
 
-    def _fail(self, job: JobRecord, code: ErrorCode, reason: str, *, retry: bool) -> datetime | None:
-        """Give the job up; return when, or None if that could not be written."""
+    def _fail(self, job: JobRecord, code: ErrorCode, reason: str, *, retry: bool) -> None:
         try:
             with self.database.transaction() as session:
-                now = database_now(session)
-                jobs.fail(session, job.job_id, self.owner, code, reason, now, retry=retry)
+                jobs.fail(session, job.job_id, self.owner, code, reason, database_now(session), retry=retry)
         except DomainError as error:  # the lease runs out by itself
             log.warning("failure_not_written", kind=job.kind.value, reason=error.detail)
-            return None
-        return now
 
 
 def write_result(database: Database, finish: Finish, lease: Lease, stop: threading.Event) -> None:

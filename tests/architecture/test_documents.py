@@ -129,7 +129,6 @@ def test_the_defaults_in_the_operators_guide_are_those_of_the_code(tmp_path: Pat
         "COTUNE_MAX_ADAPTER_DELTA_BYTES": api.upload_limits[PartKind.ADAPTER_DELTA],
         "COTUNE_UPLOAD_CHUNK_BYTES": api.upload_chunk_bytes,
         "COTUNE_LINK_SECONDS": api.link_seconds,
-        "COTUNE_IDEMPOTENCY_KEYS": api.idempotency_keys,
         "COTUNE_LEASE_SECONDS": worker.lease_seconds,
         "COTUNE_STALL_SECONDS": worker.stall_seconds,
         "COTUNE_LONG_CALL_SECONDS": worker.long_call_seconds,

@@ -3,24 +3,20 @@
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
 import httpx
-import pytest
 from fastapi.routing import APIRoute
-from sqlalchemy import func, select, update
+from sqlalchemy import func, select
 
 from cloud_api.app import SUBJECTS
-from persistence import idempotency
 from persistence.idempotency import KEPT, forget_old
 from persistence.operator_tables import IdempotentAnswerRow
 from persistence.tables import DeviceRow, EnrolmentTokenRow, RunRow
 from protocol.headers import IDEMPOTENCY_KEY_HEADER, IDEMPOTENCY_REPLAYED_HEADER
-from tests.cloud_api.running_api import PROFILE, RunningApi, running_api, settings_in
+from tests.cloud_api.running_api import PROFILE, RunningApi
 
 RUN = {"name": "again", "strategy": {"name": "standalone"}, "rounds": 1}
 
@@ -137,66 +133,6 @@ def test_answers_are_forgotten_after_a_day(fresh_api: RunningApi) -> None:
     with fresh_api.cloud.database.transaction() as session:
         assert forget_old(session, now + KEPT + timedelta(minutes=1)) == 1
     assert post(fresh_api.operator, "/v1/runs", RUN | {"rounds": 2}, "monday").status_code == 201
-
-
-def test_old_answers_are_forgotten_oldest_first_and_so_many_at_once(
-    fresh_api: RunningApi, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for hours in (25, 27, 26, 1):
-        key = f"{hours}-hours-ago"
-        assert post(fresh_api.operator, "/v1/enrolment-tokens", {"uses": 1}, key).status_code == 201
-        aged = update(IdempotentAnswerRow).where(IdempotentAnswerRow.created_at > datetime.now(UTC) - KEPT / 48)
-        with fresh_api.cloud.database.transaction() as session:
-            session.execute(aged.values(created_at=datetime.now(UTC) - timedelta(hours=hours)))
-    monkeypatch.setattr(idempotency, "FORGOTTEN_AT_ONCE", 2)
-    oldest = select(func.min(IdempotentAnswerRow.created_at))
-    for forgotten, left_hours in ((2, 25), (1, 1), (0, 1)):
-        with fresh_api.cloud.database.transaction() as session:
-            assert forget_old(session, datetime.now(UTC)) == forgotten
-            left = session.scalars(oldest).one()
-        assert round((datetime.now(UTC) - left) / timedelta(hours=1)) == left_hours
-
-
-def test_a_caller_has_so_many_answers_and_each_is_still_given_again(home: Path) -> None:
-    with running_api(replace(settings_in(home), idempotency_keys=3)) as api:
-        body = {"uses": 1}
-        first, *others = (post(api.operator, "/v1/enrolment-tokens", body, f"key-{number}") for number in range(3))
-        assert [each.status_code for each in (first, *others)] == [201] * 3
-        refused = post(api.operator, "/v1/enrolment-tokens", body, "one-more")
-        assert (refused.status_code, refused.json()["code"]) == (429, "rate_limited")
-        assert "this credential with a new `Idempotency-Key` (3 in 24 hours)" in refused.json()["detail"]
-        assert 86_390 < int(refused.headers["Retry-After"]) <= 86_400
-        assert count(api, EnrolmentTokenRow) == 3
-        again = post(api.operator, "/v1/enrolment-tokens", body, "key-0")
-        assert (again.status_code, again.json()) == (201, first.json())
-        assert api.operator.post("/v1/enrolment-tokens", json=body).status_code == 201  # without a key nothing is kept
-        with api.cloud.database.transaction() as session:
-            earlier = select(func.min(IdempotentAnswerRow.created_at)).scalar_subquery()
-            oldest = update(IdempotentAnswerRow).where(IdempotentAnswerRow.created_at == earlier)
-            session.execute(oldest.values(created_at=datetime.now(UTC) - KEPT))
-        assert post(api.operator, "/v1/enrolment-tokens", body, "one-more").status_code == 201
-
-
-def test_a_device_is_counted_over_its_credentials_and_an_enrolment_not_at_all(home: Path) -> None:
-    with running_api(replace(settings_in(home), idempotency_keys=2)) as api:
-        enrolled = [
-            post(api.client(None), "/v1/devices", {"token": api.token(), "name": name, "profile": PROFILE}, name)
-            for name in ("one", "two", "three")
-        ]
-        assert [each.status_code for each in enrolled] == [201] * 3
-        one, two = (api.client(each.json()["credential"]) for each in enrolled[:2])
-        replaced = post(one, "/v1/devices/me/credential", {}, "next")
-        assert replaced.status_code == 201, replaced.text
-        one = api.client(replaced.json()["credential"])
-        assert [beat(one, key) for key in ("a", "b", "c", "a")] == [200, 429, 429, 200]
-        for scheme in ("bearer", "BEARER"):
-            one.headers["Authorization"] = f"{scheme} {replaced.json()['credential']}"
-            assert beat(one, scheme) == 429
-        assert [beat(two, key) for key in ("a", "b", "c")] == [200, 200, 429]
-
-
-def beat(device: httpx.Client, key: str) -> int:
-    return post(device, "/v1/devices/me/heartbeat", {"activity": "idle"}, key).status_code
 
 
 def test_a_refusal_that_is_kept_leaves_the_key_free(api: RunningApi) -> None:

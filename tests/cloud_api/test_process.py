@@ -42,9 +42,8 @@ class Process:
 
 
 @contextlib.contextmanager
-def started(home: Path, log: Path, *program: str, **changed: str) -> Iterator[Process]:
-    """Start the API, or another `program` of Python that serves it, on a free port."""
-    command = [sys.executable, *(program or ("-m", "cloud_api")), "--port", "0"]
+def started(home: Path, log: Path, **changed: str) -> Iterator[Process]:
+    command = [sys.executable, "-m", "cloud_api", "--port", "0"]
     with log.open("w") as errors:
         popen = subprocess.Popen(
             command, env=environment(home, **changed), stdout=subprocess.PIPE, stderr=errors, text=True

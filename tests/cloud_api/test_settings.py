@@ -28,7 +28,6 @@ def test_everything_is_under_the_home_folder_by_default(tmp_path: Path) -> None:
     assert settings.blobs == home / "blobs"
     assert (home / "queue").is_dir()
     assert settings.upload_limits == dict.fromkeys(PartKind, DEFAULT_UPLOAD_BYTES)
-    assert settings.idempotency_keys == 20_000
     assert stat.S_IMODE(home.stat().st_mode) == 0o700
 
 
@@ -60,13 +59,11 @@ def test_deployments_name_their_own_services(tmp_path: Path) -> None:
         COTUNE_LOG_FORMAT="json",
         COTUNE_LOG_LEVEL="debug",
         COTUNE_MAX_LOGITS_BYTES="1000",
-        COTUNE_IDEMPOTENCY_KEYS="7",
     )
     assert settings.database_url.startswith("postgresql")
     assert settings.blobs == tmp_path / "elsewhere"
     assert (settings.log_format, settings.log_level) == ("json", "debug")
     assert settings.upload_limits[PartKind.LOGITS] == 1000
-    assert settings.idempotency_keys == 7
     assert not (tmp_path / "queue").exists()
 
 
@@ -102,7 +99,6 @@ def test_the_databases_password_may_come_from_a_file_and_is_never_shown(tmp_path
         ({"COTUNE_UPLOAD_CHUNK_BYTES": "1000"}, "COTUNE_UPLOAD_CHUNK_BYTES.*4194304 to 8388608"),
         ({"COTUNE_UPLOAD_CHUNK_BYTES": "9" * 5000}, "COTUNE_UPLOAD_CHUNK_BYTES"),
         ({"COTUNE_LINK_SECONDS": "-1"}, "COTUNE_LINK_SECONDS"),
-        ({"COTUNE_IDEMPOTENCY_KEYS": "0"}, "COTUNE_IDEMPOTENCY_KEYS.*1 to 10000000"),
         ({"COTUNE_BLOBS": "ftp://x"}, "COTUNE_BLOBS"),
         ({"COTUNE_MAX_ADAPTER_DELTA_BYTES": "10 MB"}, "COTUNE_MAX_ADAPTER_DELTA_BYTES"),
     ],

@@ -13,7 +13,6 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from scripts.compose.engine import OPTIONAL, image_of
 from tests.cloud_api.running_api import running_api, settings_in
-from tracing.setup import wanted
 
 ROOT = Path(__file__).parents[2]
 COMPOSE = yaml.safe_load((ROOT / "docker-compose.yml").read_text())
@@ -72,51 +71,6 @@ def test_every_variable_is_in_the_example() -> None:
     used = set(re.findall(r"\$\{(\w+)", "".join(each.read_text() for each in files)))
     for_tests = {"COTUNE_LEASE_SECONDS", "COTUNE_SWEEP_SECONDS", "COTUNE_RESEND_AFTER_SECONDS"}
     assert used - set(re.findall(r"^#?(\w+)=", example, re.MULTILINE)) == for_tests
-
-
-def rendered(environment: Mapping[str, str], given: Mapping[str, str]) -> dict[str, str]:
-    """What a container gets where `given` is in `.env`."""
-    return {
-        name: re.sub(r"\$\{(\w+):-([^}]*)\}", lambda found: given.get(found[1]) or found[2], str(value))
-        for name, value in environment.items()
-    }
-
-
-def test_traces_are_off_until_an_endpoint_is_named_and_then_each_service_has_a_name() -> None:
-    named = {
-        name: rendered(each["environment"], {})["OTEL_SERVICE_NAME"]
-        for name, each in SERVICES.items()
-        if "OTEL_SERVICE_NAME" in (each.get("environment") or {})
-    }
-    assert named == {
-        "api": "cotune-api",
-        "worker": "cotune-worker",
-        "worker-gpu": "cotune-worker-gpu",
-        "controller": "cotune-controller",
-    }
-    for name, shown in named.items():
-        environment = SERVICES[name]["environment"]
-        assert not wanted(rendered(environment, {})), name
-        given = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://collector:4318", "OTEL_TRACES_SAMPLER_ARG": "0.1"}
-        on = rendered(environment, given)
-        assert wanted(on), name
-        assert {variable: value for variable, value in on.items() if variable.startswith("OTEL_")} == {
-            "OTEL_EXPORTER_OTLP_ENDPOINT": "http://collector:4318",
-            "OTEL_EXPORTER_OTLP_HEADERS": "",
-            "OTEL_RESOURCE_ATTRIBUTES": "",
-            "OTEL_TRACES_SAMPLER": "parentbased_always_on",  # the SDK complains of an empty one
-            "OTEL_TRACES_SAMPLER_ARG": "0.1",
-            "OTEL_SERVICE_NAME": shown,
-        }
-
-
-def test_no_agent_is_asked_for_traces_which_its_image_cannot_make() -> None:
-    endpoint = "OTEL_EXPORTER_OTLP_ENDPOINT"
-    asked = {name for name, each in SERVICES.items() if endpoint in (each.get("environment") or {})}
-    for name in asked:
-        dockerfile = (ROOT / SERVICES[name]["build"]["dockerfile"]).read_text()
-        assert re.search(r"'\.\[[^]]*\botel\b[^]]*\]'", dockerfile), name
-    assert asked == {"migrate", "api", "worker", "worker-gpu", "controller"}
 
 
 def test_agents_are_shown_no_key() -> None:

@@ -1,12 +1,10 @@
 """Leases, results that are stored once, and a run that survives its workers."""
 
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any
 
 import pytest
 
-import tracing
 from persistence import jobs, results, versions
 from persistence.errors import IllegalTransition, LeaseLost
 from persistence.jobs import MAX_ATTEMPTS, JobRecord
@@ -55,43 +53,6 @@ def test_the_sweep_sends_what_was_not_claimed(world: World) -> None:
     assert world.claim(job_id) is not None
     world.wait(19)
     assert sweep(world) == []
-
-
-def test_an_attempt_whose_worker_is_gone_is_put_into_the_jobs_trace_once_that_is_committed(
-    world: World, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    recorded: list[tuple[str, dict[str, Any]]] = []
-    monkeypatch.setattr(tracing, "record", lambda name, **said: recorded.append((name, said)))
-    monkeypatch.setattr(tracing, "current_traceparent", lambda: "00-trace-parent-01")
-    run = world.create_run()
-    job, began = world.claim_newest("one"), world.now
-    world.wait(25)
-    with world.database.holding() as session:  # rolled back
-        assert len(jobs.due_for_sending(session, world.now, 0)) == 1
-    assert recorded == []
-    assert sweep(world) == [job.job_id]
-    ended = began + timedelta(seconds=20)
-    assert recorded == [
-        (
-            "prepare_run",
-            {
-                "parent": "00-trace-parent-01",
-                "began": began,
-                "ended": ended,
-                "failure": f"the lease of one ran out at {ended:%H:%M:%S}Z",
-                "job_id": job.job_id,
-                "run_id": run.run_id,
-                "round_id": None,
-                "worker": "one",
-                "attempt": "1",
-                "previous_attempt": None,
-            },
-        )
-    ]
-    taken = world.claim(job.job_id, "two")
-    assert taken is not None
-    assert taken.previous == recorded[0][1]["failure"]
-    assert len(recorded) == 1
 
 
 def test_the_sweep_queues_what_lost_its_worker(world: World) -> None:
@@ -392,6 +353,6 @@ def test_a_run_whose_workers_all_die_once_ends_as_one_whose_workers_live(world: 
 
 def test_a_finished_job_that_never_existed(world: World) -> None:
     run = world.create_run()
-    job = JobRecord("job_0", JobKind.PREPARE_RUN, run.run_id, None, 1, "worker", world.now)
+    job = JobRecord("job_0", JobKind.PREPARE_RUN, run.run_id, None, 1)
     with pytest.raises(LeaseLost, match="no such job"):
         world.call(results.finish_prepare, job, "worker", results.PrepareResult(), world.now)
