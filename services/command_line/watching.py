@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from command_line.api_client import ApiClient
 from protocol.runs import Round, Run, Traffic
 from protocol.statuses import AssignmentStatus, RoundStatus, RunStatus
-from protocol.strategies import STRATEGIES
+from protocol.strategies import SmallModel, spec_of
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ ROUND_WORDS = {
 
 def round_words(run: Run, status: RoundStatus) -> str:
     """Return what goes on in a round of that status."""
-    if status in _WORKER_STAGES and not STRATEGIES[run.config.strategy.name].needs_proxy:
+    if status in _WORKER_STAGES and spec_of(run.config.strategy).small_model is SmallModel.NONE:
         return "the worker closes the round"
     return ROUND_WORDS[status]
 

@@ -8,7 +8,7 @@ from protocol.base import MAX_COUNT, Name, RequestModel, ResponseModel, Settings
 from protocol.errors import ErrorCode
 from protocol.federations import DEFAULT_FEDERATION, FederationName
 from protocol.statuses import AssignmentStatus, RoundStatus, RunStatus, WaitingFor
-from protocol.strategies import STRATEGIES, Strategy
+from protocol.strategies import PublicSet, Strategy, spec_of
 
 
 class ProxySettings(SettingsModel):
@@ -154,9 +154,11 @@ class RunCreate(SettingsModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> "RunCreate":
-        needs_proxy = STRATEGIES[self.strategy.name].needs_proxy
-        if needs_proxy and not (self.llm and self.public_data):
-            raise ValueError(f"strategy `{self.strategy.name}` needs `llm` and `public_data`")
+        spec = spec_of(self.strategy)
+        needed = {"llm": spec.needs_llm, "public_data": spec.public_set is not PublicSet.NOWHERE}
+        if any(needs and not getattr(self, name) for name, needs in needed.items()):
+            names = " and ".join(f"`{name}`" for name, needs in needed.items() if needs)
+            raise ValueError(f"strategy `{self.strategy.name}` needs {names}")
         if self.max_updates is not None and self.max_updates < self.min_updates:
             raise ValueError(f"`max_updates` ({self.max_updates}) is less than `min_updates` ({self.min_updates})")
         sampling = self.sampling_deadline_seconds
@@ -170,8 +172,11 @@ class RunCreate(SettingsModel):
     @model_validator(mode="after")
     def _late_updates_can_be_added(self) -> "RunCreate":
         # A delta is added to a later adapter, which means something only while A and B keep their basis.
-        if self.late_updates == "next_round" and getattr(self.strategy, "aggregation", None) != "fedavg":
-            raise ValueError("`late_updates` next_round needs strategy `co_plms` with `aggregation` fedavg")
+        averaging = self.strategy.averaging
+        if self.late_updates == "next_round" and (averaging is None or averaging.aggregation != "fedavg"):
+            raise ValueError(
+                "`late_updates` next_round needs a strategy that averages adapters, with `aggregation` fedavg"
+            )
         return self
 
 
