@@ -32,7 +32,7 @@ from protocol.assignments import Assignment, AssignmentProgress, AssignmentRefus
 from protocol.errors import ErrorCode
 from protocol.runs import DeviceMetrics
 from protocol.statuses import AssignmentStatus, PartKind
-from protocol.strategies import STRATEGIES
+from protocol.strategies import DownloadKind, spec_of
 
 POLL_WAIT_SECONDS = 20
 """How long the server may hold a poll open. Shorter would mean more polls, not sooner work."""
@@ -160,13 +160,18 @@ def work_on(agent: Agent, assignment: Assignment) -> Outcome:
 
 def check_assignment(assignment: Assignment) -> None:
     """Raise `CannotTrain` if the assignment asks for something that its strategy must not or cannot give."""
-    spec = STRATEGIES[assignment.strategy.name]
+    spec = spec_of(assignment.strategy)
     undeclared = set(assignment.uploads) - spec.uploads
     if undeclared:
         raise CannotTrain("undeclared_upload", f"strategy {assignment.strategy.name} must not upload {undeclared}")
-    needed = (assignment.proxy_manifest, assignment.adapter, assignment.probe_set)
-    if spec.needs_proxy and None in needed:
-        raise CannotTrain("incomplete_assignment", "expected a proxy manifest, an adapter and a probe set")
+    files = {
+        DownloadKind.PROXY_BASE: assignment.proxy_manifest,
+        DownloadKind.ADAPTER: assignment.adapter,
+        DownloadKind.PROBE_SET: assignment.probe_set,
+    }
+    missing = [kind for kind, file in files.items() if kind in spec.downloads and file is None]
+    if missing:
+        raise CannotTrain("incomplete_assignment", f"expected the assignment to name {', '.join(missing)}")
 
 
 def train(agent: Agent, assignment: Assignment) -> OutboxEntry:
@@ -222,8 +227,11 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def fetch(agent: Agent, assignment: Assignment) -> RoundFiles:
-    """Download what this device lacks of the round's files."""
-    manifest, adapter, probe_set = assignment.proxy_manifest, assignment.adapter, assignment.probe_set
+    """Download what this device lacks of the round's files, and nothing that the strategy has not declared."""
+    given = spec_of(assignment.strategy).downloads
+    manifest = assignment.proxy_manifest if DownloadKind.PROXY_BASE in given else None
+    adapter = assignment.adapter if DownloadKind.ADAPTER in given else None
+    probe_set = assignment.probe_set if DownloadKind.PROBE_SET in given else None
     return RoundFiles(
         proxy_folder=agent.cache.fetch_model(agent.client, manifest) if manifest else None,
         adapter=agent.cache.fetch(agent.client, adapter) if adapter else None,

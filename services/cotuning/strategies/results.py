@@ -53,15 +53,15 @@ class ServerResult:
     """The cloud's share of a round.
 
     Attributes:
-        shared_adapter: theta after mutual learning with the LLM.
-        llm_adapter: omega.
+        shared_adapter: theta, which the next round starts from; None where the strategy shares nothing.
+        llm_adapter: omega; None where the strategy has no LLM.
         losses: means of the last tenth of the steps, nats.
         alignment: of the rows used, None for no steps.
         teacher: what the devices' logits were used for.
     """
 
-    shared_adapter: AdapterState
-    llm_adapter: AdapterState
+    shared_adapter: AdapterState | None
+    llm_adapter: AdapterState | None
     losses: dict[str, float] = field(default_factory=dict)
     alignment: AlignmentStats | None = None
     teacher: TeacherRows | None = None

@@ -10,11 +10,10 @@ from cotuning.encoded_rows import EncodedRows
 from cotuning.examples import Example
 from cotuning.language_model import LanguageModel
 from cotuning.seeding import derive_seed
+from cotuning.strategies.interface import DeviceInputs, StrategySteps
 from cotuning.strategies.results import DeviceResult
 from cotuning.training import OnProgress, draw_batches, row_sizes, tune_adapter
 from protocol.strategies import StandaloneSettings
-
-__all__ = ["STAGE", "DeviceResult", "device_step"]
 
 STAGE = "standalone_tuning"
 
@@ -80,3 +79,20 @@ def device_step(
         losses={f"slm_{'ce' if name == 'cross_entropy' else name}": value for name, value in losses.items()},
         alignment=None,
     )
+
+
+class Standalone(StrategySteps[StandaloneSettings]):
+    """Each device by itself; the server has nothing to do."""
+
+    def device_step(self, given: DeviceInputs) -> DeviceResult:
+        """As the function of this name."""
+        return device_step(
+            slm=given.slm,
+            private=given.private,
+            slm_adapter=given.slm_adapter,
+            settings=self.settings,
+            round_number=given.round_number,
+            seed=given.seed,
+            on_progress=given.on_progress,
+            checkpoints=given.checkpoints,
+        )
