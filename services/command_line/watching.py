@@ -45,7 +45,9 @@ ROUND_WORDS = {
 
 def round_words(run: Run, status: RoundStatus) -> str:
     """Return what goes on in a round of that status."""
-    if status in _WORKER_STAGES and spec_of(run.config.strategy).small_model is SmallModel.NONE:
+    spec = spec_of(run.config.strategy)
+    nothing_to_average = status in _WORKER_STAGES and spec.small_model is SmallModel.NONE
+    if nothing_to_average or (status is RoundStatus.CO_TUNING and not spec.trains_llm):
         return "the worker closes the round"
     return ROUND_WORDS[status]
 

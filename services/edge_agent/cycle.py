@@ -28,7 +28,15 @@ from edge_agent.outbox import Outbox, OutboxEntry
 from edge_agent.reporting import GONE, TrainingReporter
 from edge_agent.rotation import CredentialRotation
 from edge_agent.uploading import AT_ONCE_BYTES, upload_file
-from protocol.assignments import Assignment, AssignmentProgress, AssignmentRefusal, Part, Submission, SubmissionReceipt
+from protocol.assignments import (
+    Assignment,
+    AssignmentProgress,
+    AssignmentRefusal,
+    ModelFingerprint,
+    Part,
+    Submission,
+    SubmissionReceipt,
+)
 from protocol.errors import ErrorCode
 from protocol.runs import DeviceMetrics
 from protocol.statuses import AssignmentStatus, PartKind
@@ -56,6 +64,8 @@ class RoundFiles:
     proxy_folder: Path | None
     adapter: Path | None
     probe_set: Path | None
+    expected_slm: ModelFingerprint | None = None
+    """What this device's own small model must be."""
 
 
 @dataclass(frozen=True)
@@ -166,10 +176,11 @@ def check_assignment(assignment: Assignment) -> None:
         raise CannotTrain("undeclared_upload", f"strategy {assignment.strategy.name} must not upload {undeclared}")
     files = {
         DownloadKind.PROXY_BASE: assignment.proxy_manifest,
+        DownloadKind.MODEL_MANIFEST: assignment.proxy_manifest,
         DownloadKind.ADAPTER: assignment.adapter,
         DownloadKind.PROBE_SET: assignment.probe_set,
     }
-    missing = [kind for kind, file in files.items() if kind in spec.downloads and file is None]
+    missing = sorted(kind for kind, file in files.items() if kind in spec.downloads and file is None)
     if missing:
         raise CannotTrain("incomplete_assignment", f"expected the assignment to name {', '.join(missing)}")
 
@@ -229,13 +240,15 @@ def is_out_of_memory(error: Exception) -> bool:
 def fetch(agent: Agent, assignment: Assignment) -> RoundFiles:
     """Download what this device lacks of the round's files, and nothing that the strategy has not declared."""
     given = spec_of(assignment.strategy).downloads
-    manifest = assignment.proxy_manifest if DownloadKind.PROXY_BASE in given else None
+    proxy = assignment.proxy_manifest if DownloadKind.PROXY_BASE in given else None
+    manifest = assignment.proxy_manifest if DownloadKind.MODEL_MANIFEST in given else None
     adapter = assignment.adapter if DownloadKind.ADAPTER in given else None
     probe_set = assignment.probe_set if DownloadKind.PROBE_SET in given else None
     return RoundFiles(
-        proxy_folder=agent.cache.fetch_model(agent.client, manifest) if manifest else None,
+        proxy_folder=agent.cache.fetch_model(agent.client, proxy) if proxy else None,
         adapter=agent.cache.fetch(agent.client, adapter) if adapter else None,
         probe_set=agent.cache.fetch(agent.client, probe_set, ".jsonl") if probe_set else None,
+        expected_slm=agent.cache.fetch_manifest(agent.client, manifest).fingerprint if manifest else None,
     )
 
 

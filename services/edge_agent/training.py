@@ -35,6 +35,7 @@ from cotuning.evaluation import evaluate
 from cotuning.examples import Example, rows_digest
 from cotuning.language_model import LanguageModel, UnknownHead
 from cotuning.memory import CannotEstimate, NotEnoughMemory, estimate_memory, longest_row, require_memory
+from cotuning.model_fingerprint import ModelFingerprint, fingerprint_model
 from cotuning.shared_rows import CoverageTooLow
 from cotuning.strategies.interface import DeviceInputs
 from cotuning.strategies.registry import steps_of
@@ -45,11 +46,12 @@ from edge_agent.errors import CannotTrain
 from edge_agent.local_state import DOMAIN_ADAPTER, SLM_ADAPTER, LocalState, LocalStates, StateRecord, write_record
 from edge_agent.settings import Config
 from protocol.assignments import Assignment
+from protocol.assignments import ModelFingerprint as ExpectedModel
 from protocol.errors import ErrorCode
 from protocol.headers import ADAPTER_FORMAT, METADATA_BASE, METADATA_FORMAT, METADATA_PROBE_SET, METADATA_PROXY
 from protocol.runs import AlignmentMetrics, DeviceMetrics, Scores
 from protocol.statuses import PartKind
-from protocol.strategies import Strategy, spec_of
+from protocol.strategies import DownloadKind, Strategy, spec_of
 
 log = structlog.get_logger(__name__)
 
@@ -90,6 +92,7 @@ class LocalTrainer:
         self._states = states
         self._fits: list[tuple[Strategy, int | None]] = []
         self._slm: LanguageModel | None = None
+        self._slm_fingerprint: ModelFingerprint | None = None
         self._proxy: tuple[Path, LanguageModel] | None = None
 
     def train(
@@ -163,6 +166,8 @@ class LocalTrainer:
         if strategy.shared_lora is not None:
             self._require_rank(assignment.adapter_rank or strategy.shared_lora.rank)
         self._require_memory(assignment, slm, private, files)
+        if DownloadKind.MODEL_MANIFEST in spec_of(strategy).downloads:
+            self._require_same_model(slm, files.expected_slm)
         return steps_of(strategy).device_step(
             DeviceInputs(
                 slm=slm,
@@ -185,6 +190,22 @@ class LocalTrainer:
         most = self._config.training.max_adapter_rank
         if most is not None and rank > most:
             raise CannotTrain("adapter_rank_too_high", f"expected an adapter of rank {most} at most, got {rank}")
+
+    def _require_same_model(self, slm: LanguageModel, expected: ExpectedModel | None) -> None:
+        """Refuse to train an adapter that will be averaged with those of another model."""
+        if expected is None:
+            raise CannotTrain("incomplete_assignment", "expected a fingerprint of the run's small model")
+        if self._slm_fingerprint is None:  # every weight is read for it; the model stays loaded
+            self._slm_fingerprint = fingerprint_model(slm)
+        for what, code in (("tokenizer", "other_tokenizer"), ("weights", "other_model")):
+            ours, theirs = getattr(self._slm_fingerprint, what), getattr(expected, what)
+            if ours != theirs:
+                name = Path(self._config.model.path).name
+                raise CannotTrain(
+                    code,
+                    f"this run averages adapters of one small model that every device has: expected {what} "
+                    f"{theirs[:12]}, those of {name} are {ours[:12]}",
+                )
 
     def _require_memory(
         self, assignment: Assignment, slm: LanguageModel, private: Sequence[Example], files: RoundFiles

@@ -107,8 +107,12 @@ def _held(config: RunCreate) -> dict[str, Any]:
 
 def _small_config(llm: Any, config: RunCreate) -> Any:
     """Of the shared small model; None where there is none."""
-    if spec_of(config.strategy).small_model is SmallModel.NONE:
+    small_model = spec_of(config.strategy).small_model
+    if small_model is SmallModel.NONE:
         return None
+    if small_model is SmallModel.DEVICES_OWN:
+        assert config.slm is not None
+        return read_config(config.slm)
     settings = config.proxy
     if settings.source == "pretrained":
         assert settings.path is not None

@@ -6,7 +6,7 @@ afterwards.
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +19,7 @@ from assets.models import folder_identity, list_model_files, save_language_model
 from cotuning.adapters import fresh_adapter
 from cotuning.examples import Example, rows_digest
 from cotuning.language_model import LanguageModel
+from cotuning.model_fingerprint import fingerprint_model
 from cotuning.proxy import distil_proxy
 from cotuning.proxy_creation import create_proxy
 from cotuning.seeding import derive_seed
@@ -27,7 +28,7 @@ from persistence import artifacts, results, runs
 from persistence.blobs import BlobStore, StoredBlob
 from persistence.clock import database_now
 from persistence.results import PrepareResult
-from protocol.assignments import ModelFile, ModelManifest
+from protocol.assignments import ModelFile, ModelFingerprint, ModelManifest
 from protocol.errors import DomainError, ErrorCode
 from protocol.headers import PEFT
 from protocol.runs import RunCreate
@@ -55,6 +56,8 @@ class _Files:
     manifest: StoredBlob | None = None
     model: list[StoredBlob] = field(default_factory=list)
     """The shared small model's."""
+    fingerprint: ModelFingerprint | None = None
+    """Of the devices' own model."""
     adapter: StoredBlob | None = None
     llm_adapter: StoredBlob | None = None
     probe_set: StoredBlob | None = None
@@ -63,9 +66,10 @@ class _Files:
 
     def by_kind(self) -> Iterator[tuple[str, StoredBlob]]:
         """Each file under the kind that traffic is counted by."""
-        for blob in (self.manifest, *self.model):
-            if blob is not None:
-                yield "proxy_base", blob
+        downloaded = self.fingerprint is None  # else devices have it, and only compare theirs
+        if self.manifest is not None:
+            yield "proxy_base" if downloaded else "model_manifest", self.manifest
+        yield from (("proxy_base" if downloaded else "small_model", blob) for blob in self.model)
         for kind, blob in (("adapter", self.adapter), ("llm_adapter", self.llm_adapter)):
             if blob is not None:
                 yield kind, blob
@@ -93,21 +97,23 @@ def _prepare(work: Work, config: RunCreate, spec: StrategySpec) -> Finish:
     drop_outdated(work)
     with watch.measure("loading"), work.lease.long_call("reading the rows, loading the LLM"):
         rows, test_rows = _read_rows(config, spec)
-        check_memory(config, rows.training)
+        check_memory(config, rows.training if rows is not None else [])
         llm = _load_llm(work, config) if spec.needs_llm else None
     files, distilled = _Files(), {}
     if spec.small_model is SmallModel.DISTILLED_PROXY:
         assert llm is not None
         with watch.measure("distillation"):
+            assert rows is not None
             distilled = _store_proxy(work, llm, rows.training, config, files)
+    elif spec.small_model is SmallModel.DEVICES_OWN:
+        with watch.measure("loading"), work.lease.long_call("storing the devices' model"):
+            _store_devices_model(work, config, files)
     shared_model = work.cache.proxy(files.manifest.sha256) if files.manifest is not None else None
     models = {name: lm for name, lm in (("llm", llm), ("proxy", shared_model)) if lm is not None}
     peft_configs = _store_adapters(work, config, models, files)
-    row_files = _store_rows(work.blobs, rows, test_rows, files)
-    if spec.public_set is PublicSet.SERVER_AND_DEVICES:
-        files.probe_set = put_rows(work.blobs, rows.probe)
+    row_files = _store_rows(work.blobs, rows, test_rows, files) if rows is not None else None
     with watch.measure("evaluation"):  # a fresh adapter changes nothing: the base models are version 0
-        validation = score(models, rows.validation, config, work.lease)
+        validation = score(models, rows.validation if rows is not None else [], config, work.lease)
         test = score(models, test_rows, config, work.lease)
     metrics = {
         "validation": as_json(validation),
@@ -115,7 +121,7 @@ def _prepare(work: Work, config: RunCreate, spec: StrategySpec) -> Finish:
         "models": {name: _describe(lm) for name, lm in models.items()},
         PEFT: {name: described_config(each) for name, each in peft_configs.items()},
         "distillation": distilled,
-        ROWS: row_files.as_json(),
+        **({ROWS: row_files.as_json()} if row_files is not None else {}),
         "seconds_by_stage": {f"preparing.{part}": seconds for part, seconds in watch.seconds.items()},
         "peak_memory_bytes": {"preparing": peak_memory_bytes()},
     }
@@ -139,6 +145,14 @@ def _store_proxy(
     with work.lease.long_call("storing the proxy"):
         files.manifest, files.model = store_model(work.blobs, proxy)
     return distilled
+
+
+def _store_devices_model(work: Work, config: RunCreate, files: _Files) -> None:
+    """Store the small model that every device has, as this machine reads it, and what it is recognised by."""
+    assert config.slm is not None
+    slm = load_model(config.slm)
+    files.fingerprint = ModelFingerprint(**asdict(fingerprint_model(slm)))
+    files.manifest, files.model = store_model(work.blobs, slm, files.fingerprint)
 
 
 def _store_adapters(
@@ -197,7 +211,9 @@ def _describe(lm: LanguageModel) -> dict[str, Any]:
     }
 
 
-def store_model(blobs: BlobStore, lm: LanguageModel) -> tuple[StoredBlob, list[StoredBlob]]:
+def store_model(
+    blobs: BlobStore, lm: LanguageModel, fingerprint: ModelFingerprint | None = None
+) -> tuple[StoredBlob, list[StoredBlob]]:
     """Store a model folder file by file; return its manifest and its files.
 
     The manifest is sorted by name, so equal models have one hash.
@@ -207,12 +223,14 @@ def store_model(blobs: BlobStore, lm: LanguageModel) -> tuple[StoredBlob, list[S
         save_language_model(lm, folder)
         stored = {path.name: blobs.put_file(path) for path in list_model_files(folder)}
     files = [ModelFile(path=name, sha256=blob.sha256, size_bytes=blob.size) for name, blob in stored.items()]
-    manifest = blobs.put_bytes(ModelManifest(files=files).model_dump_json().encode())
-    return manifest, list(stored.values())
+    manifest = ModelManifest(files=files, fingerprint=fingerprint).model_dump_json(exclude_none=True)
+    return blobs.put_bytes(manifest.encode()), list(stored.values())
 
 
-def _read_rows(config: RunCreate, spec: StrategySpec) -> tuple[PublicRows, list[Example]]:
-    assert config.public_data is not None
+def _read_rows(config: RunCreate, spec: StrategySpec) -> tuple[PublicRows | None, list[Example]]:
+    """The public rows dealt out, and those to test on; a run without public rows has neither."""
+    if config.public_data is None:
+        return None, []
     public = split_public_rows(
         _read(config.public_data),
         probe_rows=config.probe_rows if spec.public_set is PublicSet.SERVER_AND_DEVICES else 0,
@@ -236,6 +254,8 @@ def _read(source: str) -> list[Example]:
 def _store_rows(blobs: BlobStore, public: PublicRows, test: list[Example], files: _Files) -> RowFiles:
     files.rows = [put_rows(blobs, rows) for rows in (public.training, public.validation, *([test] if test else []))]
     hashes = [blob.sha256 for blob in files.rows]
+    if public.probe:
+        files.probe_set = put_rows(blobs, public.probe)
     return RowFiles(hashes[0], hashes[1], hashes[2] if test else None)
 
 

@@ -18,10 +18,10 @@ def refused(response: httpx.Response, code: ErrorCode, status: int) -> dict[str,
     return problem
 
 
-@pytest.mark.parametrize("field", ["llm", "proxy.path"])
+@pytest.mark.parametrize("field", ["llm", "slm", "proxy.path"])
 @pytest.mark.parametrize("shape", ["/no/such/folder", "./no/such/folder", "~/no-such-folder-of-cotune"])
 def test_a_model_folder_that_is_not_there(api: RunningApi, field: str, shape: str) -> None:
-    changed: dict[str, Any] = {"llm": shape}
+    changed: dict[str, Any] = {field: shape}
     if field == "proxy.path":
         changed = {"proxy": {"source": "pretrained", "path": shape}}
     problem = refused(api.operator.post("/v1/runs", json=CONFIG | changed), ErrorCode.MODEL_FOLDER_MISSING, 422)

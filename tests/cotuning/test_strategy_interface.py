@@ -26,10 +26,10 @@ def test_every_built_in_strategy_has_steps(spec: Any) -> None:
 
 
 def test_steps_that_are_none_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    for place in ("cotuning.strategies.standalone:device_step", "cotuning.strategies.standalone:Nothing"):
+    for place in ("cotuning.strategies.standalone:STAGE", "cotuning.strategies.standalone:Nothing", "builtins:str"):
         broken = replace(STRATEGIES["standalone"], steps=place)
         monkeypatch.setattr(registry, "spec_of", lambda settings, spec=broken: spec)
-        with pytest.raises(StepsNotUsable, match=f"standalone: expected a class of StrategySteps at {place}, got"):
+        with pytest.raises(StepsNotUsable, match=f"standalone: expected {place} to make StrategySteps, got"):
             steps_of(StandaloneSettings())
 
 

@@ -106,7 +106,7 @@ def test_the_services_ask_the_settings_and_not_which_strategy_it_is() -> None:
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"steps": "module"}, "`steps` as `module:class`"),
+        ({"steps": "module"}, "`steps` as `module:name`"),
         ({"uploads": frozenset({PartKind.LOGITS})}, "where devices upload an adapter_delta, and only there"),
         ({"settings": StandaloneSettings}, "where devices upload an adapter_delta, and only there"),
         ({"small_model": SmallModel.NONE}, "a `small_model` for the adapter whose delta devices upload"),

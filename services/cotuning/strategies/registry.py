@@ -8,18 +8,19 @@ from protocol.strategies import StrategySettings, spec_of
 
 
 class StepsNotUsable(TypeError):
-    """What a strategy's spec names as its steps is no such class."""
+    """What a strategy's spec names does not make its steps."""
 
 
 def steps_of(settings: StrategySettings) -> StrategySteps[Any]:
     """The steps of the strategy whose settings these are.
 
     Raises:
-        StepsNotUsable: the spec names a class that is none.
+        StepsNotUsable: the spec names what is not there, or makes something else.
     """
     spec = spec_of(settings)
     module, _, name = spec.steps.partition(":")
-    made = getattr(import_module(module), name, None)
-    if not (isinstance(made, type) and issubclass(made, StrategySteps)):
-        raise StepsNotUsable(f"strategy {spec.name}: expected a class of StrategySteps at {spec.steps}, got {made!r}")
-    return made(settings)
+    make = getattr(import_module(module), name, None)
+    made = make(settings) if callable(make) else make
+    if not isinstance(made, StrategySteps):
+        raise StepsNotUsable(f"strategy {spec.name}: expected {spec.steps} to make StrategySteps, got {made!r}")
+    return made

@@ -13,24 +13,24 @@ class DeviceResult:
     """One device's share of a round. Only `delta` and `logits` (and numbers) may leave the device.
 
     Attributes:
+        slm_adapter: psi_i: what this device's SLM is used with, and given back in the next round; never leaves.
+        num_examples: weight of the update: private rows trained on.
+        losses: means of the last tenth of the steps, nats.
         delta: trained minus received shared adapter; empty where the strategy sends none.
         logits: the proxy's probe-set payload; empty where the strategy sends none.
         logits_metadata: its header.
         domain_adapter: phi_i, for the next round; never leaves.
-        slm_adapter: psi_i, likewise.
-        num_examples: weight of the update: private rows trained on.
-        losses: means of the last tenth of the steps, nats.
         alignment: of the private rows, None where nothing was aligned.
     """
 
-    delta: AdapterState
-    logits: dict[str, Tensor]
-    logits_metadata: dict[str, str]
-    domain_adapter: AdapterState | None
     slm_adapter: AdapterState
     num_examples: int
     losses: dict[str, float]
-    alignment: AlignmentStats | None
+    delta: AdapterState = field(default_factory=dict)
+    logits: dict[str, Tensor] = field(default_factory=dict)
+    logits_metadata: dict[str, str] = field(default_factory=dict)
+    domain_adapter: AdapterState | None = None
+    alignment: AlignmentStats | None = None
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ adapter, psi_i a device's SLM adapter, omega the LLM's adapter.
 """
 
 from protocol.strategies.co_plms import CoPlmsSettings, Matching, ServerTraining
+from protocol.strategies.fed_lora import FedLoraSettings
 from protocol.strategies.settings import (
     AveragingSettings,
     Batches,
@@ -28,6 +29,7 @@ __all__ = [
     "Batches",
     "CoPlmsSettings",
     "DownloadKind",
+    "FedLoraSettings",
     "LocalTraining",
     "LoraSettings",
     "Matching",

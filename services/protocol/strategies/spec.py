@@ -38,7 +38,8 @@ class StrategySpec:
 
     Attributes:
         settings: the class of its settings; the default of their `name` is the strategy's.
-        steps: `module:class` of its `cotuning.strategies.interface.StrategySteps`; imported only where there is torch.
+        steps: `module:name` of what makes its `cotuning.strategies.interface.StrategySteps` from the settings: their
+            class, or a function. Imported and called only where there is torch.
         uploads: the parts that an update consists of. A device sends nothing else, and numbers.
         downloads: the files that a device is given. It fetches nothing else.
         small_model: whose adapter is shared.
@@ -62,7 +63,7 @@ class StrategySpec:
     def __post_init__(self) -> None:
         sends_delta = PartKind.ADAPTER_DELTA in self.uploads
         rules = (
-            (":" in self.steps, "`steps` as `module:class`"),
+            (":" in self.steps, "`steps` as `module:name`"),
             (isinstance(self.settings.model_fields["name"].default, str), "settings with a default `name`"),
             (
                 sends_delta == issubclass(self.settings, AveragingSettings),
