@@ -35,7 +35,7 @@ ROUND_WORDS = {
     RoundStatus.OPEN: "waits for devices",
     RoundStatus.COLLECTING: "devices train",
     RoundStatus.AGGREGATING: "the worker averages the updates",
-    RoundStatus.CO_TUNING: "the LLM and the proxy teach each other",
+    RoundStatus.CO_TUNING: "the LLM and the small model teach each other",
     RoundStatus.EVALUATING: "the worker measures the new version",
     RoundStatus.PUBLISHED: "published",
     RoundStatus.FAILED: "failed",

@@ -113,7 +113,7 @@ class RunCreate(SettingsModel):
         default=None,
         max_length=1024,
         description="Folder or hub name of the small model that every device has. For strategies that share an adapter "
-        "of it: `fed_lora`.",
+        "of it: `fed_lora`, `fedcollm`.",
     )
     public_data: str | None = Field(default=None, max_length=1024, description="JSONL file of public rows.")
     evaluation_data: str | None = Field(

@@ -89,6 +89,7 @@ def test_fed_lora_averages_the_devices_adapters(alike: SmallCloud) -> None:
     assert any(not torch.equal(thetas[1][name], thetas[2][name]) for name in thetas[0])
     versions = alike.client.list_versions(run.run_id)
     assert all(set(each.metrics["validation"]) == {"proxy"} for each in versions)
+    assert "base_model: null" in alike.client.model_card(run.run_id, 2)
     with io.BytesIO() as archive:
         alike.client.download_package(run.run_id, 2, "proxy", archive)
         archive.seek(0)
@@ -96,6 +97,22 @@ def test_fed_lora_averages_the_devices_adapters(alike: SmallCloud) -> None:
             configs = [files.extractfile(each) for each in files.getmembers() if "adapter_config" in each.name]
             config = json.load(configs[0])  # type: ignore[arg-type]
     assert config["base_model_name_or_path"] == str(alike.models["slm-0"])
+
+
+def test_fedcollm_distils_between_the_shared_adapter_and_the_llm(alike: SmallCloud) -> None:
+    server = {"steps": 2, "batch_size": 4, "max_length": 64}
+    run = finished(alike, run_config(alike, "fedcollm", llm_lora=LORA, server=server))
+    last = alike.client.get_round(run.run_id, 1)
+    check_devices(last)
+    assert set(last.metrics["losses"]) == {"llm_ce", "llm_kl", "slm_ce", "slm_kl"}
+    assert {kind for kind, count in alike.client.traffic(run.run_id).up.items() if count} == {
+        "adapter_delta",
+        "metrics",
+    }
+    assert "probe_set" not in alike.client.traffic(run.run_id).down
+    versions = alike.client.list_versions(run.run_id)
+    assert all(set(each.metrics["test"]) == {"llm", "proxy"} for each in versions)
+    assert versions[0].llm_adapter_sha256 != versions[1].llm_adapter_sha256
 
 
 def test_a_strategy_that_a_distribution_adds_runs_without_touching_anything_else(alike: SmallCloud) -> None:

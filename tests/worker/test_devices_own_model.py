@@ -1,4 +1,4 @@
-"""Runs whose shared adapter is one of the devices' own small model: fed_lora through the worker's stages."""
+"""Runs whose shared adapter is one of the devices' own small model: fed_lora and fedcollm through all stages."""
 
 from pathlib import Path
 from typing import Any
@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from assets.models import save_language_model
+from assets.models import load_language_model, save_language_model
 from assets.tensors import tensors_to_bytes
 from cotuning.model_fingerprint import fingerprint_model
-from cotuning.strategies.interface import DeviceInputs
+from cotuning.strategies.interface import DeviceInputs, ServerInputs
 from cotuning.strategies.registry import steps_of
 from cotuning.strategies.results import DeviceResult
 from persistence import artifacts
@@ -20,9 +20,18 @@ from protocol.statuses import AssignmentStatus, PartKind, RunStatus
 from tests.tiny_models import tiny_examples, tiny_language_model
 from tests.worker.cloud import LORA, Cloud, write_rows
 from worker.adapter_files import get_adapter
+from worker.memory_check import check_memory
+from worker.row_files import RowFiles, get_rows
 
 TRAINING = {"steps": 2, "batch_size": 4, "max_length": 64}
 FED_LORA: dict[str, Any] = {"name": "fed_lora", "slm_lora": LORA, "training": TRAINING}
+FEDCOLLM: dict[str, Any] = {
+    "name": "fedcollm",
+    "slm_lora": LORA,
+    "llm_lora": LORA,
+    "training": TRAINING,
+    "server": {"steps": 3, "batch_size": 4, "max_length": 64},
+}
 METRICS = {"alignment": None}
 
 
@@ -138,3 +147,77 @@ def test_an_update_of_another_shape_is_refused(cloud: Cloud, slm: str) -> None:
     failed = cloud.run(run.run_id)
     assert (failed.status, failed.error_code) == (RunStatus.FAILED, ErrorCode.TOO_FEW_UPDATES)
     assert "wrong_tensor_shape" in (failed.status_reason or "")
+
+
+def test_fedcollm_sends_the_distilled_adapter_to_the_devices(cloud: Cloud, slm: str, llm: str) -> None:
+    """And what the worker makes has the bits that the strategy gives to whoever simulates the round."""
+    run = cloud.create_run(llm, strategy=FEDCOLLM, slm=slm, rounds=2, min_updates=2)
+    cloud.work()
+    devices = cloud.enrol("one", "two")
+    assignments = [cloud.take(device) for device in devices]
+    steps = steps_of(assignments[0].strategy)
+    assert assignments[0].adapter is not None
+    theta = get_adapter(cloud.blobs, assignments[0].adapter.sha256)
+    aggregator = steps.aggregator(theta, None)
+    for place, (device, assignment) in enumerate(sorted(zip(devices, assignments, strict=True))):
+        result = device_part(cloud, assignment, start=50 * place)
+        parts = {PartKind.ADAPTER_DELTA: tensors_to_bytes(result.delta, {})}
+        cloud.deliver(assignment, device, parts, num_examples=result.num_examples, metrics=METRICS)
+        aggregator.add(result.delta, result.num_examples)
+    cloud.work()
+
+    versions = [cloud.version(run.run_id, number) for number in (0, 1)]
+    rows = RowFiles.of(versions[0])
+    assert rows is not None
+    assert versions[0].llm_adapter_sha256 is not None
+    served = steps.server_step(
+        ServerInputs(
+            round_number=1,
+            seed=7,
+            on_progress=lambda *_: None,
+            llm=load_language_model(llm),
+            shared_model=load_language_model(slm),
+            shared_adapter=aggregator.result().adapter,
+            llm_adapter=get_adapter(cloud.blobs, versions[0].llm_adapter_sha256),
+            public=get_rows(cloud.blobs, rows.training),
+        )
+    )
+    next_assignment = cloud.take(devices[0])
+    assert next_assignment.round_number == 2
+    assert next_assignment.adapter is not None
+    assert next_assignment.adapter.sha256 == versions[1].proxy_adapter_sha256
+    for sha256, expected in (
+        (versions[1].proxy_adapter_sha256, served.shared_adapter),
+        (versions[1].llm_adapter_sha256, served.llm_adapter),
+    ):
+        assert sha256 is not None
+        assert expected is not None
+        stored = get_adapter(cloud.blobs, sha256)
+        assert all(torch.equal(stored[name], tensor) for name, tensor in expected.items())
+    average = aggregator.result().adapter
+    assert any(not torch.equal(average[name], tensor) for name, tensor in (served.shared_adapter or {}).items())
+    metrics = cloud.round(run.run_id).metrics
+    assert set(metrics["losses"]) == {"llm_ce", "llm_kl", "slm_ce", "slm_kl"}
+    assert set(versions[1].metrics["validation"]) == {"llm", "proxy"}
+
+
+def test_the_auxiliary_set_stays_on_the_server(cloud: Cloud, slm: str, llm: str) -> None:
+    cloud.create_run(llm, strategy=FEDCOLLM, slm=slm)
+    cloud.work()
+    device = cloud.enrol("one")[0]
+    assignment = cloud.take(device)
+    assert assignment.probe_set is None
+    rows = RowFiles.of(cloud.version(assignment.run_id, 0))
+    assert rows is not None
+    assert len(get_rows(cloud.blobs, rows.training)) == 24 - 4  # none is kept for a probe set
+    with pytest.raises(DomainError) as refused:
+        cloud.read(artifacts.get_for_device, rows.training, device)
+    assert refused.value.code is ErrorCode.ARTIFACT_NOT_FOUND
+
+
+def test_its_memory_is_weighed_before_anything_is_loaded(cloud: Cloud, slm: str, llm: str) -> None:
+    strategy = FEDCOLLM | {"server": {"steps": 3, "batch_size": 4096, "max_length": 64}}
+    config = cloud.create_run(llm, strategy=strategy, slm=slm).config
+    with pytest.raises(DomainError, match="mutual learning: not enough memory on cuda:0"):
+        check_memory(config, tiny_examples(8), {"cuda:0": 50_000_000})
+    check_memory(config, tiny_examples(8), {"cuda:0": 2**40})

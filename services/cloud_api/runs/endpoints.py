@@ -52,6 +52,10 @@ def create_run(
                     "summary": "Average an adapter of one small model that every device has",
                     "value": examples.FED_LORA_REQUEST.model_dump(mode="json"),
                 },
+                "fedcollm": {
+                    "summary": "The same, with an LLM that learns from it and teaches it",
+                    "value": examples.FEDCOLLM_REQUEST.model_dump(mode="json"),
+                },
                 "standalone": {
                     "summary": "Each device by itself, for comparison",
                     "value": examples.STANDALONE_REQUEST.model_dump(mode="json"),

@@ -7,6 +7,7 @@ adapter, psi_i a device's SLM adapter, omega the LLM's adapter.
 
 from protocol.strategies.co_plms import CoPlmsSettings, Matching, ServerTraining
 from protocol.strategies.fed_lora import FedLoraSettings
+from protocol.strategies.fedcollm import FedCoLlmSettings, MutualDistillation
 from protocol.strategies.settings import (
     AveragingSettings,
     Batches,
@@ -29,10 +30,12 @@ __all__ = [
     "Batches",
     "CoPlmsSettings",
     "DownloadKind",
+    "FedCoLlmSettings",
     "FedLoraSettings",
     "LocalTraining",
     "LoraSettings",
     "Matching",
+    "MutualDistillation",
     "PublicSet",
     "ServerOptimizerSettings",
     "ServerSteps",

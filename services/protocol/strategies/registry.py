@@ -20,12 +20,13 @@ from pydantic import Field
 
 from protocol.strategies.co_plms import CO_PLMS
 from protocol.strategies.fed_lora import FED_LORA
+from protocol.strategies.fedcollm import FEDCOLLM
 from protocol.strategies.settings import StrategySettings
 from protocol.strategies.spec import StrategySpec
 from protocol.strategies.standalone import STANDALONE
 
 ENTRY_POINT_GROUP = "cotune.strategies"
-BUILT_IN = (CO_PLMS, FED_LORA, STANDALONE)
+BUILT_IN = (CO_PLMS, FED_LORA, FEDCOLLM, STANDALONE)
 
 
 class StrategyNotUsable(ValueError):
