@@ -171,6 +171,10 @@ def work_on(agent: Agent, assignment: Assignment) -> Outcome:
 def check_assignment(assignment: Assignment) -> None:
     """Raise `CannotTrain` if the assignment asks for something that its strategy must not or cannot give."""
     spec = spec_of(assignment.strategy)
+    if not spec.deployable:
+        raise CannotTrain(
+            "not_deployable", f"strategy {spec.name} is for simulations: private rows would have to leave"
+        )
     undeclared = set(assignment.uploads) - spec.uploads
     if undeclared:
         raise CannotTrain("undeclared_upload", f"strategy {assignment.strategy.name} must not upload {undeclared}")

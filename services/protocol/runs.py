@@ -165,6 +165,11 @@ class RunCreate(SettingsModel):
     @model_validator(mode="after")
     def _consistent(self) -> "RunCreate":
         spec = spec_of(self.strategy)
+        if not spec.deployable:
+            raise ValueError(
+                f"strategy `{spec.name}` trains on all devices' rows in one place: it exists in simulations and cannot "
+                "be deployed"
+            )
         needed = {
             "llm": spec.needs_llm,
             "slm": spec.small_model is SmallModel.DEVICES_OWN,

@@ -56,6 +56,10 @@ def test_a_run_that_contradicts_itself_is_refused(api: RunningApi) -> None:
     for rounds in (0, -1, 10_001, 1.5, "many"):
         problem = refused(api.operator.post("/v1/runs", json=CONFIG | {"rounds": rounds}), ErrorCode.INVALID_FIELD, 422)
         assert [each["field"] for each in problem["errors"]] == ["rounds"]
+    pooled = api.operator.post("/v1/runs", json=CONFIG | {"strategy": {"name": "centralized"}})
+    detail = refused(pooled, ErrorCode.INVALID_FIELD, 422)["detail"]
+    assert "strategy `centralized` trains on all devices' rows in one place" in detail
+    assert "exists in simulations and cannot be deployed" in detail
     unknown = api.operator.post("/v1/runs", json=CONFIG | {"device_ids": ["dev_0"]})
     refused(unknown, ErrorCode.DEVICE_NOT_FOUND, 404)
 

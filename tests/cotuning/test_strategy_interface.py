@@ -10,9 +10,10 @@ from cotuning.adapters import add
 from cotuning.strategies import co_plms, interface, registry, standalone
 from cotuning.strategies.interface import DeviceInputs, ServerInputs, StrategySteps
 from cotuning.strategies.registry import StepsNotUsable, steps_of
-from protocol.strategies import STRATEGIES, StandaloneSettings, StrategySettings
+from protocol.strategies import STRATEGIES, CentralizedSettings, StandaloneSettings, StrategySettings
 from protocol.strategies.registry import BUILT_IN
 from tests.cotuning.test_strategies import LORA, PRIVATE, PROBE, PUBLIC, TRAINING, World, same, settings, silent
+from tests.tiny_models import tiny_examples
 
 
 def device_inputs(world: World, **changes: Any) -> DeviceInputs:
@@ -116,3 +117,16 @@ def test_the_server_publishes_the_aggregate_where_a_strategy_says_nothing_else()
     assert same(served.shared_adapter or {}, theta)
     assert same(served.llm_adapter or {}, world.theta)
     assert co_plms.CoPlms.server_step is not interface.StrategySteps.server_step
+
+
+def test_centralized_is_one_device_with_everybodys_rows() -> None:
+    world, others = World(), tiny_examples(16, start=40, kind="sum")
+    chosen = CentralizedSettings(slm_lora=LORA, training=TRAINING)
+    stages: list[str] = []
+    pooled = device_inputs(world, private=[*PRIVATE, *others], on_progress=lambda stage, *_: stages.append(stage))
+    result = steps_of(chosen).device_step(pooled)
+    assert (stages, result.num_examples) == (["centralized_tuning"] * TRAINING.steps, 32)
+    assert (result.delta, result.logits) == ({}, {})
+    alone = StandaloneSettings(slm_lora=LORA, training=TRAINING)
+    assert same(result.slm_adapter, steps_of(alone).device_step(pooled).slm_adapter)
+    assert not same(result.slm_adapter, steps_of(alone).device_step(device_inputs(world)).slm_adapter)

@@ -18,7 +18,7 @@ from edge_agent.training import LocalTrainer
 from protocol.assignments import Assignment, AssignmentRefusal, ModelFingerprint, ModelManifest
 from protocol.headers import METADATA_BASE, METADATA_PROXY
 from protocol.statuses import PartKind
-from protocol.strategies import FedLoraSettings, LocalTraining
+from protocol.strategies import CentralizedSettings, FedLoraSettings, LocalTraining
 from tests.edge_agent.conftest import make_assignment
 from tests.edge_agent.fake_cloud import FakeCloud
 from tests.edge_agent.tiny_world import LORA, TinyWorld, build_world
@@ -123,3 +123,11 @@ def test_an_assignment_without_its_files_is_refused_by_name(agent: Agent, cloud:
     refusal = AssignmentRefusal.model_validate(json.loads(cloud.requests("/refusal")[-1].body))
     assert refusal.code == "incomplete_assignment"
     assert refusal.reason == "expected the assignment to name adapter, model_manifest"
+
+
+def test_a_device_takes_no_part_in_what_pools_private_rows(agent: Agent, cloud: FakeCloud) -> None:
+    nothing: dict[str, Any] = {"proxy_manifest": None, "adapter": None, "probe_set": None, "uploads": []}
+    make_assignment(cloud, strategy=CentralizedSettings(), **nothing)
+    assert cycle.run_once(agent) is Outcome.REFUSED
+    refusal = AssignmentRefusal.model_validate(json.loads(cloud.requests("/refusal")[-1].body))
+    assert refusal.code == "not_deployable"

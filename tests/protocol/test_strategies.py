@@ -89,6 +89,13 @@ def test_settings_and_spec_of_a_strategy_agree(spec: StrategySpec) -> None:
     assert (settings.server_steps is not None) == (spec.public_set is not PublicSet.NOWHERE)
 
 
+def test_only_what_leaves_private_rows_where_they_are_can_be_deployed() -> None:
+    assert {name for name, spec in STRATEGIES.items() if not spec.deployable} == {"centralized"}
+    run = {"name": "a", "rounds": 1, "strategy": {"name": "centralized"}}
+    with pytest.raises(ValidationError, match="exists in simulations and cannot be deployed"):
+        RunCreate.model_validate(run)
+
+
 def test_the_services_ask_the_settings_and_not_which_strategy_it_is() -> None:
     settings = CoPlmsSettings.model_validate(
         {"proxy_lora": {"rank": 4}, "llm_lora": {"rank": 5}, "top_k": 6, "min_coverage": 0.7}

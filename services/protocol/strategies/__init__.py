@@ -5,6 +5,7 @@ discriminator of the settings is `name`. Symbols: theta the adapter that crosses
 adapter, psi_i a device's SLM adapter, omega the LLM's adapter.
 """
 
+from protocol.strategies.centralized import CentralizedSettings
 from protocol.strategies.co_plms import CoPlmsSettings, Matching, ServerTraining
 from protocol.strategies.fed_lora import FedLoraSettings
 from protocol.strategies.fedcollm import FedCoLlmSettings, MutualDistillation
@@ -17,7 +18,7 @@ from protocol.strategies.settings import (
     ServerSteps,
     StrategySettings,
 )
-from protocol.strategies.spec import DownloadKind, PublicSet, SmallModel, StrategySpec
+from protocol.strategies.spec import DownloadKind, PrivateRows, PublicSet, SmallModel, StrategySpec
 from protocol.strategies.standalone import StandaloneSettings
 
 # isort: split
@@ -28,6 +29,7 @@ __all__ = [
     "STRATEGIES",
     "AveragingSettings",
     "Batches",
+    "CentralizedSettings",
     "CoPlmsSettings",
     "DownloadKind",
     "FedCoLlmSettings",
@@ -36,6 +38,7 @@ __all__ = [
     "LoraSettings",
     "Matching",
     "MutualDistillation",
+    "PrivateRows",
     "PublicSet",
     "ServerOptimizerSettings",
     "ServerSteps",

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from pydantic import Field
 
+from protocol.strategies.centralized import CENTRALIZED
 from protocol.strategies.co_plms import CO_PLMS
 from protocol.strategies.fed_lora import FED_LORA
 from protocol.strategies.fedcollm import FEDCOLLM
@@ -26,7 +27,7 @@ from protocol.strategies.spec import StrategySpec
 from protocol.strategies.standalone import STANDALONE
 
 ENTRY_POINT_GROUP = "cotune.strategies"
-BUILT_IN = (CO_PLMS, FED_LORA, FEDCOLLM, STANDALONE)
+BUILT_IN = (CENTRALIZED, CO_PLMS, FED_LORA, FEDCOLLM, STANDALONE)
 
 
 class StrategyNotUsable(ValueError):

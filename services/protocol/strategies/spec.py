@@ -32,6 +32,13 @@ class PublicSet(StrEnum):
     SERVER_AND_DEVICES = "server_and_devices"  # Likewise, and each device gets some of them: the probe set.
 
 
+class PrivateRows(StrEnum):
+    """Which private rows a device's step trains on."""
+
+    OWN = "own"  # Its own, which never leave it.
+    POOLED = "pooled"  # Those of all devices in one place: only where there are no devices but a simulation.
+
+
 @dataclass(frozen=True)
 class StrategySpec:
     """A strategy, as far as it can be known without torch.
@@ -45,7 +52,7 @@ class StrategySpec:
         small_model: whose adapter is shared.
         public_set: where the public, or auxiliary, rows live.
         trains_llm: whether the server trains the LLM's adapter.
-        deployable: False for what exists in simulations only.
+        private_rows: which of them a device's step trains on.
 
     Raises:
         ValueError: parts of it contradict each other.
@@ -58,7 +65,7 @@ class StrategySpec:
     small_model: SmallModel = SmallModel.NONE
     public_set: PublicSet = PublicSet.NOWHERE
     trains_llm: bool = False
-    deployable: bool = True
+    private_rows: PrivateRows = PrivateRows.OWN
 
     def __post_init__(self) -> None:
         sends_delta = PartKind.ADAPTER_DELTA in self.uploads
@@ -94,6 +101,11 @@ class StrategySpec:
     def name(self) -> str:
         """As runs name it."""
         return str(self.settings.model_fields["name"].default)
+
+    @property
+    def deployable(self) -> bool:
+        """False for what exists in simulations only, because it would take private rows off their devices."""
+        return self.private_rows is PrivateRows.OWN
 
     @property
     def needs_llm(self) -> bool:
