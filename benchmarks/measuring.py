@@ -8,7 +8,6 @@ import importlib
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -22,6 +21,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+
+from assets.process_memory import forget_peak, peak_memory
 
 RESULTS = Path(__file__).parent.parent / "results"
 _PACKAGES = ("torch", "transformers", "tokenizers", "peft", "numpy", "trl")
@@ -116,25 +117,10 @@ def peak_memory_of(function: str, **arguments: Any) -> PeakMemory:
 def _measure_here(function: str, arguments: Mapping[str, Any]) -> PeakMemory:
     module, _, name = function.partition(":")
     call = getattr(importlib.import_module(module), name)
-    before = _reset_peak()
+    forget_peak()
+    before = peak_memory()
     call(**arguments)
-    return PeakMemory(before, _peak_bytes())
-
-
-def _reset_peak() -> int:
-    """Forget the peak of the imports, where the system can, and return the resident bytes from which it counts."""
-    if sys.platform == "linux":
-        Path("/proc/self/clear_refs").write_text("5")
-    return _peak_bytes()
-
-
-def _peak_bytes() -> int:
-    # Not getrusage on Linux: its maximum is inherited through fork and exec, so a child would report its parent's.
-    if sys.platform == "linux":
-        status = Path("/proc/self/status").read_text()
-        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return PeakMemory(before, peak_memory())
 
 
 @dataclass(frozen=True)

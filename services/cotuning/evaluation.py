@@ -34,6 +34,34 @@ class Scores:
     num_rows: int
 
 
+@dataclass(frozen=True)
+class RowMeasurements:
+    """What `Scores` are made of, row by row, in the order of the rows.
+
+    Attributes:
+        rouge_l: F-measure, 0-100.
+        exact_match: whether the answer equals a reference, lower-cased and trimmed.
+        bits: of the response and its END.
+        num_bytes: UTF-8 bytes of the response that were read.
+    """
+
+    rouge_l: tuple[float, ...]
+    exact_match: tuple[bool, ...]
+    bits: tuple[float, ...]
+    num_bytes: tuple[int, ...]
+
+    @property
+    def scores(self) -> Scores:
+        """The scores over all rows."""
+        num_rows = len(self.bits)
+        return Scores(
+            rouge_l=sum(self.rouge_l) / num_rows,
+            exact_match=100.0 * sum(self.exact_match) / num_rows,
+            bits_per_byte=sum(self.bits) / max(sum(self.num_bytes), 1),
+            num_rows=num_rows,
+        )
+
+
 def evaluate(
     lm: LanguageModel,
     rows: Sequence[Example],
@@ -56,6 +84,21 @@ def evaluate(
         ValueError: no rows.
         Exception: whatever `on_rows` raises.
     """
+    return measure_rows(
+        lm, rows, max_new_tokens=max_new_tokens, batch_size=batch_size, max_length=max_length, on_rows=on_rows
+    ).scores
+
+
+def measure_rows(
+    lm: LanguageModel,
+    rows: Sequence[Example],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 64,
+    max_length: int = DEFAULT_MAX_LENGTH,
+    on_rows: OnRows | None = None,
+) -> RowMeasurements:
+    """Measure `lm` as `evaluate` does, and keep each row's part. Arguments and errors are those of `evaluate`."""
     if not rows:
         raise ValueError("expected at least one row to evaluate on, got none")
     # Late: `evaluate` imports all of transformers' pipelines, seconds that a process which only trains need not spend.
@@ -76,15 +119,10 @@ def evaluate(
     accepted = [list(row.accepted) for row in rows]
     rouge_l = RougeL().compute(predictions=answers, references=accepted)
     exact_match = ExactMatch().compute(predictions=answers, references=accepted)
-    return Scores(
-        rouge_l=float(rouge_l["rouge_l"]),
-        exact_match=float(exact_match["exact_match"]),
-        bits_per_byte=bits_per_byte(lm, rows, batch_size=batch_size, max_length=max_length, on_rows=on_read),
-        num_rows=len(rows),
-    )
+    bits, num_bytes = _response_bits(lm, rows, batch_size=batch_size, max_length=max_length, on_rows=on_read)
+    return RowMeasurements(tuple(rouge_l["each"]), tuple(exact_match["each"]), tuple(bits), tuple(num_bytes))
 
 
-@torch.no_grad()
 def bits_per_byte(
     lm: LanguageModel,
     rows: Sequence[Example],
@@ -94,22 +132,33 @@ def bits_per_byte(
     on_rows: OnRows | None = None,
 ) -> float:
     """Bits that the model needs for the responses (`output`) and their ends, over the responses' UTF-8 bytes."""
+    bits, num_bytes = _response_bits(lm, rows, batch_size=batch_size, max_length=max_length, on_rows=on_rows)
+    return sum(bits) / max(sum(num_bytes), 1)
+
+
+@torch.no_grad()
+def _response_bits(
+    lm: LanguageModel, rows: Sequence[Example], *, batch_size: int, max_length: int, on_rows: OnRows | None
+) -> tuple[list[float], list[int]]:
+    """Each row's bits, END's included, and bytes that were read."""
     encoded = EncodedRows(lm, rows, max_length=max_length)
     head = output_head(lm)
     order = sorted(range(len(rows)), key=lambda index: (_size(rows[index]), index))
-    nats = 0.0
-    num_bytes = 0
+    bits, num_bytes = [0.0] * len(rows), [0] * len(rows)
     for start in range(0, len(order), batch_size):
-        batch = encoded.batch(order[start : start + batch_size])
+        chosen = order[start : start + batch_size]
+        batch = encoded.batch(chosen)
         tokens = response_tokens(batch)
         hidden_BTD = hidden_states(lm, batch.input_ids_BT)
         _, losses_N = cross_entropy(hidden_BTD[tokens.sample_N, tokens.position_N], head, tokens.target_N)
-        nats += float(losses_N.double().sum())
+        nats_B = torch.zeros(len(chosen), dtype=torch.float64)
+        nats_B.index_add_(0, tokens.sample_N.cpu(), losses_N.double().cpu())
         read_B = torch.where(batch.end_position_B >= 0, batch.num_bytes_B, batch.byte_ends_BT.amax(1))
-        num_bytes += int(read_B.sum())
+        for index, nats, read in zip(chosen, nats_B.tolist(), read_B.tolist(), strict=True):
+            bits[index], num_bytes[index] = nats / math.log(2), read
         if on_rows:
             on_rows(min(start + batch_size, len(rows)), len(rows))
-    return nats / math.log(2) / max(num_bytes, 1)
+    return bits, num_bytes
 
 
 def _size(row: Example) -> int:

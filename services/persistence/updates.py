@@ -209,13 +209,7 @@ def submitted_updates(session: Session, round_id: str) -> list[UpdateRecord]:
         parts[assignment_id][kind] = sha256
     return [
         UpdateRecord(
-            row.id,
-            row.device_id,
-            row.num_examples or 0,
-            parts[row.id],
-            row.metrics,
-            row.adapter_rank,
-            staleness=row.staleness,
+            row.id, row.device_id, row.num_examples or 0, parts[row.id], row.metrics, row.adapter_rank, row.staleness
         )
         for row in rows
     ]

@@ -6,7 +6,7 @@ import torch
 
 from cotuning.adapters import activate, adapted, lora_config
 from cotuning.encoded_rows import EncodedRows
-from cotuning.evaluation import Scores, bits_per_byte, evaluate
+from cotuning.evaluation import Scores, bits_per_byte, evaluate, measure_rows
 from cotuning.examples import Example, render_prompt
 from cotuning.generation import generate, sample
 from cotuning.language_model import LanguageModel
@@ -101,6 +101,20 @@ def test_a_model_that_knows_the_answers_scores_100() -> None:
     assert scores.rouge_l == pytest.approx(100.0)
     assert scores.bits_per_byte < 0.2
     assert scores.num_rows == 8
+
+
+@pytest.mark.parametrize("batch_size", [3, 16])
+def test_each_rows_part_is_that_of_the_row_alone(batch_size: int) -> None:
+    lm = sharpened("bloom")
+    rows = [*varied_rows(), *tiny_examples(3)]
+    measured = measure_rows(lm, rows, max_new_tokens=5, batch_size=batch_size)
+    for place, row in enumerate(rows):
+        alone = evaluate(lm, [row], max_new_tokens=5)
+        assert measured.rouge_l[place] == alone.rouge_l
+        assert measured.exact_match[place] == (alone.exact_match == 100.0)
+        assert measured.num_bytes[place] == len(row.output.encode())
+        assert measured.bits[place] / measured.num_bytes[place] == pytest.approx(alone.bits_per_byte, rel=1e-4)
+    assert measured.scores == evaluate(lm, rows, max_new_tokens=5, batch_size=batch_size)
 
 
 def test_several_references_count() -> None:

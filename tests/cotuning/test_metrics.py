@@ -42,6 +42,12 @@ def test_rouge_l_by_hand() -> None:
     assert rouge_l(["a b", "c"], [["a b"], ["d"]]) == pytest.approx(50.0)
 
 
+def test_each_prediction_has_its_own_score() -> None:
+    given = {"predictions": ["a b", "c"], "references": [["a b"], ["d"]]}
+    assert RougeL().compute(**given)["each"] == [100.0, 0.0]
+    assert ExactMatch().compute(**given)["each"] == [True, False]
+
+
 @settings(max_examples=40, deadline=None)
 @given(*[st.lists(st.sampled_from("abcd"), min_size=1, max_size=7).map(" ".join)] * 2)
 def test_rouge_l_equals_the_recurrence(prediction: str, reference: str) -> None:

@@ -8,15 +8,15 @@ _DESCRIPTION = "Share of predictions equal to one of their references after lowe
 
 
 class ExactMatch(InMemoryMetric):
-    """`compute(predictions=[...], references=[[...], ...]) -> {"exact_match": 0..100}`."""
+    """`compute(predictions=[...], references=[[...], ...])`: `exact_match`, 0..100, and `each`, whether one matched."""
 
     def _info(self) -> Any:
         return self._describe(_DESCRIPTION, "")
 
-    def _compute(self, predictions: list[str], references: list[list[str]]) -> dict[str, float]:
+    def _compute(self, predictions: list[str], references: list[list[str]]) -> dict[str, Any]:
         pairs = zip(predictions, references, strict=True)
-        matches = sum(normalise(answer) in {normalise(each) for each in accepted} for answer, accepted in pairs)
-        return {"exact_match": 100.0 * matches / len(predictions)}
+        matches = [normalise(answer) in {normalise(each) for each in accepted} for answer, accepted in pairs]
+        return {"exact_match": 100.0 * sum(matches) / len(matches), "each": matches}
 
 
 def normalise(text: str) -> str:

@@ -17,18 +17,18 @@ _DESCRIPTION = "Mean F-measure of Rouge-L, the best reference of each prediction
 
 
 class RougeL(InMemoryMetric):
-    """`compute(predictions=[...], references=[[...], ...]) -> {"rouge_l": 0..100}`."""
+    """`compute(predictions=[...], references=[[...], ...])`: `rouge_l`, 0..100, and `each`, what it is the mean of."""
 
     def _info(self) -> Any:
         return self._describe(_DESCRIPTION, _CITATION)
 
-    def _compute(self, predictions: list[str], references: list[list[str]]) -> dict[str, float]:
+    def _compute(self, predictions: list[str], references: list[list[str]]) -> dict[str, Any]:
         scorer = RougeScorer(["rougeL"], tokenizer=_Words())
         scores = [
-            scorer.score_multi(accepted, answer)["rougeL"].fmeasure
+            100.0 * scorer.score_multi(accepted, answer)["rougeL"].fmeasure
             for answer, accepted in zip(predictions, references, strict=True)
         ]
-        return {"rouge_l": 100.0 * sum(scores) / len(scores)}
+        return {"rouge_l": sum(scores) / len(scores), "each": scores}
 
 
 class _Words(Tokenizer):  # type: ignore[misc]
