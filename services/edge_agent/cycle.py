@@ -22,7 +22,7 @@ import tracing
 from edge_agent.backoff import Backoff, Retrier
 from edge_agent.cache import ArtifactCache
 from edge_agent.client import CloudClient
-from edge_agent.errors import AgentError, Cancelled, CannotTrain, CloudRefused, NotAuthorised
+from edge_agent.errors import AgentError, Cancelled, CannotTrain, CloudRefused, NotAuthorised, UnknownStrategy
 from edge_agent.local_state import LocalState, LocalStates
 from edge_agent.outbox import Outbox, OutboxEntry
 from edge_agent.reporting import GONE, TrainingReporter
@@ -30,6 +30,7 @@ from edge_agent.rotation import CredentialRotation
 from edge_agent.uploading import AT_ONCE_BYTES, upload_file
 from protocol.assignments import (
     Assignment,
+    AssignmentName,
     AssignmentProgress,
     AssignmentRefusal,
     ModelFingerprint,
@@ -126,7 +127,10 @@ def run_once(agent: Agent, *, wait_seconds: int = POLL_WAIT_SECONDS) -> Outcome:
     waiting = agent.outbox.pending()
     if waiting:
         return [deliver(agent, entry, again=True) for entry in waiting][-1]
-    assignment = agent.client.next_assignment(wait_seconds)
+    try:
+        assignment = agent.client.next_assignment(wait_seconds)
+    except UnknownStrategy as error:
+        return refuse(agent, error.assignment, CannotTrain(ErrorCode.UNKNOWN_STRATEGY, error.reason))
     if assignment is None:
         return Outcome.IDLE
     with _about(assignment, "assignment"):
@@ -341,7 +345,7 @@ def report(agent: Agent, assignment: Assignment, status: AssignmentStatus) -> No
     agent.retrier.call("progress", lambda: agent.client.report_progress(assignment, progress))
 
 
-def refuse(agent: Agent, assignment: Assignment, error: CannotTrain) -> Outcome:
+def refuse(agent: Agent, assignment: AssignmentName, error: CannotTrain) -> Outcome:
     """Tell the server that and why this device does not do an assignment."""
     log.error("assignment_refused", code=error.code, reason=error.reason)
     refusal = AssignmentRefusal(code=error.code, reason=error.reason)

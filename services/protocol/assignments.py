@@ -46,14 +46,19 @@ class ModelManifest(ResponseModel):
     )
 
 
-class Assignment(ResponseModel):
-    """One device's share of one round: everything it needs, by hash."""
+class AssignmentName(ResponseModel):
+    """Which assignment it is: all that a device needs to refuse one that it cannot read."""
 
     assignment_id: str
     run_id: str
+    round_number: int
+
+
+class Assignment(AssignmentName):
+    """One device's share of one round: everything it needs, by hash."""
+
     run_name: str
     round_id: str
-    round_number: int
     rounds: int
     status: AssignmentStatus
     strategy: Strategy
