@@ -89,6 +89,25 @@ def test_settings_and_spec_of_a_strategy_agree(spec: StrategySpec) -> None:
     assert (settings.server_steps is not None) == (spec.public_set is not PublicSet.NOWHERE)
 
 
+def test_the_page_of_strategies_says_what_each_lets_cross_the_network() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "strategies.md").read_text(encoding="utf-8")
+    rows = {cells[1].strip("` "): cells for line in page.splitlines() if len(cells := line.split("|")) == 8}
+    assert rows.keys() - {"strategy", "---"} == {spec.name for spec in BUILT_IN}
+    for spec in BUILT_IN:
+        _, _, small_model, sent, fetched, public, llm, _ = rows[spec.name]
+        assert f"\n## {spec.name}\n" in page
+        assert ("delta of θ" in sent) == (PartKind.ADAPTER_DELTA in spec.uploads)
+        assert ("logits" in sent) == (PartKind.LOGITS in spec.uploads)
+        assert ("θ" in fetched) == (DownloadKind.ADAPTER in spec.downloads)
+        assert ("manifest" in fetched) == (DownloadKind.MODEL_MANIFEST in spec.downloads)
+        assert ("the proxy once" in fetched) == (DownloadKind.PROXY_BASE in spec.downloads)
+        assert ("probe set" in fetched) == (DownloadKind.PROBE_SET in spec.downloads)
+        assert ("devices' own" in small_model) == (spec.small_model is SmallModel.DEVICES_OWN)
+        assert ("server trains" in public) == (spec.public_set is not PublicSet.NOWHERE)
+        assert ("trained" in llm) == spec.trains_llm
+        assert ("simulated only" in sent) == (not spec.deployable)
+
+
 def test_only_what_leaves_private_rows_where_they_are_can_be_deployed() -> None:
     assert {name for name, spec in STRATEGIES.items() if not spec.deployable} == {"centralized"}
     run = {"name": "a", "rounds": 1, "strategy": {"name": "centralized"}}
