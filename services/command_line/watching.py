@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from command_line.api_client import ApiClient
 from protocol.runs import Round, Run, Traffic
 from protocol.statuses import AssignmentStatus, RoundStatus, RunStatus
-from protocol.strategies import STRATEGIES
+from protocol.strategies import SmallModel, spec_of
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ ROUND_WORDS = {
     RoundStatus.OPEN: "waits for devices",
     RoundStatus.COLLECTING: "devices train",
     RoundStatus.AGGREGATING: "the worker averages the updates",
-    RoundStatus.CO_TUNING: "the LLM and the proxy teach each other",
+    RoundStatus.CO_TUNING: "the LLM and the small model teach each other",
     RoundStatus.EVALUATING: "the worker measures the new version",
     RoundStatus.PUBLISHED: "published",
     RoundStatus.FAILED: "failed",
@@ -45,7 +45,9 @@ ROUND_WORDS = {
 
 def round_words(run: Run, status: RoundStatus) -> str:
     """Return what goes on in a round of that status."""
-    if status in _WORKER_STAGES and not STRATEGIES[run.config.strategy.name].needs_proxy:
+    spec = spec_of(run.config.strategy)
+    nothing_to_average = status in _WORKER_STAGES and spec.small_model is SmallModel.NONE
+    if nothing_to_average or (status is RoundStatus.CO_TUNING and not spec.trains_llm):
         return "the worker closes the round"
     return ROUND_WORDS[status]
 

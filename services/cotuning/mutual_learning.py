@@ -10,6 +10,7 @@ Names: B rows, T tokens, S span starts, D hidden size.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -61,6 +62,7 @@ class Party:
         learning_rate: of its optimizer.
         divergence_weight: of what it learns from the other; 0 switches that off.
         teacher: a third party's logits.
+        learns: False: it only teaches, as it stands, without dropout; no adapter of its may require gradients.
     """
 
     name: str
@@ -69,6 +71,7 @@ class Party:
     learning_rate: float
     divergence_weight: float
     teacher: Teacher | None = None
+    learns: bool = True
 
 
 def learn_mutually(
@@ -91,7 +94,7 @@ def learn_mutually(
     on_progress: OnProgress,
     checkpoints: Checkpoints | None = None,
 ) -> dict[str, float]:
-    """Train one adapter of each party, one step a batch, in place.
+    """Train one adapter of each party that learns, one step a batch, in place.
 
     Args:
         a: one party.
@@ -128,11 +131,11 @@ def learn_mutually(
         micro = micro_batches(shared.batches[step], micro_batch_size)
         return _mutual_step(side_a, side_b, shared, micro, match)
 
-    learners = {party.name: _learner(party, weight_decay, gradient_clip) for party in (a, b)}
+    learners = {party.name: _learner(party, weight_decay, gradient_clip) for party in (a, b) if party.learns}
     with (
         isolated_generators(derive_seed(seed, "dropout"), a.lm.device),
-        training_mode(a.lm),
-        training_mode(b.lm),
+        training_mode(a.lm) if a.learns else nullcontext(),
+        training_mode(b.lm) if b.learns else nullcontext(),
         recomputed_layers(a.lm, enabled=gradient_checkpointing),
         recomputed_layers(b.lm, enabled=gradient_checkpointing),
     ):
@@ -167,7 +170,8 @@ def _learn_part(side_a: "_Side", side_b: "_Side", part: "_Part", match: Matching
         lesson_a, lesson_b = match(read_a, read_b, counts.matching)
         objective_a, report_a = side_a.objective(read_a, lesson_a, part.indices, counts.a)
         objective_b, report_b = side_b.objective(read_b, lesson_b, part.indices, counts.b)
-    return Step({side_a.party.name: objective_a, side_b.party.name: objective_b}, report_a | report_b)
+    objectives = ((side_a.party, objective_a), (side_b.party, objective_b))
+    return Step({party.name: each for party, each in objectives if party.learns}, report_a | report_b)
 
 
 @dataclass(frozen=True)
@@ -223,7 +227,7 @@ class _Side:
 
     def read(self, batch: EncodedBatch, counts: _SideCounts) -> Reading:
         hidden_BTD = hidden_states(self.party.lm, batch.input_ids_BT)
-        weight = self.party.divergence_weight
+        weight = self.party.divergence_weight if self.party.learns else 0.0
         return Reading(
             batch, hidden_BTD, self.head, learns=bool(weight), joint_weight=weight, num_tokens=counts.num_tokens
         )

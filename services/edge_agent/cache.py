@@ -70,7 +70,7 @@ class ArtifactCache:
             CannotTrain: the manifest is malformed, or lists a kind of file that no model of ours needs.
         """
         folder = self._models / manifest.sha256
-        listed = self._manifest(self.fetch(client, manifest))
+        listed = self.fetch_manifest(client, manifest)
         for file in listed.files:
             self.fetch(client, ArtifactRef(sha256=file.sha256, size_bytes=file.size_bytes))
         if folder.exists():
@@ -82,6 +82,10 @@ class ArtifactCache:
             _link(self._files / file.sha256, temporary / file.path)
         os.replace(temporary, folder)
         return folder
+
+    def fetch_manifest(self, client: CloudClient, manifest: ArtifactRef) -> ModelManifest:
+        """Return a manifest, without the files that it lists. Raises as `fetch_model`."""
+        return self._manifest(self.fetch(client, manifest))
 
     def discard(self, sha256: str) -> None:
         """Drop a file that no later round can need."""

@@ -15,14 +15,15 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 from urllib.parse import urlsplit
 
 import httpx
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 import tracing
+from edge_agent.answers import Schema, parse_answer, parse_assignment
 from edge_agent.errors import CloudRefused, CloudUnavailable, NotAuthorised, Stopped
 from edge_agent.interruption import call_until_stopped
 from edge_agent.ledger import Ledger, Purpose
@@ -31,6 +32,7 @@ from edge_agent.signing import DeviceAuthentication
 from protocol import PROTOCOL_VERSION
 from protocol.assignments import (
     Assignment,
+    AssignmentName,
     AssignmentProgress,
     AssignmentRefusal,
     Part,
@@ -59,8 +61,6 @@ from protocol.headers import (
     UPLOAD_OFFSET_HEADER,
     content_digest,
 )
-
-Schema = TypeVar("Schema", bound=BaseModel)
 
 CHUNK_BYTES = 256 * 1024
 LONGEST_RETRY_AFTER_SECONDS = 3600.0
@@ -139,15 +139,15 @@ class CloudClient:
         """Trade a one-time token for an identity. The same again, with the same key, gets the same identity."""
         body, headers = request.model_dump_json().encode(), {IDEMPOTENCY_KEY_HEADER: idempotency_key}
         response = self._send("POST", "/v1/devices", body=body, purpose=Purpose("enrolment"), headers=headers)
-        return _parse(response, EnrolmentReceipt)
+        return parse_answer(response, EnrolmentReceipt)
 
     def whoami(self) -> Device:
         """Return this device as the server sees it."""
-        return _parse(self._send("GET", "/v1/devices/me"), Device)
+        return parse_answer(self._send("GET", "/v1/devices/me"), Device)
 
     def replace_credential(self) -> DeviceCredential:
         """Ask for a new credential. It is stored before it is used: see `edge_agent.rotation`."""
-        return _parse(self._send("POST", "/v1/devices/me/credential"), DeviceCredential)
+        return parse_answer(self._send("POST", "/v1/devices/me/credential"), DeviceCredential)
 
     def use_credential(self, credential: str) -> None:
         """Send another credential from now on."""
@@ -159,12 +159,16 @@ class CloudClient:
         return self._post("/v1/devices/me/heartbeat", heartbeat, Purpose("heartbeat"), HeartbeatReceipt)
 
     def next_assignment(self, wait_seconds: int) -> Assignment | None:
-        """Ask for work; the server answers when there is some, or with None after `wait_seconds`."""
+        """Ask for work; the server answers when there is some, or with None after `wait_seconds`.
+
+        Raises:
+            UnknownStrategy: there is work that this device is too old for; refuse it.
+        """
         parts = self._timeout.as_dict() | {"read": wait_seconds + LONG_POLL_MARGIN_SECONDS}
         timeout = httpx.Timeout(**parts)
         path = f"/v1/devices/me/assignment?wait_seconds={wait_seconds}"
         response = self._send("GET", path, timeout=timeout)
-        return None if response.status_code == httpx.codes.NO_CONTENT else _parse(response, Assignment)
+        return None if response.status_code == httpx.codes.NO_CONTENT else parse_assignment(response)
 
     def report_progress(self, assignment: Assignment, progress: AssignmentProgress) -> None:
         """Say where the device is with an assignment."""
@@ -172,7 +176,7 @@ class CloudClient:
         path = f"/v1/assignments/{assignment.assignment_id}/progress"
         self._send("POST", path, body=body, purpose=purpose_of(assignment, "progress"))
 
-    def refuse(self, assignment: Assignment, refusal: AssignmentRefusal) -> None:
+    def refuse(self, assignment: AssignmentName, refusal: AssignmentRefusal) -> None:
         """Say that this device cannot do an assignment."""
         body = refusal.model_dump_json().encode()
         path = f"/v1/assignments/{assignment.assignment_id}/refusal"
@@ -192,14 +196,14 @@ class CloudClient:
             headers=headers,
             content=self._chunks(file),
         )
-        return _parse(self._exchange(request), PartReceipt)
+        return parse_answer(self._exchange(request), PartReceipt)
 
     def begin_upload(self, assignment: Assignment, part: Part, first_chunk: bytes = b"") -> PartUpload:
         """Say which file will come in chunks, perhaps with the first, and learn how much is there. Again: harmless."""
         headers = {UPLOAD_LENGTH_HEADER: str(part.size_bytes), REPR_DIGEST_HEADER: content_digest(part.sha256)}
         path = f"{_part_path(assignment, part)}/uploads"
         if not first_chunk:
-            return _parse(self._exchange(self._http.build_request("POST", path, headers=headers)), PartUpload)
+            return parse_answer(self._exchange(self._http.build_request("POST", path, headers=headers)), PartUpload)
         return self._send_chunk("POST", path, assignment, part, headers, first_chunk)
 
     def send_chunk(self, assignment: Assignment, part: Part, upload_id: str, offset: int, chunk: bytes) -> PartUpload:
@@ -213,14 +217,14 @@ class CloudClient:
         sha256 = hashlib.sha256(chunk).hexdigest()
         headers |= {"Content-Type": "application/octet-stream", CONTENT_DIGEST_HEADER: content_digest(sha256)}
         self._ledger.record(purpose_of(assignment, part.kind.value), len(chunk), sha256, durable=True)
-        return _parse(
+        return parse_answer(
             self._exchange(self._http.build_request(method, path, headers=headers, content=chunk)), PartUpload
         )
 
     def complete_upload(self, assignment: Assignment, part: Part, upload_id: str) -> PartReceipt:
         """Say that all chunks were sent, where no receipt came. Saying it again is harmless."""
         path = f"{_part_path(assignment, part)}/uploads/{upload_id}/completion"
-        return _parse(self._send("POST", path), PartReceipt)
+        return parse_answer(self._send("POST", path), PartReceipt)
 
     def submit(self, assignment: Assignment, submission: Submission) -> SubmissionReceipt:
         """Hand the update in. Handing in the same one again answers with the same receipt."""
@@ -287,7 +291,7 @@ class CloudClient:
         self, path: str, body: BaseModel, purpose: Purpose, answer: type[Schema], *, durable: bool = False
     ) -> Schema:
         encoded = body.model_dump_json().encode()
-        return _parse(self._send("POST", path, body=encoded, purpose=purpose, durable=durable), answer)
+        return parse_answer(self._send("POST", path, body=encoded, purpose=purpose, durable=durable), answer)
 
     def _send(
         self,
@@ -354,7 +358,7 @@ class CloudClient:
         return kind(status, str(code), detail)
 
 
-def purpose_of(assignment: Assignment, kind: str) -> Purpose:
+def purpose_of(assignment: AssignmentName, kind: str) -> Purpose:
     """Return the ledger's purpose of something sent for an assignment."""
     return Purpose(kind, assignment.run_id, assignment.round_number, assignment.assignment_id)
 
@@ -386,14 +390,3 @@ def _problem(response: httpx.Response) -> tuple[str | None, str]:
     if isinstance(problem, dict) and isinstance(problem.get("code"), str):
         return problem["code"], str(problem.get("detail", ""))[:400]
     return None, f"not an answer of a Cotune server ({response.headers.get('Content-Type', 'no content type')})"
-
-
-def _parse(response: httpx.Response, schema: type[Schema]) -> Schema:
-    try:
-        return schema.model_validate_json(response.content)
-    except ValidationError as error:
-        first = error.errors(include_input=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise CloudUnavailable(
-            f"{response.request.url.path}: expected a {schema.__name__}, got another body: {where}: {first['msg']}"
-        ) from None

@@ -22,17 +22,26 @@ import tracing
 from edge_agent.backoff import Backoff, Retrier
 from edge_agent.cache import ArtifactCache
 from edge_agent.client import CloudClient
-from edge_agent.errors import AgentError, Cancelled, CannotTrain, CloudRefused, NotAuthorised
+from edge_agent.errors import AgentError, Cancelled, CannotTrain, CloudRefused, NotAuthorised, UnknownStrategy
 from edge_agent.local_state import LocalState, LocalStates
 from edge_agent.outbox import Outbox, OutboxEntry
 from edge_agent.reporting import GONE, TrainingReporter
 from edge_agent.rotation import CredentialRotation
 from edge_agent.uploading import AT_ONCE_BYTES, upload_file
-from protocol.assignments import Assignment, AssignmentProgress, AssignmentRefusal, Part, Submission, SubmissionReceipt
+from protocol.assignments import (
+    Assignment,
+    AssignmentName,
+    AssignmentProgress,
+    AssignmentRefusal,
+    ModelFingerprint,
+    Part,
+    Submission,
+    SubmissionReceipt,
+)
 from protocol.errors import ErrorCode
 from protocol.runs import DeviceMetrics
 from protocol.statuses import AssignmentStatus, PartKind
-from protocol.strategies import STRATEGIES
+from protocol.strategies import DownloadKind, spec_of
 
 POLL_WAIT_SECONDS = 20
 """How long the server may hold a poll open. Shorter would mean more polls, not sooner work."""
@@ -56,6 +65,8 @@ class RoundFiles:
     proxy_folder: Path | None
     adapter: Path | None
     probe_set: Path | None
+    expected_slm: ModelFingerprint | None = None
+    """What this device's own small model must be."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +127,10 @@ def run_once(agent: Agent, *, wait_seconds: int = POLL_WAIT_SECONDS) -> Outcome:
     waiting = agent.outbox.pending()
     if waiting:
         return [deliver(agent, entry, again=True) for entry in waiting][-1]
-    assignment = agent.client.next_assignment(wait_seconds)
+    try:
+        assignment = agent.client.next_assignment(wait_seconds)
+    except UnknownStrategy as error:
+        return refuse(agent, error.assignment, CannotTrain(ErrorCode.UNKNOWN_STRATEGY, error.reason))
     if assignment is None:
         return Outcome.IDLE
     with _about(assignment, "assignment"):
@@ -160,13 +174,23 @@ def work_on(agent: Agent, assignment: Assignment) -> Outcome:
 
 def check_assignment(assignment: Assignment) -> None:
     """Raise `CannotTrain` if the assignment asks for something that its strategy must not or cannot give."""
-    spec = STRATEGIES[assignment.strategy.name]
+    spec = spec_of(assignment.strategy)
+    if not spec.deployable:
+        raise CannotTrain(
+            "not_deployable", f"strategy {spec.name} is for simulations: private rows would have to leave"
+        )
     undeclared = set(assignment.uploads) - spec.uploads
     if undeclared:
         raise CannotTrain("undeclared_upload", f"strategy {assignment.strategy.name} must not upload {undeclared}")
-    needed = (assignment.proxy_manifest, assignment.adapter, assignment.probe_set)
-    if spec.needs_proxy and None in needed:
-        raise CannotTrain("incomplete_assignment", "expected a proxy manifest, an adapter and a probe set")
+    files = {
+        DownloadKind.PROXY_BASE: assignment.proxy_manifest,
+        DownloadKind.MODEL_MANIFEST: assignment.proxy_manifest,
+        DownloadKind.ADAPTER: assignment.adapter,
+        DownloadKind.PROBE_SET: assignment.probe_set,
+    }
+    missing = sorted(kind for kind, file in files.items() if kind in spec.downloads and file is None)
+    if missing:
+        raise CannotTrain("incomplete_assignment", f"expected the assignment to name {', '.join(missing)}")
 
 
 def train(agent: Agent, assignment: Assignment) -> OutboxEntry:
@@ -222,12 +246,17 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def fetch(agent: Agent, assignment: Assignment) -> RoundFiles:
-    """Download what this device lacks of the round's files."""
-    manifest, adapter, probe_set = assignment.proxy_manifest, assignment.adapter, assignment.probe_set
+    """Download what this device lacks of the round's files, and nothing that the strategy has not declared."""
+    given = spec_of(assignment.strategy).downloads
+    proxy = assignment.proxy_manifest if DownloadKind.PROXY_BASE in given else None
+    manifest = assignment.proxy_manifest if DownloadKind.MODEL_MANIFEST in given else None
+    adapter = assignment.adapter if DownloadKind.ADAPTER in given else None
+    probe_set = assignment.probe_set if DownloadKind.PROBE_SET in given else None
     return RoundFiles(
-        proxy_folder=agent.cache.fetch_model(agent.client, manifest) if manifest else None,
+        proxy_folder=agent.cache.fetch_model(agent.client, proxy) if proxy else None,
         adapter=agent.cache.fetch(agent.client, adapter) if adapter else None,
         probe_set=agent.cache.fetch(agent.client, probe_set, ".jsonl") if probe_set else None,
+        expected_slm=agent.cache.fetch_manifest(agent.client, manifest).fingerprint if manifest else None,
     )
 
 
@@ -316,7 +345,7 @@ def report(agent: Agent, assignment: Assignment, status: AssignmentStatus) -> No
     agent.retrier.call("progress", lambda: agent.client.report_progress(assignment, progress))
 
 
-def refuse(agent: Agent, assignment: Assignment, error: CannotTrain) -> Outcome:
+def refuse(agent: Agent, assignment: AssignmentName, error: CannotTrain) -> Outcome:
     """Tell the server that and why this device does not do an assignment."""
     log.error("assignment_refused", code=error.code, reason=error.reason)
     refusal = AssignmentRefusal(code=error.code, reason=error.reason)

@@ -7,6 +7,7 @@ AgentError
 ├── Stopped                 a signal asked the process to end
 ├── Cancelled               the server no longer wants this assignment
 ├── CannotTrain             this device cannot do this assignment; the server is told why
+├── UnknownStrategy         nor one of a strategy, or with a setting of it, that is not known here
 └── CloudError
     ├── CloudUnavailable    no answer, or one that means "later": try again
     └── CloudRefused        a definite no, with the server's error code
@@ -14,6 +15,7 @@ AgentError
 """
 
 from edge_agent.exit_codes import ExitCode
+from protocol.assignments import AssignmentName
 
 
 class AgentError(Exception):
@@ -66,6 +68,20 @@ class CannotTrain(AgentError):
         super().__init__(f"{code}: {reason}")
         self.code = code[:64]
         self.reason = reason[:400] or code
+
+
+class UnknownStrategy(AgentError):
+    """An assignment asks for a strategy, or for a setting of one, that this installation does not know.
+
+    Attributes:
+        assignment: which one.
+        reason: what of it is unknown.
+    """
+
+    def __init__(self, assignment: AssignmentName, reason: str) -> None:
+        super().__init__(reason)
+        self.assignment = assignment
+        self.reason = f"this device's Cotune does not know it, or has not got it installed: {reason}"
 
 
 class CloudError(AgentError):

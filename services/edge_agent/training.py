@@ -35,9 +35,10 @@ from cotuning.evaluation import evaluate
 from cotuning.examples import Example, rows_digest
 from cotuning.language_model import LanguageModel, UnknownHead
 from cotuning.memory import CannotEstimate, NotEnoughMemory, estimate_memory, longest_row, require_memory
+from cotuning.model_fingerprint import ModelFingerprint, fingerprint_model
 from cotuning.shared_rows import CoverageTooLow
-from cotuning.strategies import co_plms, standalone
-from cotuning.strategies.device_ranks import device_start
+from cotuning.strategies.interface import DeviceInputs
+from cotuning.strategies.registry import steps_of
 from cotuning.strategies.results import DeviceResult
 from cotuning.training import OnProgress, TrainingDiverged
 from edge_agent.cycle import RoundFiles, TrainedUpdate
@@ -45,11 +46,12 @@ from edge_agent.errors import CannotTrain
 from edge_agent.local_state import DOMAIN_ADAPTER, SLM_ADAPTER, LocalState, LocalStates, StateRecord, write_record
 from edge_agent.settings import Config
 from protocol.assignments import Assignment
+from protocol.assignments import ModelFingerprint as ExpectedModel
 from protocol.errors import ErrorCode
 from protocol.headers import ADAPTER_FORMAT, METADATA_BASE, METADATA_FORMAT, METADATA_PROBE_SET, METADATA_PROXY
 from protocol.runs import AlignmentMetrics, DeviceMetrics, Scores
 from protocol.statuses import PartKind
-from protocol.strategies import CoPlmsSettings, Strategy
+from protocol.strategies import DownloadKind, Strategy, spec_of
 
 log = structlog.get_logger(__name__)
 
@@ -90,12 +92,13 @@ class LocalTrainer:
         self._states = states
         self._fits: list[tuple[Strategy, int | None]] = []
         self._slm: LanguageModel | None = None
+        self._slm_fingerprint: ModelFingerprint | None = None
         self._proxy: tuple[Path, LanguageModel] | None = None
 
     def train(
         self, assignment: Assignment, files: RoundFiles, start: LocalState | None, on_progress: OnProgress
     ) -> TrainedUpdate:
-        """Train the small model, and with `co_plms` the proxy, on this device's rows.
+        """Do the device's step of the run's strategy on this device's rows.
 
         Raises:
             CannotTrain: the model, the data or the alignment of the two tokenizers will not do.
@@ -159,46 +162,27 @@ class LocalTrainer:
         on_progress: OnProgress,
     ) -> DeviceResult:
         private = read_examples(self._config.data.train)
-        slm_adapter = read_adapter(start.slm_adapter)[0] if start else None
-        checkpoints = self._checkpoints(assignment, start, private)
-        strategy = assignment.strategy
-        if isinstance(strategy, CoPlmsSettings):
-            self._require_rank(assignment.adapter_rank or strategy.proxy_lora.rank)
+        strategy, phi = assignment.strategy, start.domain_adapter if start else None
+        if strategy.shared_lora is not None:
+            self._require_rank(assignment.adapter_rank or strategy.shared_lora.rank)
         self._require_memory(assignment, slm, private, files)
-        if not isinstance(strategy, CoPlmsSettings):
-            return standalone.device_step(
+        if DownloadKind.MODEL_MANIFEST in spec_of(strategy).downloads:
+            self._require_same_model(slm, files.expected_slm)
+        return steps_of(strategy).device_step(
+            DeviceInputs(
                 slm=slm,
                 private=private,
-                slm_adapter=slm_adapter,
-                settings=strategy,
+                slm_adapter=read_adapter(start.slm_adapter)[0] if start else None,
+                domain_adapter=read_tensors(phi)[0] if phi else None,
+                shared_model=self._load_proxy(files.proxy_folder) if files.proxy_folder else None,
+                shared_adapter=read_tensors(files.adapter)[0] if files.adapter else None,
+                adapter_rank=assignment.adapter_rank,
+                probe=read_examples(files.probe_set) if files.probe_set else (),
                 round_number=assignment.round_number,
                 seed=assignment.seed,
                 on_progress=on_progress,
-                checkpoints=checkpoints,
+                checkpoints=self._checkpoints(assignment, start, private),
             )
-        if files.proxy_folder is None or files.adapter is None or files.probe_set is None:
-            raise CannotTrain("incomplete_assignment", "expected a proxy, an adapter and a probe set")
-        phi = start.domain_adapter if start else None
-        begin = device_start(
-            strategy,
-            assignment.adapter_rank,
-            read_tensors(files.adapter)[0],
-            read_tensors(phi)[0] if phi else None,
-            seed=assignment.seed,
-        )
-        return co_plms.device_step(
-            slm=slm,
-            proxy=self._load_proxy(files.proxy_folder),
-            private=private,
-            probe=read_examples(files.probe_set),
-            shared_adapter=begin.shared_adapter,
-            domain_adapter=begin.domain_adapter,
-            slm_adapter=slm_adapter,
-            settings=begin.settings,
-            round_number=assignment.round_number,
-            seed=assignment.seed,
-            on_progress=on_progress,
-            checkpoints=checkpoints,
         )
 
     def _require_rank(self, rank: int) -> None:
@@ -206,6 +190,22 @@ class LocalTrainer:
         most = self._config.training.max_adapter_rank
         if most is not None and rank > most:
             raise CannotTrain("adapter_rank_too_high", f"expected an adapter of rank {most} at most, got {rank}")
+
+    def _require_same_model(self, slm: LanguageModel, expected: ExpectedModel | None) -> None:
+        """Refuse to train an adapter that will be averaged with those of another model."""
+        if expected is None:
+            raise CannotTrain("incomplete_assignment", "expected a fingerprint of the run's small model")
+        if self._slm_fingerprint is None:  # every weight is read for it; the model stays loaded
+            self._slm_fingerprint = fingerprint_model(slm)
+        for what, code in (("tokenizer", "other_tokenizer"), ("weights", "other_model")):
+            ours, theirs = getattr(self._slm_fingerprint, what), getattr(expected, what)
+            if ours != theirs:
+                name = Path(self._config.model.path).name
+                raise CannotTrain(
+                    code,
+                    f"this run averages adapters of one small model that every device has: expected {what} "
+                    f"{theirs[:12]}, those of {name} are {ours[:12]}",
+                )
 
     def _require_memory(
         self, assignment: Assignment, slm: LanguageModel, private: Sequence[Example], files: RoundFiles
@@ -225,9 +225,9 @@ class LocalTrainer:
         }
         try:
             estimates = {"slm": estimate_memory(slm.base.config, rank=strategy.slm_lora.rank, **options)}
-            if isinstance(strategy, CoPlmsSettings) and files.proxy_folder is not None:
+            if strategy.shared_lora is not None and files.proxy_folder is not None:
                 proxy = read_config(files.proxy_folder)
-                rank = assignment.adapter_rank or strategy.proxy_lora.rank
+                rank = assignment.adapter_rank or strategy.shared_lora.rank
                 estimates["proxy"] = estimate_memory(proxy, rank=rank, adapters=2, **options)
         except CannotEstimate as error:
             log.warning("memory_not_estimated", reason=str(error))
@@ -308,22 +308,20 @@ def _without_data(error: AssetError) -> str:
 
 
 def _parts(assignment: Assignment, result: DeviceResult) -> dict[PartKind, bytes]:
-    """What will leave the device: the delta of theta and the logits on public rows, and nothing else of the result."""
-    if assignment.adapter is None or assignment.proxy_manifest is None or assignment.probe_set is None:
-        return {}
-    delta_header = {
-        METADATA_FORMAT: ADAPTER_FORMAT,
-        METADATA_BASE: assignment.adapter.sha256,
-        METADATA_PROXY: assignment.proxy_manifest.sha256,
+    """What will leave the device: the parts that the strategy declares, and nothing else of the result.
+
+    Each says in its header which files of the round it belongs to.
+    """
+    manifest, adapter, probe_set = assignment.proxy_manifest, assignment.adapter, assignment.probe_set
+    model = {METADATA_PROXY: manifest.sha256} if manifest else {}
+    base = {METADATA_BASE: adapter.sha256} if adapter else {}
+    probe = {METADATA_PROBE_SET: probe_set.sha256} if probe_set else {}
+    parts = {
+        PartKind.ADAPTER_DELTA: (result.delta, {METADATA_FORMAT: ADAPTER_FORMAT} | base | model),
+        PartKind.LOGITS: (result.logits, result.logits_metadata | probe | model),
     }
-    logits_header = result.logits_metadata | {
-        METADATA_PROBE_SET: assignment.probe_set.sha256,
-        METADATA_PROXY: assignment.proxy_manifest.sha256,
-    }
-    return {
-        PartKind.ADAPTER_DELTA: tensors_to_bytes(result.delta, delta_header),
-        PartKind.LOGITS: tensors_to_bytes(result.logits, logits_header),
-    }
+    declared = spec_of(assignment.strategy).uploads
+    return {kind: tensors_to_bytes(*part) for kind, part in parts.items() if kind in declared}
 
 
 def _record(assignment: Assignment, num_examples: int) -> StateRecord:

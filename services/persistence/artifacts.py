@@ -15,13 +15,23 @@ from protocol.assignments import ArtifactRef
 from protocol.errors import DomainError, ErrorCode
 
 ArtifactKind = Literal[
-    "proxy_base", "adapter", "probe_set", "llm_adapter", "server_optimizer", "rows", "adapter_delta", "logits"
+    "proxy_base",
+    "model_manifest",
+    "small_model",
+    "adapter",
+    "probe_set",
+    "llm_adapter",
+    "server_optimizer",
+    "rows",
+    "adapter_delta",
+    "logits",
 ]
 KINDS: tuple[str, ...] = get_args(ArtifactKind)
-"""`proxy_base` is the manifest and each file of the proxy's folder; `rows` are what only the worker reads; the last two
-are what devices sent. What is not registered as one of them is removed by the sweep of orphans."""
+"""`proxy_base` is the manifest and each file of the proxy's folder; `model_manifest` and `small_model` are those of a
+small model that devices have already; `rows` are what only the worker reads; the last two are what devices sent. What
+is not registered as one of them is removed by the sweep of orphans."""
 
-FOR_DEVICES = frozenset({"proxy_base", "adapter", "probe_set"})
+FOR_DEVICES = frozenset({"proxy_base", "model_manifest", "adapter", "probe_set"})
 """What a device may fetch: never another device's update, and never the LLM's adapter."""
 
 

@@ -22,7 +22,7 @@ from protocol.assignments import Assignment, AssignmentProgress, AssignmentRefus
 from protocol.devices import DeviceProfile
 from protocol.errors import DomainError, ErrorCode
 from protocol.statuses import AssignmentStatus, PartKind, RoundStatus, RunStatus
-from protocol.strategies import STRATEGIES, CoPlmsSettings
+from protocol.strategies import spec_of
 
 _ORDER = list(AssignmentStatus)
 
@@ -297,11 +297,7 @@ def _candidates(session: Session, device_id: str, now: datetime) -> list[str]:
 
 def _adapter_rank(run: RunRow, profile: DeviceProfile) -> int | None:
     """Return the rank that this device is given for the round, whatever its profile says later; None: the run's."""
-    strategy = config_of(run).strategy
-    if not isinstance(strategy, CoPlmsSettings):
-        return None
-    rank = strategy.rank_for(profile.max_adapter_rank)
-    return rank if rank != strategy.proxy_lora.rank else None
+    return config_of(run).strategy.assigned_rank(profile.max_adapter_rank)
 
 
 def _assignment(
@@ -312,7 +308,7 @@ def _assignment(
     upload_limits: Mapping[PartKind, int],
 ) -> Assignment:
     config = config_of(run)
-    uploads = sorted(STRATEGIES[config.strategy.name].uploads)
+    uploads = sorted(spec_of(config.strategy).uploads)
     hashes = (run.proxy_manifest_sha256, round_row.base_adapter_sha256, run.probe_set_sha256)
     files = artifacts.references(session, hashes)
     asked = {"device_id": row.device_id, "run_id": run.id, "assignment_id": row.id}

@@ -29,7 +29,7 @@ from protocol.events import EventType
 from protocol.part_sizes import most_delta_bytes, most_logits_bytes
 from protocol.safetensors_header import TensorInfo
 from protocol.statuses import AssignmentStatus, PartKind, RunStatus
-from protocol.strategies import STRATEGIES, CoPlmsSettings
+from protocol.strategies import STRATEGIES
 
 _PART = (  # put together once, like the statements of `persistence.assignments`
     select(UpdatePartRow)
@@ -334,10 +334,10 @@ def _check_kind(run: RunRow, kind: PartKind) -> None:
 def _most_logits_bytes(session: Session, run: RunRow, kind: PartKind) -> int | None:
     if kind is not PartKind.LOGITS or run.probe_set_sha256 is None:
         return None
-    settings = config_of(run).strategy
-    if not isinstance(settings, CoPlmsSettings):
+    kept_classes = config_of(run).strategy.kept_classes
+    if kept_classes is None:
         return None
-    return most_logits_bytes(artifacts.get(session, run.probe_set_sha256).size_bytes, settings.top_k)
+    return most_logits_bytes(artifacts.get(session, run.probe_set_sha256).size_bytes, kept_classes)
 
 
 def _part(session: Session, assignment_id: str, kind: PartKind) -> UpdatePartRow | None:

@@ -30,26 +30,43 @@ class ModelFile(ResponseModel):
     size_bytes: int
 
 
+class ModelFingerprint(ResponseModel):
+    """What a model is, whatever its files look like: equal fingerprints, equal weights and token ids."""
+
+    weights: Sha256
+    tokenizer: Sha256
+
+
 class ModelManifest(ResponseModel):
     """A Hugging Face model folder as a list of files. Its own SHA-256 identifies the model."""
 
     files: list[ModelFile]
+    fingerprint: ModelFingerprint | None = Field(
+        default=None, description="Where devices must have this model already: what theirs is compared with."
+    )
 
 
-class Assignment(ResponseModel):
-    """One device's share of one round: everything it needs, by hash."""
+class AssignmentName(ResponseModel):
+    """Which assignment it is: all that a device needs to refuse one that it cannot read."""
 
     assignment_id: str
     run_id: str
+    round_number: int
+
+
+class Assignment(AssignmentName):
+    """One device's share of one round: everything it needs, by hash."""
+
     run_name: str
     round_id: str
-    round_number: int
     rounds: int
     status: AssignmentStatus
     strategy: Strategy
     seed: int
     base_version: int
-    proxy_manifest: ArtifactRef | None = Field(default=None, description="JSON of a `ModelManifest`.")
+    proxy_manifest: ArtifactRef | None = Field(
+        default=None, description="JSON of a `ModelManifest`: the small model whose adapter is shared."
+    )
     adapter: ArtifactRef | None = Field(default=None, description="theta_t, the shared adapter to start from.")
     adapter_rank: int | None = Field(
         default=None, description="Rank to which theta_t is cut, and that the delta has; null: the run's, uncut."

@@ -8,7 +8,7 @@ from protocol.base import MAX_COUNT, Name, RequestModel, ResponseModel, Settings
 from protocol.errors import ErrorCode
 from protocol.federations import DEFAULT_FEDERATION, FederationName
 from protocol.statuses import AssignmentStatus, RoundStatus, RunStatus, WaitingFor
-from protocol.strategies import STRATEGIES, Strategy
+from protocol.strategies import PublicSet, SmallModel, Strategy, spec_of
 
 
 class ProxySettings(SettingsModel):
@@ -104,7 +104,17 @@ class RunCreate(SettingsModel):
     name: Name
     strategy: Strategy
     rounds: int = Field(ge=1, le=10_000)
-    llm: str | None = Field(default=None, max_length=1024, description="Folder or hub name. Not for `standalone`.")
+    llm: str | None = Field(
+        default=None,
+        max_length=1024,
+        description="Folder or hub name; for strategies that train it, or distil from it.",
+    )
+    slm: str | None = Field(
+        default=None,
+        max_length=1024,
+        description="Folder or hub name of the small model that every device has. For strategies that share an adapter "
+        "of it: `fed_lora`, `fedcollm`.",
+    )
     public_data: str | None = Field(default=None, max_length=1024, description="JSONL file of public rows.")
     evaluation_data: str | None = Field(
         default=None, max_length=1024, description="JSONL file on which the LLM and the proxy are tested; optional."
@@ -154,9 +164,20 @@ class RunCreate(SettingsModel):
 
     @model_validator(mode="after")
     def _consistent(self) -> "RunCreate":
-        needs_proxy = STRATEGIES[self.strategy.name].needs_proxy
-        if needs_proxy and not (self.llm and self.public_data):
-            raise ValueError(f"strategy `{self.strategy.name}` needs `llm` and `public_data`")
+        spec = spec_of(self.strategy)
+        if not spec.deployable:
+            raise ValueError(
+                f"strategy `{spec.name}` trains on all devices' rows in one place: it exists in simulations and cannot "
+                "be deployed"
+            )
+        needed = {
+            "llm": spec.needs_llm,
+            "slm": spec.small_model is SmallModel.DEVICES_OWN,
+            "public_data": spec.public_set is not PublicSet.NOWHERE,
+        }
+        if any(needs and not getattr(self, name) for name, needs in needed.items()):
+            names = " and ".join(f"`{name}`" for name, needs in needed.items() if needs)
+            raise ValueError(f"strategy `{self.strategy.name}` needs {names}")
         if self.max_updates is not None and self.max_updates < self.min_updates:
             raise ValueError(f"`max_updates` ({self.max_updates}) is less than `min_updates` ({self.min_updates})")
         sampling = self.sampling_deadline_seconds
@@ -170,8 +191,11 @@ class RunCreate(SettingsModel):
     @model_validator(mode="after")
     def _late_updates_can_be_added(self) -> "RunCreate":
         # A delta is added to a later adapter, which means something only while A and B keep their basis.
-        if self.late_updates == "next_round" and getattr(self.strategy, "aggregation", None) != "fedavg":
-            raise ValueError("`late_updates` next_round needs strategy `co_plms` with `aggregation` fedavg")
+        averaging = self.strategy.averaging
+        if self.late_updates == "next_round" and (averaging is None or averaging.aggregation != "fedavg"):
+            raise ValueError(
+                "`late_updates` next_round needs a strategy that averages adapters, with `aggregation` fedavg"
+            )
         return self
 
 
@@ -371,4 +395,4 @@ class Traffic(ResponseModel):
     """Bytes of bodies that crossed the network for a run, by kind, as the server counted them."""
 
     up: dict[str, int] = Field(description="`adapter_delta`, `logits`, `metrics`.")
-    down: dict[str, int] = Field(description="`proxy_base`, `adapter`, `probe_set`, `assignment`.")
+    down: dict[str, int] = Field(description="`proxy_base`, `model_manifest`, `adapter`, `probe_set`, `assignment`.")

@@ -24,7 +24,7 @@ class RoundStatus(StrEnum):
     OPEN = "open"  # Assignments may be offered; nobody has accepted yet.
     COLLECTING = "collecting"  # At least one device works on it.
     AGGREGATING = "aggregating"  # Closed for updates; a worker averages the counted deltas.
-    CO_TUNING = "co_tuning"  # The LLM and the proxy teach each other on the public set.
+    CO_TUNING = "co_tuning"  # The LLM and the shared small model teach each other on the public set.
     EVALUATING = "evaluating"  # The candidate version is measured against the last published one.
     PUBLISHED = "published"  # The round is over and its model version is decided.
     FAILED = "failed"  # The server side could not finish it.
@@ -86,7 +86,7 @@ class WaitingFor(StrEnum):
     LOST_WORKER = "lost_worker"  # The worker's lease ran out; the sweep gives the job to another one.
     PREPARATION = "preparation"  # A worker prepares the run.
     AGGREGATION = "aggregation"  # A worker averages the round's updates.
-    CO_TUNING = "co_tuning"  # A worker lets the LLM and the proxy teach each other.
+    CO_TUNING = "co_tuning"  # A worker lets the LLM and the shared small model teach each other.
     EVALUATION = "evaluation"  # A worker measures the round's candidate.
     DEVICES = "devices"  # Fewer devices than `min_updates` have taken the round.
     UPDATES = "updates"  # Enough devices have taken it; they train.

@@ -17,13 +17,14 @@ _SAID = ("task_type", "r", "lora_alpha", "lora_dropout", "target_modules", "fan_
 _OPTIMIZER_FORMAT = "cotune-server-optimizer/1"
 
 
-def put_adapter(blobs: BlobStore, state: Mapping[str, Tensor], *, proxy_sha256: str) -> StoredBlob:
+def put_adapter(blobs: BlobStore, state: Mapping[str, Tensor], *, proxy_sha256: str | None) -> StoredBlob:
     """Store an adapter; equal values give the same file.
 
     Args:
-        proxy_sha256: The manifest of the run's proxy, which the file names.
+        proxy_sha256: The manifest of the run's shared small model, which the file names; None where it has none.
     """
-    return blobs.put_bytes(tensors_to_bytes(state, {METADATA_FORMAT: ADAPTER_FORMAT, METADATA_PROXY: proxy_sha256}))
+    model = {} if proxy_sha256 is None else {METADATA_PROXY: proxy_sha256}
+    return blobs.put_bytes(tensors_to_bytes(state, {METADATA_FORMAT: ADAPTER_FORMAT} | model))
 
 
 def get_adapter(blobs: BlobStore, sha256: str) -> AdapterState:

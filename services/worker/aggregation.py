@@ -17,7 +17,9 @@ from cotuning.aggregation import UpdateRefused, update_norm
 from cotuning.norm_gate import unusual_norms
 from cotuning.payload import PayloadError
 from cotuning.staleness import staleness_discount
-from cotuning.strategies.aggregation import Aggregate, RoundAggregator
+from cotuning.strategies.aggregation import Aggregate
+from cotuning.strategies.interface import Aggregator, StrategySteps
+from cotuning.strategies.registry import steps_of
 from persistence import artifacts, results, rounds, updates
 from persistence.blobs import StoredBlob
 from persistence.clock import database_now
@@ -28,9 +30,9 @@ from protocol.base import MAX_COUNT
 from protocol.errors import ErrorCode
 from protocol.runs import AlignmentMetrics
 from protocol.statuses import PartKind, RoundStatus
-from protocol.strategies import CoPlmsSettings, Strategy
+from protocol.strategies import AveragingSettings, Strategy, spec_of
 from worker.adapter_files import get_adapter, get_optimizer_state, put_adapter, put_optimizer_state
-from worker.device_logits import LogitsReader, read_part
+from worker.device_parts import DeviceLogits, read_part
 from worker.round_metrics import grown
 from worker.row_files import get_rows
 from worker.stage import Finish, Work
@@ -54,9 +56,9 @@ def aggregate(work: Work) -> Finish:
         submitted = updates.submitted_updates(session, work.job.round_id)
     settings = context.config.strategy
     tally, aggregate = _Tally(counted=submitted), None
-    if isinstance(settings, CoPlmsSettings):
-        tally, aggregate = _combine(work, context, settings, submitted)
-    quarantines = isinstance(settings, CoPlmsSettings) and settings.norm_gate == "quarantine"
+    if spec_of(settings).uploads:
+        tally, aggregate = _combine(work, context, submitted)
+    quarantines = settings.averaging is not None and settings.averaging.norm_gate == "quarantine"
     kept = frozenset({ErrorCode.NORM_OUTLIER} if quarantines else ())
     adapter, state = _store(work, context, aggregate) if aggregate is not None else (None, None)
     metrics = _metrics(context, settings, tally, aggregate, kept, time.perf_counter() - start)
@@ -111,38 +113,30 @@ def _metrics(  # noqa: PLR0917
     )
 
 
-def _combine(
-    work: Work, context: RoundContext, settings: CoPlmsSettings, submitted: Sequence[UpdateRecord]
-) -> tuple[_Tally, Aggregate | None]:
-    """Return the tally and theta_bar; None when nothing is left to aggregate.
-
-    The server optimizer's state is the one that the base version's round left, so that doing this again, or after a
-    version that was not promoted, starts from the right one.
-    """
-    assert context.base_adapter_sha256 is not None
-    assert context.proxy_manifest_sha256 is not None
-    shared = get_adapter(work.blobs, context.base_adapter_sha256)
-    assert context.probe_set_sha256 is not None
-    with work.lease.long_call("loading the proxy"):
-        proxy = work.cache.proxy(context.proxy_manifest_sha256)
-    reader = LogitsReader(work.blobs, proxy, get_rows(work.blobs, context.probe_set_sha256), settings)
-    state = context.base_optimizer_sha256
-    aggregator = RoundAggregator(shared, settings, get_optimizer_state(work.blobs, state) if state else None)
-    tally, unusual = _Tally(), _unusual(work, settings, submitted)
+def _combine(work: Work, context: RoundContext, submitted: Sequence[UpdateRecord]) -> tuple[_Tally, Aggregate | None]:
+    """Return the tally and theta_bar; None when nothing is left to aggregate, or devices send no deltas."""
+    settings = context.config.strategy
+    steps, uploads = steps_of(settings), spec_of(settings).uploads
+    aggregator = _begin_mean(work, context, steps) if PartKind.ADAPTER_DELTA in uploads else None
+    logits = _expected_logits(work, context, steps) if PartKind.LOGITS in uploads else None
+    tally, unusual = _Tally(), _unusual(work, settings.averaging, submitted)
     for update in submitted:
         work.lease.check()
         if update.assignment_id in unusual:
             tally.refused.append((update, ErrorCode.NORM_OUTLIER, unusual[update.assignment_id]))
             continue
-        low = _low_coverage(update, settings.min_coverage)
+        low = _low_coverage(update, settings.least_coverage)
         if low is not None:
             tally.refused.append((update, ErrorCode.COVERAGE_TOO_LOW, low))
             continue
         try:
-            reader.read(update)
-            delta, _ = read_part(work.blobs, update, PartKind.ADAPTER_DELTA)
-            discount = staleness_discount(update.staleness or 0, context.config.staleness_exponent)
-            norm = aggregator.add(delta, _weight(update, settings) * discount, rank=update.adapter_rank)
+            if logits is not None:
+                logits.read(update)
+            if aggregator is not None:
+                delta, _ = read_part(work.blobs, update, PartKind.ADAPTER_DELTA)
+                discount = staleness_discount(update.staleness or 0, context.config.staleness_exponent)
+                weight = _weight(update, settings) * discount
+                tally.norms[update.device_id] = aggregator.add(delta, weight, rank=update.adapter_rank)
         except UpdateRefused as error:
             tally.refused.append((update, ErrorCode(error.code), str(error)))
         except PayloadError as error:
@@ -151,17 +145,33 @@ def _combine(
             tally.refused.append((update, ErrorCode.NOT_SAFETENSORS, str(error)))
         else:
             tally.counted.append(update)
-            tally.norms[update.device_id] = norm
-    return tally, aggregator.result() if tally.counted else None
+    return tally, aggregator.result() if aggregator is not None and tally.counted else None
 
 
-def _unusual(work: Work, settings: CoPlmsSettings, submitted: Sequence[UpdateRecord]) -> dict[str, str]:
+def _begin_mean(work: Work, context: RoundContext, steps: StrategySteps[Any]) -> Aggregator:
+    """The server optimizer's state is the one that the base version's round left, so that doing this again, or after a
+    version that was not promoted, starts from the right one."""
+    assert context.base_adapter_sha256 is not None
+    shared = get_adapter(work.blobs, context.base_adapter_sha256)
+    state = context.base_optimizer_sha256
+    return steps.aggregator(shared, get_optimizer_state(work.blobs, state) if state else None)
+
+
+def _expected_logits(work: Work, context: RoundContext, steps: StrategySteps[Any]) -> DeviceLogits:
+    assert context.probe_set_sha256 is not None
+    with work.lease.long_call("loading the small model"):
+        manifest = context.proxy_manifest_sha256
+        shared_model = work.cache.proxy(manifest) if manifest is not None else None
+    return DeviceLogits(work.blobs, steps, shared_model, get_rows(work.blobs, context.probe_set_sha256))
+
+
+def _unusual(work: Work, settings: AveragingSettings | None, submitted: Sequence[UpdateRecord]) -> dict[str, str]:
     """Say of which assignments the delta's norm is unlike the others', and how.
 
     It reads every delta once more, as no sum can be begun before the norms are known. What is no usable delta at all
     is left to the sum to refuse, and is no part of the distribution.
     """
-    if settings.norm_gate == "off" or len(submitted) < settings.norm_gate_min_updates:
+    if settings is None or settings.norm_gate == "off" or len(submitted) < settings.norm_gate_min_updates:
         return {}
     norms: dict[str, float] = {}
     for update in submitted:
@@ -187,9 +197,8 @@ def _store(work: Work, context: RoundContext, aggregate: Aggregate) -> tuple[Sto
 
 def _weight(update: UpdateRecord, settings: Strategy) -> int:
     """Return n_i. What a device says of itself cannot be checked, only bounded."""
-    return (
-        min(update.num_examples, settings.max_examples) if isinstance(settings, CoPlmsSettings) else update.num_examples
-    )
+    averaging = settings.averaging
+    return update.num_examples if averaging is None else min(update.num_examples, averaging.max_examples)
 
 
 def _alignment(update: UpdateRecord) -> AlignmentMetrics | None:

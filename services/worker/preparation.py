@@ -5,11 +5,12 @@ afterwards.
 """
 
 import tempfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+from peft import LoraConfig
 from sqlalchemy.orm import Session
 
 from assets.data import read_examples
@@ -18,6 +19,7 @@ from assets.models import folder_identity, list_model_files, save_language_model
 from cotuning.adapters import fresh_adapter
 from cotuning.examples import Example, rows_digest
 from cotuning.language_model import LanguageModel
+from cotuning.model_fingerprint import fingerprint_model
 from cotuning.proxy import distil_proxy
 from cotuning.proxy_creation import create_proxy
 from cotuning.seeding import derive_seed
@@ -26,12 +28,12 @@ from persistence import artifacts, results, runs
 from persistence.blobs import BlobStore, StoredBlob
 from persistence.clock import database_now
 from persistence.results import PrepareResult
-from protocol.assignments import ModelFile, ModelManifest
+from protocol.assignments import ModelFile, ModelFingerprint, ModelManifest
 from protocol.errors import DomainError, ErrorCode
 from protocol.headers import PEFT
 from protocol.runs import RunCreate
 from protocol.safetensors_header import read_header
-from protocol.strategies import CoPlmsSettings, LoraSettings
+from protocol.strategies import LoraSettings, PublicSet, SmallModel, StrategySpec, spec_of
 from worker.adapter_files import described_config, peft_config, put_adapter
 from worker.checkpoints import PREPARATION, drop_outdated, forget_when_stored, open_checkpoints
 from worker.memory_check import check_memory
@@ -47,87 +49,142 @@ _IMPORTANCE_ROWS = 256
 """Public rows on which the importance of heads and neurons is measured."""
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Files:
-    """What the preparation stored for the devices and for round 1."""
+    """What the preparation stored for the devices and for round 1; None and nothing where the strategy needs none."""
 
-    manifest: StoredBlob
-    proxy: list[StoredBlob]
-    adapter: StoredBlob
-    llm_adapter: StoredBlob
-    probe_set: StoredBlob
-    rows: list[StoredBlob]
+    manifest: StoredBlob | None = None
+    model: list[StoredBlob] = field(default_factory=list)
+    """The shared small model's."""
+    fingerprint: ModelFingerprint | None = None
+    """Of the devices' own model."""
+    adapter: StoredBlob | None = None
+    llm_adapter: StoredBlob | None = None
+    probe_set: StoredBlob | None = None
+    rows: list[StoredBlob] = field(default_factory=list)
     """What only the worker reads."""
+
+    def by_kind(self) -> Iterator[tuple[str, StoredBlob]]:
+        """Each file under the kind that traffic is counted by."""
+        downloaded = self.fingerprint is None  # else devices have it, and only compare theirs
+        if self.manifest is not None:
+            yield "proxy_base" if downloaded else "model_manifest", self.manifest
+        yield from (("proxy_base" if downloaded else "small_model", blob) for blob in self.model)
+        for kind, blob in (("adapter", self.adapter), ("llm_adapter", self.llm_adapter)):
+            if blob is not None:
+                yield kind, blob
+        yield from (("rows", blob) for blob in self.rows)
+        if self.probe_set is not None:
+            yield "probe_set", self.probe_set
 
 
 def prepare(work: Work) -> Finish:
-    """Make everything that round 1 needs. A strategy without a proxy needs nothing.
+    """Make everything that round 1 needs. A strategy that shares no adapter and trains no LLM needs nothing.
 
     Raises:
         DomainError: MODEL_FOLDER_MISSING, DATA_FILE_INVALID, INVALID_FIELD: what the run names cannot be used.
     """
     with work.database.reading() as session:
         run = runs.get_run(session, work.job.run_id)
-    if isinstance(run.config.strategy, CoPlmsSettings):
-        return _prepare(work, run.config, run.config.strategy)
+    spec = spec_of(run.config.strategy)
+    if spec.small_model is not SmallModel.NONE or spec.trains_llm:
+        return _prepare(work, run.config, spec)
     return lambda session: results.finish_prepare(session, work.job, work.owner, PrepareResult(), database_now(session))
 
 
-def _prepare(work: Work, config: RunCreate, settings: CoPlmsSettings) -> Finish:
-    assert config.llm is not None
+def _prepare(work: Work, config: RunCreate, spec: StrategySpec) -> Finish:
     watch = Stopwatch()
     drop_outdated(work)
     with watch.measure("loading"), work.lease.long_call("reading the rows, loading the LLM"):
-        rows, test_rows = _read_rows(config)
-        check_memory(config, settings, rows.training)
-        llm = work.cache.llm(config.llm, config.llm_loading)
-    with watch.measure("distillation"):
-        with work.lease.long_call("making the proxy"):
-            fresh_proxy = _make_proxy(llm, rows.training, config)
-            fresh_proxy.model.to(llm.device)
-        with work.lease.long_call("beginning the distillation"):
-            distilled = _distil(work, llm, fresh_proxy, rows.training, config)
-        with work.lease.long_call("storing the proxy"):
-            manifest, proxy_files = store_model(work.blobs, fresh_proxy)
-            # From now on the one that everybody loads, also here.
-            proxy = work.cache.proxy(manifest.sha256)
-    row_files, row_blobs = _store_rows(work.blobs, rows, test_rows)
-    files = _Files(
-        manifest,
-        proxy_files,
-        _fresh_adapter(work.blobs, proxy, settings.proxy_lora, manifest, derive_seed(config.seed, "shared_adapter")),
-        _fresh_adapter(work.blobs, llm, settings.llm_lora, manifest, derive_seed(config.seed, "llm_adapter")),
-        put_rows(work.blobs, rows.probe),
-        row_blobs,
-    )
+        rows, test_rows = _read_rows(config, spec)
+        check_memory(config, rows.training if rows is not None else [])
+        llm = _load_llm(work, config) if spec.needs_llm else None
+    files, distilled = _Files(), {}
+    if spec.small_model is SmallModel.DISTILLED_PROXY:
+        assert llm is not None
+        with watch.measure("distillation"):
+            assert rows is not None
+            distilled = _store_proxy(work, llm, rows.training, config, files)
+    elif spec.small_model is SmallModel.DEVICES_OWN:
+        with watch.measure("loading"), work.lease.long_call("storing the devices' model"):
+            _store_devices_model(work, config, files)
+    shared_model = work.cache.proxy(files.manifest.sha256) if files.manifest is not None else None
+    models = {name: lm for name, lm in (("llm", llm), ("proxy", shared_model)) if lm is not None}
+    peft_configs = _store_adapters(work, config, models, files)
+    row_files = _store_rows(work.blobs, rows, test_rows, files) if rows is not None else None
     with watch.measure("evaluation"):  # a fresh adapter changes nothing: the base models are version 0
-        models = {"llm": llm, "proxy": proxy}
-        validation = score(models, rows.validation, config, work.lease)
+        validation = score(models, rows.validation if rows is not None else [], config, work.lease)
         test = score(models, test_rows, config, work.lease)
     metrics = {
         "validation": as_json(validation),
         "test": as_json(test),
         "models": {name: _describe(lm) for name, lm in models.items()},
-        PEFT: {
-            "llm": described_config(peft_config(llm, settings.llm_lora)),
-            "proxy": described_config(peft_config(proxy, settings.proxy_lora)),
-        },
+        PEFT: {name: described_config(each) for name, each in peft_configs.items()},
         "distillation": distilled,
-        ROWS: row_files.as_json(),
+        **({ROWS: row_files.as_json()} if row_files is not None else {}),
         "seconds_by_stage": {f"preparing.{part}": seconds for part, seconds in watch.seconds.items()},
         "peak_memory_bytes": {"preparing": peak_memory_bytes()},
     }
     return _finish(work, files, metrics)
 
 
+def _load_llm(work: Work, config: RunCreate) -> LanguageModel:
+    assert config.llm is not None
+    return work.cache.llm(config.llm, config.llm_loading)
+
+
+def _store_proxy(
+    work: Work, llm: LanguageModel, training: list[Example], config: RunCreate, files: _Files
+) -> dict[str, float]:
+    """Make and distil the proxy and store it; return what the distillation measured."""
+    with work.lease.long_call("making the proxy"):
+        proxy = _make_proxy(llm, training, config)
+        proxy.model.to(llm.device)
+    with work.lease.long_call("beginning the distillation"):
+        distilled = _distil(work, llm, proxy, training, config)
+    with work.lease.long_call("storing the proxy"):
+        files.manifest, files.model = store_model(work.blobs, proxy)
+    return distilled
+
+
+def _store_devices_model(work: Work, config: RunCreate, files: _Files) -> None:
+    """Store the small model that every device has, as this machine reads it, and what it is recognised by."""
+    assert config.slm is not None
+    slm = load_model(config.slm)
+    files.fingerprint = ModelFingerprint(**asdict(fingerprint_model(slm)))
+    files.manifest, files.model = store_model(work.blobs, slm, files.fingerprint)
+
+
+def _store_adapters(
+    work: Work, config: RunCreate, models: Mapping[str, LanguageModel], files: _Files
+) -> dict[str, LoraConfig]:
+    """Store the adapters that round 1 starts from; return their peft configs by model."""
+    settings, configs = config.strategy, {}
+    manifest = files.manifest.sha256 if files.manifest is not None else None
+
+    def fresh(name: str, lora: LoraSettings | None, seed: str) -> StoredBlob | None:
+        if lora is None or name not in models:
+            return None
+        configs[name] = peft = _asked_for("lora", lambda: peft_config(models[name], lora))
+        seed_of_run = derive_seed(config.seed, seed)
+        state = _asked_for("lora", lambda: fresh_adapter(models[name], peft, seed=seed_of_run))
+        return put_adapter(work.blobs, state, proxy_sha256=manifest)
+
+    files.adapter = fresh("proxy", settings.shared_lora, "shared_adapter")
+    files.llm_adapter = fresh("llm", settings.trained_llm_lora, "llm_adapter")
+    return configs
+
+
 def _finish(work: Work, files: _Files, metrics: dict[str, Any]) -> Finish:
-    with work.blobs.open(files.adapter.sha256) as stream:
-        expected = read_header(stream, files.adapter.size).tensors
+    expected = None
+    if files.adapter is not None:
+        with work.blobs.open(files.adapter.sha256) as stream:
+            expected = read_header(stream, files.adapter.size).tensors
     result = PrepareResult(
-        proxy_manifest_sha256=files.manifest.sha256,
-        adapter_sha256=files.adapter.sha256,
-        llm_adapter_sha256=files.llm_adapter.sha256,
-        probe_set_sha256=files.probe_set.sha256,
+        proxy_manifest_sha256=_hash(files.manifest),
+        adapter_sha256=_hash(files.adapter),
+        llm_adapter_sha256=_hash(files.llm_adapter),
+        probe_set_sha256=_hash(files.probe_set),
         expected_tensors=expected,
         metrics=metrics,
     )
@@ -135,16 +192,15 @@ def _finish(work: Work, files: _Files, metrics: dict[str, Any]) -> Finish:
     def finish(session: Session) -> None:
         forget_when_stored(work, session)
         now, run_id = database_now(session), work.job.run_id
-        for blob in (files.manifest, *files.proxy):
-            artifacts.register(session, blob.sha256, blob.size, "proxy_base", run_id, now)
-        artifacts.register(session, files.adapter.sha256, files.adapter.size, "adapter", run_id, now)
-        artifacts.register(session, files.llm_adapter.sha256, files.llm_adapter.size, "llm_adapter", run_id, now)
-        for blob in files.rows:
-            artifacts.register(session, blob.sha256, blob.size, "rows", run_id, now)
-        artifacts.register(session, files.probe_set.sha256, files.probe_set.size, "probe_set", run_id, now)
+        for kind, blob in files.by_kind():
+            artifacts.register(session, blob.sha256, blob.size, kind, run_id, now)
         results.finish_prepare(session, work.job, work.owner, result, now)
 
     return finish
+
+
+def _hash(blob: StoredBlob | None) -> str | None:
+    return None if blob is None else blob.sha256
 
 
 def _describe(lm: LanguageModel) -> dict[str, Any]:
@@ -155,7 +211,9 @@ def _describe(lm: LanguageModel) -> dict[str, Any]:
     }
 
 
-def store_model(blobs: BlobStore, lm: LanguageModel) -> tuple[StoredBlob, list[StoredBlob]]:
+def store_model(
+    blobs: BlobStore, lm: LanguageModel, fingerprint: ModelFingerprint | None = None
+) -> tuple[StoredBlob, list[StoredBlob]]:
     """Store a model folder file by file; return its manifest and its files.
 
     The manifest is sorted by name, so equal models have one hash.
@@ -165,15 +223,17 @@ def store_model(blobs: BlobStore, lm: LanguageModel) -> tuple[StoredBlob, list[S
         save_language_model(lm, folder)
         stored = {path.name: blobs.put_file(path) for path in list_model_files(folder)}
     files = [ModelFile(path=name, sha256=blob.sha256, size_bytes=blob.size) for name, blob in stored.items()]
-    manifest = blobs.put_bytes(ModelManifest(files=files).model_dump_json().encode())
-    return manifest, list(stored.values())
+    manifest = ModelManifest(files=files, fingerprint=fingerprint).model_dump_json(exclude_none=True)
+    return blobs.put_bytes(manifest.encode()), list(stored.values())
 
 
-def _read_rows(config: RunCreate) -> tuple[PublicRows, list[Example]]:
-    assert config.public_data is not None
+def _read_rows(config: RunCreate, spec: StrategySpec) -> tuple[PublicRows | None, list[Example]]:
+    """The public rows dealt out, and those to test on; a run without public rows has neither."""
+    if config.public_data is None:
+        return None, []
     public = split_public_rows(
         _read(config.public_data),
-        probe_rows=config.probe_rows,
+        probe_rows=config.probe_rows if spec.public_set is PublicSet.SERVER_AND_DEVICES else 0,
         validation_rows=config.evaluation.validation_rows,
         seed=config.seed,
         source=config.public_data,
@@ -191,10 +251,12 @@ def _read(source: str) -> list[Example]:
         raise DomainError(ErrorCode.DATA_FILE_INVALID, str(error), received=source) from error
 
 
-def _store_rows(blobs: BlobStore, public: PublicRows, test: list[Example]) -> tuple[RowFiles, list[StoredBlob]]:
-    stored = [put_rows(blobs, rows) for rows in (public.training, public.validation, *([test] if test else []))]
-    hashes = [blob.sha256 for blob in stored]
-    return RowFiles(hashes[0], hashes[1], hashes[2] if test else None), stored
+def _store_rows(blobs: BlobStore, public: PublicRows, test: list[Example], files: _Files) -> RowFiles:
+    files.rows = [put_rows(blobs, rows) for rows in (public.training, public.validation, *([test] if test else []))]
+    hashes = [blob.sha256 for blob in files.rows]
+    if public.probe:
+        files.probe_set = put_rows(blobs, public.probe)
+    return RowFiles(hashes[0], hashes[1], hashes[2] if test else None)
 
 
 def _make_proxy(llm: LanguageModel, training: list[Example], config: RunCreate) -> LanguageModel:
@@ -259,13 +321,6 @@ def _determined_by(training: list[Example], config: RunCreate) -> list[object]:
     path = config.proxy.path
     models = [folder_identity(config.llm), folder_identity(path) if path else None]
     return [config.proxy.model_dump(mode="json"), config.seed, models, rows_digest(training)]
-
-
-def _fresh_adapter(
-    blobs: BlobStore, lm: LanguageModel, settings: LoraSettings, manifest: StoredBlob, seed: int
-) -> StoredBlob:
-    state = _asked_for("lora", lambda: fresh_adapter(lm, peft_config(lm, settings), seed=seed))
-    return put_adapter(blobs, state, proxy_sha256=manifest.sha256)
 
 
 def _asked_for(field: str, make: Callable[[], T]) -> T:

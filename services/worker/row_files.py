@@ -28,9 +28,10 @@ class RowFiles:
         return asdict(self)
 
     @classmethod
-    def of(cls, version: ModelVersion) -> "RowFiles":
-        """The files that version 0 of a run names."""
-        return cls(**version.metrics[ROWS])
+    def of(cls, version: ModelVersion) -> "RowFiles | None":
+        """The files that version 0 of a run names; None where the run has no public rows."""
+        named = version.metrics.get(ROWS)
+        return None if named is None else cls(**named)
 
 
 def put_rows(blobs: BlobStore, rows: Sequence[Example]) -> StoredBlob:

@@ -8,7 +8,6 @@ from cotuning.evaluation import evaluate
 from cotuning.examples import Example
 from cotuning.language_model import LanguageModel
 from protocol.runs import RunCreate, Scores
-from protocol.strategies import CoPlmsSettings
 from worker.leases import Lease
 
 ModelScores = dict[str, Scores]
@@ -24,8 +23,7 @@ def score(models: Mapping[str, LanguageModel], rows: Sequence[Example], config: 
     Raises:
         Abandoned: from the lease, between two tokens.
     """
-    settings = config.strategy
-    assert isinstance(settings, CoPlmsSettings)
+    reading = config.strategy.server_steps or config.strategy.training
     scores: ModelScores = {}
     for name, lm in models.items() if rows else ():
         lease.check()
@@ -33,8 +31,8 @@ def score(models: Mapping[str, LanguageModel], rows: Sequence[Example], config: 
             lm,
             rows,
             max_new_tokens=config.evaluation.max_new_tokens,
-            batch_size=BATCH_FACTOR * settings.server.batch_size,
-            max_length=settings.server.max_length,
+            batch_size=BATCH_FACTOR * reading.batch_size,
+            max_length=reading.max_length,
             on_rows=partial(_note, lease, f"evaluation_{name}"),
         )
         scores[name] = Scores.model_validate(dataclasses.asdict(measured))

@@ -18,10 +18,10 @@ def refused(response: httpx.Response, code: ErrorCode, status: int) -> dict[str,
     return problem
 
 
-@pytest.mark.parametrize("field", ["llm", "proxy.path"])
+@pytest.mark.parametrize("field", ["llm", "slm", "proxy.path"])
 @pytest.mark.parametrize("shape", ["/no/such/folder", "./no/such/folder", "~/no-such-folder-of-cotune"])
 def test_a_model_folder_that_is_not_there(api: RunningApi, field: str, shape: str) -> None:
-    changed: dict[str, Any] = {"llm": shape}
+    changed: dict[str, Any] = {field: shape}
     if field == "proxy.path":
         changed = {"proxy": {"source": "pretrained", "path": shape}}
     problem = refused(api.operator.post("/v1/runs", json=CONFIG | changed), ErrorCode.MODEL_FOLDER_MISSING, 422)
@@ -56,6 +56,10 @@ def test_a_run_that_contradicts_itself_is_refused(api: RunningApi) -> None:
     for rounds in (0, -1, 10_001, 1.5, "many"):
         problem = refused(api.operator.post("/v1/runs", json=CONFIG | {"rounds": rounds}), ErrorCode.INVALID_FIELD, 422)
         assert [each["field"] for each in problem["errors"]] == ["rounds"]
+    pooled = api.operator.post("/v1/runs", json=CONFIG | {"strategy": {"name": "centralized"}})
+    detail = refused(pooled, ErrorCode.INVALID_FIELD, 422)["detail"]
+    assert "strategy `centralized` trains on all devices' rows in one place" in detail
+    assert "exists in simulations and cannot be deployed" in detail
     unknown = api.operator.post("/v1/runs", json=CONFIG | {"device_ids": ["dev_0"]})
     refused(unknown, ErrorCode.DEVICE_NOT_FOUND, 404)
 

@@ -27,7 +27,7 @@ def test_changes_tell_statuses_and_not_steps() -> None:
     submitted = look(RoundStatus.COLLECTING, AssignmentStatus.SUBMITTED, AssignmentStatus.TRAINING)
     assert changes(training, submitted) == ["co-tuning: round 1 of 3: phone submitted, slm 1.250"]
     counted = look(RoundStatus.CO_TUNING, AssignmentStatus.COUNTED, AssignmentStatus.COUNTED)
-    assert changes(submitted, counted) == ["co-tuning: round 1 of 3: the LLM and the proxy teach each other"]
+    assert changes(submitted, counted) == ["co-tuning: round 1 of 3: the LLM and the small model teach each other"]
 
 
 def test_changes_tell_why_a_run_failed() -> None:

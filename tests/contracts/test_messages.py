@@ -25,7 +25,7 @@ PART_OF_OTHERS = {
     # Only ever inside another message, whose example holds one.
     "ArtifactRef", "ModelFile", "Part", "DeviceProfile", "FieldProblem", "ModelLoading", "ProxySettings",
     "EvaluationSettings", "Scores", "RoundDevice", "AlignmentMetrics", "DeviceMetrics", "Page",
-    "Waiting", "VersionStep",
+    "Waiting", "VersionStep", "ModelFingerprint", "AssignmentName",
 }  # fmt: skip
 
 

@@ -314,3 +314,29 @@ def test_run_once_says_whether_the_cloud_was_there_at_all(agent: Agent, cloud: F
     cloud.fail("assignment", cut, times=1000)
     with pytest.raises(CloudUnavailable):
         loop.run_until_work(agent, 0.3)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "expected"),
+    [
+        ({"name": "of_another_release"}, "strategy: Input tag 'of_another_release'"),
+        ({"name": "standalone", "of_another_release": 1}, "strategy.standalone.of_another_release: Extra inputs"),
+    ],
+)
+def test_an_assignment_of_an_unknown_strategy_is_refused_and_not_asked_for_again(
+    agent: Agent, cloud: FakeCloud, strategy: dict[str, object], expected: str
+) -> None:
+    message = make_assignment(cloud).model_dump(mode="json") | {"strategy": strategy}
+    cloud.fail("GET /v1/devices/me/assignment", lambda handler: handler.send_json(200, message))
+    assert cycle.run_once(agent) is Outcome.REFUSED
+    refusal = AssignmentRefusal.model_validate_json(cloud.requests("asg_1/refusal")[0].body)
+    assert refusal.code == "unknown_strategy"
+    assert refusal.reason.startswith("this device's Cotune does not know it, or has not got it installed: ")
+    assert expected in refusal.reason
+
+
+def test_an_answer_that_is_no_assignment_at_all_is_asked_for_again(agent: Agent, cloud: FakeCloud) -> None:
+    cloud.fail("GET /v1/devices/me/assignment", lambda handler: handler.send_json(200, {"strategy": {"name": "no"}}))
+    with pytest.raises(CloudUnavailable, match="expected a Assignment, got another body: assignment_id"):
+        cycle.run_once(agent)
+    assert cloud.requests("refusal") == []

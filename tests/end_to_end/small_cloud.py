@@ -37,11 +37,13 @@ class SmallCloud:
         folder: For state, logs and devices.
         models: Model folders by name: `llm`, `slm-0`, ...
         data: Data files by name: `public`, `test`, `device-0`, ...
+        environment: What every process is given beside our own environment.
     """
 
     folder: Path
     models: dict[str, Path]
     data: dict[str, Path]
+    environment: dict[str, str] = field(default_factory=dict)
     notices: list[str] = field(default_factory=list)
     agents: list[str] = field(default_factory=list)
     """Ids of the devices that have an agent; tests enrol others, which have none."""
@@ -53,7 +55,7 @@ class SmallCloud:
             each.mkdir(parents=True)
         self.key = make_operator_key(home).read_text(encoding="ascii").strip()
         self.address = f"http://{HOST}:{free_port()}"
-        environment = without_our_settings() | OFFLINE
+        environment = without_our_settings() | OFFLINE | self.environment
         self.supervisor = Supervisor(logs, notify=self.notices.append, environment=environment).__enter__()
         try:
             for spec in cloud_specs(HOST, int(self.address.rpartition(":")[2]), self._settings(home)):

@@ -582,14 +582,15 @@ def test_the_servers_own_training_is_weighed_too(cloud: Cloud, llm: str) -> None
     assert isinstance(config.strategy, CoPlmsSettings)
     rows = tiny_examples(8)
     with pytest.raises(DomainError, match="mutual learning: not enough memory on cuda:0") as caught:
-        check_memory(config, config.strategy, rows, {"cuda:0": 50_000_000})
+        check_memory(config, rows, {"cuda:0": 50_000_000})
     assert (caught.value.code, caught.value.received) == (ErrorCode.NOT_ENOUGH_MEMORY, 50_000_000)
     assert caught.value.expected > 100_000_000
-    check_memory(config, config.strategy, rows, {"cuda:0": 2**40})
-    in_parts = config.strategy.server.model_copy(update={"micro_batch_size": 4})
-    check_memory(config, config.strategy.model_copy(update={"server": in_parts}), rows, {"cuda:0": 50_000_000})
+    check_memory(config, rows, {"cuda:0": 2**40})
+    server_in_parts = config.strategy.server.model_copy(update={"micro_batch_size": 4})
+    in_parts = config.strategy.model_copy(update={"server": server_in_parts})
+    check_memory(config.model_copy(update={"strategy": in_parts}), rows, {"cuda:0": 50_000_000})
     careless = config.model_copy(update={"llm_loading": ModelLoading(check_memory=False)})
-    check_memory(careless, config.strategy, rows, {"cuda:0": 1})
+    check_memory(careless, rows, {"cuda:0": 1})
 
 
 def test_four_bits_without_the_package_for_them_are_refused(cloud: Cloud, llm: str) -> None:

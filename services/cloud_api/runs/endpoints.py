@@ -48,6 +48,14 @@ def create_run(
                     "summary": "Co-tune the LLM with the devices' models",
                     "value": examples.RUN_REQUEST.model_dump(mode="json"),
                 },
+                "fed_lora": {
+                    "summary": "Average an adapter of one small model that every device has",
+                    "value": examples.FED_LORA_REQUEST.model_dump(mode="json"),
+                },
+                "fedcollm": {
+                    "summary": "The same, with an LLM that learns from it and teaches it",
+                    "value": examples.FEDCOLLM_REQUEST.model_dump(mode="json"),
+                },
                 "standalone": {
                     "summary": "Each device by itself, for comparison",
                     "value": examples.STANDALONE_REQUEST.model_dump(mode="json"),
@@ -58,8 +66,8 @@ def create_run(
 ) -> Run:
     """Create a training job. A worker prepares it (for `co_plms`: distils the proxy), then round 1 opens.
 
-    `llm`, `proxy.path`, `public_data` and `evaluation_data` are paths on the machine of the API and the worker, or
-    Hugging Face hub names.
+    `llm`, `slm`, `proxy.path`, `public_data` and `evaluation_data` are paths on the machine of the API and the worker,
+    or Hugging Face hub names.
     """
     check_paths(request)
     run = runs.create_run(session, request, now)

@@ -6,7 +6,7 @@ from cloud_api.devices.examples import TIME
 from protocol.pages import Page
 from protocol.runs import ProxySettings, Run, RunCreate, RunPause, RunRollback, RunStop, Traffic, Waiting
 from protocol.statuses import RunStatus, WaitingFor
-from protocol.strategies import CoPlmsSettings, StandaloneSettings
+from protocol.strategies import CoPlmsSettings, FedCoLlmSettings, FedLoraSettings, StandaloneSettings
 
 RUN_ID = "run_0197c0ffee00a1b2c3d4e5f60718"
 
@@ -19,6 +19,18 @@ RUN_REQUEST = RunCreate(
     proxy=ProxySettings(source="prune", layers=4),
     min_updates=3,
     grace_seconds=60,
+)
+FED_LORA_REQUEST = RunCreate(
+    name="federated", strategy=FedLoraSettings(), rounds=5, slm="Qwen/Qwen2.5-0.5B-Instruct", min_updates=3
+)
+FEDCOLLM_REQUEST = RunCreate(
+    name="federated-co-tuning",
+    strategy=FedCoLlmSettings(),
+    rounds=5,
+    llm="Qwen/Qwen2.5-7B-Instruct",
+    slm="Qwen/Qwen2.5-0.5B-Instruct",
+    public_data="/data/public.jsonl",
+    min_updates=3,
 )
 STANDALONE_REQUEST = RunCreate(name="alone", strategy=StandaloneSettings(), rounds=1, min_updates=3)
 RUN = Run(

@@ -19,6 +19,7 @@ def check_paths(request: RunCreate) -> None:
         DomainError: MODEL_FOLDER_MISSING or DATA_FILE_INVALID, with the field and the path.
     """
     _check_model("llm", request.llm)
+    _check_model("slm", request.slm)
     _check_model("proxy.path", request.proxy.path)
     _check_data("public_data", request.public_data)
     _check_data("evaluation_data", request.evaluation_data)

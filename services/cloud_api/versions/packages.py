@@ -44,8 +44,9 @@ def adapter_package(facts: CardFacts, adapter: str) -> Package:
     if sha256 is None or config is None:
         detail = f"version {version.number} of run {version.run_id} has no {adapter} adapter with peft settings"
         raise DomainError(ErrorCode.ARTIFACT_NOT_FOUND, detail, received=adapter)
-    if adapter == "llm":
-        config = {**config, "base_model_name_or_path": facts.run.config.llm}
+    base = facts.run.config.llm if adapter == "llm" else facts.run.config.slm
+    if base is not None:
+        config = {**config, "base_model_name_or_path": base}
     small = {
         "README.md": model_card(facts).encode(),
         "adapter_config.json": (json.dumps(config, indent=2, sort_keys=True) + "\n").encode(),

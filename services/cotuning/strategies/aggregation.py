@@ -9,7 +9,7 @@ from cotuning.adapters import AdapterState
 from cotuning.aggregation import StreamingMean
 from cotuning.product_mean import ProductMean
 from cotuning.server_optimizers import optimizer_step
-from protocol.strategies import CoPlmsSettings
+from protocol.strategies import AveragingSettings
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class RoundAggregator:
     def __init__(
         self,
         shared_adapter: Mapping[str, Tensor],
-        settings: CoPlmsSettings,
+        settings: AveragingSettings,
         optimizer_state: Mapping[str, Tensor] | None = None,
     ) -> None:
         self._shared = shared_adapter

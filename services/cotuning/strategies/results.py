@@ -13,24 +13,24 @@ class DeviceResult:
     """One device's share of a round. Only `delta` and `logits` (and numbers) may leave the device.
 
     Attributes:
+        slm_adapter: psi_i: what this device's SLM is used with, and given back in the next round; never leaves.
+        num_examples: weight of the update: private rows trained on.
+        losses: means of the last tenth of the steps, nats.
         delta: trained minus received shared adapter; empty where the strategy sends none.
         logits: the proxy's probe-set payload; empty where the strategy sends none.
         logits_metadata: its header.
         domain_adapter: phi_i, for the next round; never leaves.
-        slm_adapter: psi_i, likewise.
-        num_examples: weight of the update: private rows trained on.
-        losses: means of the last tenth of the steps, nats.
         alignment: of the private rows, None where nothing was aligned.
     """
 
-    delta: AdapterState
-    logits: dict[str, Tensor]
-    logits_metadata: dict[str, str]
-    domain_adapter: AdapterState | None
     slm_adapter: AdapterState
     num_examples: int
     losses: dict[str, float]
-    alignment: AlignmentStats | None
+    delta: AdapterState = field(default_factory=dict)
+    logits: dict[str, Tensor] = field(default_factory=dict)
+    logits_metadata: dict[str, str] = field(default_factory=dict)
+    domain_adapter: AdapterState | None = None
+    alignment: AlignmentStats | None = None
 
 
 @dataclass(frozen=True)
@@ -53,15 +53,15 @@ class ServerResult:
     """The cloud's share of a round.
 
     Attributes:
-        shared_adapter: theta after mutual learning with the LLM.
-        llm_adapter: omega.
+        shared_adapter: theta, which the next round starts from; None where the strategy shares nothing.
+        llm_adapter: omega; None where the strategy has no LLM.
         losses: means of the last tenth of the steps, nats.
         alignment: of the rows used, None for no steps.
         teacher: what the devices' logits were used for.
     """
 
-    shared_adapter: AdapterState
-    llm_adapter: AdapterState
+    shared_adapter: AdapterState | None
+    llm_adapter: AdapterState | None
     losses: dict[str, float] = field(default_factory=dict)
     alignment: AlignmentStats | None = None
     teacher: TeacherRows | None = None

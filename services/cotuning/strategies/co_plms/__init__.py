@@ -10,5 +10,6 @@ learns from it; the probe rows that a device's logits teach are a set share of t
 
 from cotuning.strategies.co_plms.device import device_step
 from cotuning.strategies.co_plms.server import logits_places, parse_logits, server_step
+from cotuning.strategies.co_plms.steps import CoPlms
 
-__all__ = ["device_step", "logits_places", "parse_logits", "server_step"]
+__all__ = ["CoPlms", "device_step", "logits_places", "parse_logits", "server_step"]

@@ -1,7 +1,8 @@
-"""Reads the devices' probe logits, one file at a time, against what the round asked for."""
+"""Reads the parts of devices' updates, one file at a time; logits against what the round asked for."""
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from torch import Tensor
 
@@ -9,12 +10,10 @@ from assets.tensors import read_tensors
 from cotuning.examples import Example
 from cotuning.language_model import LanguageModel
 from cotuning.payload import PayloadRows
-from cotuning.probe_logits import ProbePlaces
-from cotuning.strategies import co_plms
+from cotuning.strategies.interface import LogitsReader, StrategySteps
 from persistence.blobs import BlobStore
 from persistence.updates import UpdateRecord
 from protocol.statuses import PartKind
-from protocol.strategies import CoPlmsSettings
 
 
 def read_part(blobs: BlobStore, update: UpdateRecord, kind: PartKind) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -29,32 +28,24 @@ def read_part(blobs: BlobStore, update: UpdateRecord, kind: PartKind) -> tuple[d
 
 
 @dataclass(frozen=True)
-class LogitsReader:
+class DeviceLogits:
     """What every device's logits of a round must agree with."""
 
     blobs: BlobStore
-    proxy: LanguageModel
+    steps: StrategySteps[Any]
+    shared_model: LanguageModel | None
     probe: list[Example]
-    settings: CoPlmsSettings
 
     @cached_property
-    def _places(self) -> ProbePlaces:
-        return co_plms.logits_places(self.proxy, self.probe, self.settings)
+    def _reader(self) -> LogitsReader:
+        return self.steps.logits_reader(self.shared_model, self.probe)
 
     def read(self, update: UpdateRecord) -> PayloadRows:
         """Read and check a device's logits.
 
         Raises:
-            PayloadError: they do not belong to this proxy and probe set, or hold impossible values.
+            PayloadError: they do not belong to this round's model and probe set, or hold impossible values.
             TensorFileError: not a safetensors file.
             DomainError: ARTIFACT_NOT_FOUND, see `read_part`.
         """
-        tensors, metadata = read_part(self.blobs, update, PartKind.LOGITS)
-        return co_plms.parse_logits(
-            tensors,
-            metadata,
-            proxy=self.proxy,
-            probe=self.probe,
-            places=self._places,
-            settings=self.settings,
-        )
+        return self._reader(*read_part(self.blobs, update, PartKind.LOGITS))

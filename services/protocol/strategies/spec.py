@@ -1,0 +1,113 @@
+"""What a strategy needs and what it lets cross the network, as data. No torch: the API and a device's gate read it."""
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from protocol.statuses import PartKind
+from protocol.strategies.settings import AveragingSettings, StrategySettings
+
+
+class SmallModel(StrEnum):
+    """The small model whose adapter devices and server share."""
+
+    NONE = "none"  # No adapter is shared.
+    DISTILLED_PROXY = "distilled_proxy"  # A proxy (DPM) that the worker distils from the LLM; devices download it.
+    DEVICES_OWN = "devices_own"  # The devices' own SLM, the same on all of them; the run names it in `slm`.
+
+
+class DownloadKind(StrEnum):
+    """What a device fetches for a round, beside the assignment itself."""
+
+    PROXY_BASE = "proxy_base"  # The shared small model, once.
+    MODEL_MANIFEST = "model_manifest"  # What the shared small model is, for a device that must have it already.
+    ADAPTER = "adapter"  # theta_t: what the last round published for devices to start from.
+    PROBE_SET = "probe_set"  # Public rows.
+
+
+class PublicSet(StrEnum):
+    """Where the public, or auxiliary, rows live."""
+
+    NOWHERE = "nowhere"  # None are needed; where a run has some, the server measures on them.
+    SERVER = "server"  # The server trains on them; devices never see them.
+    SERVER_AND_DEVICES = "server_and_devices"  # Likewise, and each device gets some of them: the probe set.
+
+
+class PrivateRows(StrEnum):
+    """Which private rows a device's step trains on."""
+
+    OWN = "own"  # Its own, which never leave it.
+    POOLED = "pooled"  # Those of all devices in one place: only where there are no devices but a simulation.
+
+
+@dataclass(frozen=True)
+class StrategySpec:
+    """A strategy, as far as it can be known without torch.
+
+    Attributes:
+        settings: the class of its settings; the default of their `name` is the strategy's.
+        steps: `module:name` of what makes its `cotuning.strategies.interface.StrategySteps` from the settings: their
+            class, or a function. Imported and called only where there is torch.
+        uploads: the parts that an update consists of. A device sends nothing else, and numbers.
+        downloads: the files that a device is given. It fetches nothing else.
+        small_model: whose adapter is shared.
+        public_set: where the public, or auxiliary, rows live.
+        trains_llm: whether the server trains the LLM's adapter.
+        private_rows: which of them a device's step trains on.
+
+    Raises:
+        ValueError: parts of it contradict each other.
+    """
+
+    settings: type[StrategySettings]
+    steps: str
+    uploads: frozenset[PartKind] = field(default_factory=frozenset)
+    downloads: frozenset[DownloadKind] = field(default_factory=frozenset)
+    small_model: SmallModel = SmallModel.NONE
+    public_set: PublicSet = PublicSet.NOWHERE
+    trains_llm: bool = False
+    private_rows: PrivateRows = PrivateRows.OWN
+
+    def __post_init__(self) -> None:
+        sends_delta = PartKind.ADAPTER_DELTA in self.uploads
+        rules = (
+            (":" in self.steps, "`steps` as `module:name`"),
+            (isinstance(self.settings.model_fields["name"].default, str), "settings with a default `name`"),
+            (
+                sends_delta == issubclass(self.settings, AveragingSettings),
+                "`AveragingSettings` where devices upload an adapter_delta, and only there",
+            ),
+            (
+                not sends_delta or self.small_model is not SmallModel.NONE,
+                "a `small_model` for the adapter whose delta devices upload",
+            ),
+            (
+                (DownloadKind.PROXY_BASE in self.downloads) == (self.small_model is SmallModel.DISTILLED_PROXY),
+                "the download proxy_base where the small model is a distilled proxy, and only there",
+            ),
+            (
+                (DownloadKind.MODEL_MANIFEST in self.downloads) == (self.small_model is SmallModel.DEVICES_OWN),
+                "the download model_manifest where the small model is the devices' own, and only there",
+            ),
+            (
+                (DownloadKind.PROBE_SET in self.downloads) == (self.public_set is PublicSet.SERVER_AND_DEVICES),
+                "the download probe_set where devices get public rows, and only there",
+            ),
+        )
+        for kept, rule in rules:
+            if not kept:
+                raise ValueError(f"strategy of {self.settings.__name__}: expected {rule}; got {self}")
+
+    @property
+    def name(self) -> str:
+        """As runs name it."""
+        return str(self.settings.model_fields["name"].default)
+
+    @property
+    def deployable(self) -> bool:
+        """False for what exists in simulations only, because it would take private rows off their devices."""
+        return self.private_rows is PrivateRows.OWN
+
+    @property
+    def needs_llm(self) -> bool:
+        """Whether a run of it names an LLM."""
+        return self.trains_llm or self.small_model is SmallModel.DISTILLED_PROXY
