@@ -1,4 +1,4 @@
-"""The one training loop, the order in which rows are drawn, and tuning by cross-entropy.
+"""The one training loop, and the order in which rows are drawn.
 
 Everything random here is a pure function of a seed: the same inputs give the same bits on the same machine. The loop
 knows nothing of models: it is given, for every step, an objective for each learner, whole or in parts that add up to it
@@ -15,22 +15,19 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from cotuning.adapters import adapter_parameters
 from cotuning.checkpoints import Checkpoints, TrainingState, capture, fingerprint, restore
-from cotuning.cross_entropy import ResponseTokens, cross_entropy, response_tokens
-from cotuning.encoded_rows import EncodedRows
-from cotuning.encoding import EncodedBatch
 from cotuning.examples import Example
-from cotuning.gradient_checkpointing import recomputed_layers
-from cotuning.language_model import LanguageModel, hidden_states, output_head
+from cotuning.language_model import LanguageModel
 from cotuning.schedules import ScheduleName, share_of_rate
-from cotuning.seeding import derive_seed, isolated_generators
+from cotuning.seeding import derive_seed
 
 OnProgress = Callable[[str, int, int, dict[str, float]], None]
 """Called after every step with stage, steps done, steps in all, and that step's losses. What it raises ends the
 training there, with models as they were lent and nothing half-written."""
 
 Precision = Literal["float32", "bfloat16"]
+DEFAULT_BETAS = (0.9, 0.999)
+"""AdamW's own."""
 _POOL_BATCHES = 8
 _REPORTED_SHARE = 0.1
 
@@ -55,7 +52,7 @@ class Learner:
     learning_rate: float
     weight_decay: float = 0.0
     gradient_clip: float = 1.0
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[float, float] = DEFAULT_BETAS
 
 
 @dataclass(frozen=True)
@@ -283,72 +280,3 @@ def training_mode(lm: LanguageModel) -> Iterator[None]:
 def autocast(lm: LanguageModel, precision: Precision) -> torch.autocast:
     """The forward pass in bfloat16, or as the model is."""
     return torch.autocast(lm.device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16")
-
-
-def tune_adapter(
-    lm: LanguageModel,
-    name: str,
-    rows: EncodedRows,
-    batches: Sequence[Sequence[int]],
-    *,
-    learning_rate: float,
-    weight_decay: float = 0.0,
-    gradient_clip: float = 1.0,
-    precision: Precision = "float32",
-    gradient_checkpointing: bool = False,
-    micro_batch_size: int | None = None,
-    seed: int,
-    stage: str,
-    on_progress: OnProgress,
-    checkpoints: Checkpoints | None = None,
-) -> dict[str, float]:
-    """Train one adapter by cross-entropy on responses; everything else is frozen. Changes it in place.
-
-    Args:
-        lm: with the adapter on, and activated so that it alone learns (`adapters.activate`).
-        name: of the adapter.
-        rows: to learn, as `lm` reads them.
-        batches: indices of the rows of each step, for example from `draw_batches`.
-        gradient_checkpointing: see there.
-        micro_batch_size: rows of a step in memory at a time, all if not given. Without dropout it changes nothing but
-            rounding.
-        seed: of dropout.
-        checkpoints: see `train`.
-
-    Returns:
-        `{"cross_entropy": mean of the last tenth of the steps}`, nats a token; empty for no steps.
-    """
-    if not batches:
-        return {}
-    rows.encode(index for batch in batches for index in batch)
-    head = output_head(lm)
-    parameters = list(adapter_parameters(lm, name).values())
-
-    def learn(batch: EncodedBatch, tokens: ResponseTokens, num_tokens: int) -> Step:
-        with autocast(lm, precision):
-            hidden_BTD = hidden_states(lm, batch.input_ids_BT)
-            hidden_ND = hidden_BTD[tokens.sample_N, tokens.position_N]
-            loss, _ = cross_entropy(hidden_ND, head, tokens.target_N, num_tokens=num_tokens)
-        return Step({name: loss}, {"cross_entropy": loss.detach()})
-
-    def step_at(step: int) -> Iterator[Step]:
-        parts = [rows.batch(part) for part in micro_batches(batches[step], micro_batch_size)]
-        tokens = [response_tokens(part) for part in parts]
-        num_tokens = sum(len(each.target_N) for each in tokens)
-        for part, tokens_N in zip(parts, tokens, strict=True):
-            yield learn(part, tokens_N, num_tokens)
-
-    with (
-        isolated_generators(derive_seed(seed, "dropout"), lm.device),
-        training_mode(lm),
-        recomputed_layers(lm, enabled=gradient_checkpointing),
-    ):
-        learner = Learner(parameters, learning_rate, weight_decay, gradient_clip)
-        return train(
-            {name: learner},
-            step_at,
-            steps=len(batches),
-            stage=stage,
-            on_progress=on_progress,
-            checkpoints=checkpoints,
-        )

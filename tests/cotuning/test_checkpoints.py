@@ -14,7 +14,8 @@ from cotuning.checkpoints import capture, restore
 from cotuning.encoded_rows import EncodedRows
 from cotuning.strategies import co_plms
 from cotuning.strategies.results import DeviceResult, ServerResult
-from cotuning.training import Learner, Step, draw_batches, row_sizes, train, tune_adapter
+from cotuning.training import Learner, Step, draw_batches, row_sizes, train
+from cotuning.tuning import tune_adapter
 from protocol.strategies import CoPlmsSettings, LocalTraining, LoraSettings, ServerTraining
 from tests.tiny_models import tiny_examples, tiny_language_model
 

@@ -10,7 +10,8 @@ from cotuning.evaluation import Scores, bits_per_byte, evaluate, measure_rows
 from cotuning.examples import Example, render_prompt
 from cotuning.generation import generate, sample
 from cotuning.language_model import LanguageModel
-from cotuning.training import draw_batches, row_sizes, tune_adapter
+from cotuning.training import draw_batches, row_sizes
+from cotuning.tuning import tune_adapter
 from tests.tiny_models import NAMES, tiny_examples, tiny_language_model
 
 

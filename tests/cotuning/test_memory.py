@@ -16,7 +16,7 @@ from cotuning.memory import MemoryEstimate, NotEnoughMemory, estimate_memory, lo
 from cotuning.mutual_learning import Party, learn_mutually
 from cotuning.proxy import distil_proxy
 from cotuning.shared_rows import share_rows
-from cotuning.training import tune_adapter
+from cotuning.tuning import tune_adapter
 from tests.tiny_models import tiny_language_model
 
 BATCH_SIZE, LENGTH = 4, 160

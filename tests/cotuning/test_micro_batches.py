@@ -20,7 +20,8 @@ from cotuning.language_model import LanguageModel, hidden_states
 from cotuning.mutual_learning import Party, Teacher, learn_mutually
 from cotuning.probe_logits import choose_teachers, make_teacher, parse_probe_payload, probe_payload, probe_places
 from cotuning.shared_rows import share_rows
-from cotuning.training import Learner, Step, micro_batches, train, tune_adapter
+from cotuning.training import Learner, Step, micro_batches, train
+from cotuning.tuning import tune_adapter
 from tests.cotuning.test_memory import larger, peak_bytes
 from tests.cotuning.test_memory import rows as long_rows
 from tests.tiny_models import tiny_examples, tiny_language_model, tiny_tokenizer

@@ -13,7 +13,8 @@ from cotuning.encoding import encode_batch
 from cotuning.evaluation import bits_per_byte
 from cotuning.examples import render_prompt
 from cotuning.language_model import LanguageModel
-from cotuning.training import Learner, Step, TrainingDiverged, draw_batches, row_sizes, train, tune_adapter
+from cotuning.training import Learner, Step, TrainingDiverged, draw_batches, row_sizes, train
+from cotuning.tuning import tune_adapter
 from tests.tiny_models import NAMES, tiny_examples, tiny_language_model
 
 ROWS = tiny_examples(16)

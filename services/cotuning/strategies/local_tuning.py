@@ -4,13 +4,12 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from cotuning.adapters import AdapterState, activate, adapted, adapter_state, lora_config
+from cotuning.adapters import AdapterState, adapter_state
 from cotuning.checkpoints import Checkpoints
-from cotuning.encoded_rows import EncodedRows
 from cotuning.examples import Example
 from cotuning.language_model import LanguageModel
-from cotuning.seeding import derive_seed
-from cotuning.training import OnProgress, draw_batches, row_sizes, tune_adapter
+from cotuning.strategies.tuning import tune_locally, with_adapter
+from cotuning.training import OnProgress
 from protocol.strategies import LocalTraining, LoraSettings
 
 
@@ -48,29 +47,15 @@ def tune_on_private_rows(
         AdapterMismatch: `start` is not of this model and these settings.
         TrainingDiverged: see `training.train`.
     """
-    config = lora_config(slm, **lora.model_dump())
-    batches = draw_batches(
-        row_sizes(private),
-        batch_size=training.batch_size,
-        steps=training.steps,
-        seed=derive_seed(seed, "rows", round_number),
-    )
-    with adapted(slm, config, {"slm": derive_seed(seed, "slm_adapter") if start is None else start}) as lent:
-        activate(lent, ["slm"], trainable=["slm"])
-        losses = tune_adapter(
+    with with_adapter(slm, "slm", start, lora, seed=seed) as lent:
+        losses = tune_locally(
             lent,
-            "slm",
-            EncodedRows(lent, private, max_length=training.max_length),
-            batches,
-            learning_rate=training.learning_rate,
-            weight_decay=training.weight_decay,
-            gradient_clip=training.gradient_clip,
-            precision=training.precision,
-            gradient_checkpointing=training.gradient_checkpointing,
-            micro_batch_size=training.micro_batch_size,
-            seed=derive_seed(seed, "dropout", round_number),
+            private,
+            training,
+            round_number=round_number,
+            seed=seed,
             stage=stage,
             on_progress=on_progress,
             checkpoints=checkpoints,
         )
-        return adapter_state(lent, "slm"), {"slm_ce": losses["cross_entropy"]}
+        return adapter_state(lent, "slm"), losses

@@ -15,7 +15,8 @@ from cotuning.seeding import derive_seed
 from cotuning.shared_rows import SharedRows, share_rows
 from cotuning.strategies.co_plms.comparison import compared
 from cotuning.strategies.results import DeviceResult
-from cotuning.training import OnProgress, draw_batches, draw_mixed_batches, row_sizes, tune_adapter
+from cotuning.training import OnProgress, draw_batches, draw_mixed_batches, row_sizes
+from cotuning.tuning import tune_adapter
 from protocol.strategies import CoPlmsSettings
 
 DOMAIN_STAGE = "domain_tuning"
