@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from cotuning.encoding import IGNORED_LABEL, EncodedBatch, encode_batch
 from cotuning.examples import Example, render_prompt
-from cotuning.language_model import LanguageModel
+from cotuning.vocabulary import Reads
 
 _ROWS_AT_ONCE = 256
 
@@ -21,12 +21,12 @@ class EncodedRows:
     """Examples as one model reads them; each is tokenized once, when it is first drawn.
 
     Args:
-        lm: whose tokenizer and device.
+        lm: whose tokenizer and device; a `Vocabulary` will do.
         examples: all rows.
         max_length: tokens a row.
     """
 
-    def __init__(self, lm: LanguageModel, examples: Sequence[Example], *, max_length: int) -> None:
+    def __init__(self, lm: Reads, examples: Sequence[Example], *, max_length: int) -> None:
         self.examples = examples
         self.lm = lm
         self._max_length = max_length

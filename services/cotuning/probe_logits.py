@@ -30,6 +30,7 @@ from cotuning.mutual_learning import Teacher
 from cotuning.packed_values import Values
 from cotuning.payload import PayloadError, PayloadRows, build_payload, parse_payload
 from cotuning.top_classes import TopClasses, top_classes
+from cotuning.vocabulary import Reads
 
 TeacherChoice = Literal["least_ce", "ce_weighted", "off"]
 
@@ -53,7 +54,7 @@ class ProbePlaces:
     target_S: Tensor
 
 
-def probe_places(lm: LanguageModel, probe: Sequence[Example], *, max_length: int) -> ProbePlaces:
+def probe_places(lm: Reads, probe: Sequence[Example], *, max_length: int) -> ProbePlaces:
     """Where `probe_payload` of the same model, rows and length has its rows. On the CPU; the model is not run."""
     samples, starts, targets = [], [], []
     for batch, spans, first in _spans_by_batch(lm, probe, max_length):
@@ -64,7 +65,7 @@ def probe_places(lm: LanguageModel, probe: Sequence[Example], *, max_length: int
 
 
 def _spans_by_batch(
-    lm: LanguageModel, probe: Sequence[Example], max_length: int
+    lm: Reads, probe: Sequence[Example], max_length: int
 ) -> Iterator[tuple[EncodedBatch, Alignment, int]]:
     """Batches of the probe set, the starts of their own tokens, and the index of each batch's first row.
 
@@ -149,7 +150,7 @@ def parse_probe_payload(
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
     *,
-    proxy: LanguageModel,
+    proxy: Reads,
     probe: Sequence[Example],
     places: ProbePlaces,
     top_k: int,
@@ -160,7 +161,7 @@ def parse_probe_payload(
     Args:
         tensors: what came.
         metadata: its header.
-        proxy: whose distributions they are said to be.
+        proxy: over whose token ids they are said to be.
         probe: Q.
         places: of the proxy on Q, from `probe_places`.
         top_k: K asked for.

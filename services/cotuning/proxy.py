@@ -138,6 +138,7 @@ def distil_proxy(
             EncodedRows(llm, kept, max_length=max_length),
             EncodedRows(proxy, kept, max_length=max_length),
             draw_batches(row_sizes(kept), batch_size=batch_size, steps=steps, seed=derive_seed(seed, "order")),
+            student=proxy,
             on_policy=on_policy_steps(steps, on_policy_fraction, derive_seed(seed, "on_policy")),
             max_new_tokens=on_policy_tokens,
             max_length=max_length,

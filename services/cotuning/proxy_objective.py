@@ -36,12 +36,14 @@ class PublicReader:
         proxy_rows: EncodedRows,
         batches: Sequence[Sequence[int]],
         *,
+        student: LanguageModel,
         on_policy: frozenset[int],
         max_new_tokens: int,
         max_length: int,
         seed: int,
     ) -> None:
         self._rows = (llm_rows, proxy_rows)
+        self._student = student
         self._batches = batches
         self.on_policy = on_policy
         self._max_new_tokens = max_new_tokens
@@ -58,7 +60,7 @@ class PublicReader:
             return llm_rows.batch(indices), proxy_rows.batch(indices)
         prompts = [proxy_rows.examples[index] for index in indices]
         answers = sample(
-            proxy_rows.lm,
+            self._student,
             prompts,
             max_new_tokens=self._max_new_tokens,
             seed=derive_seed(self._seed, "sample", step),
