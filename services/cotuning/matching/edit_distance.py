@@ -3,7 +3,9 @@
 Names: N and M strings of two lists, L bytes of the longest of the second, V token ids.
 """
 
+from collections import Counter
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -48,6 +50,12 @@ def _table(strings: Sequence[bytes], lengths_N: NDArray[np.int64]) -> NDArray[np
     return table_NL
 
 
+@lru_cache(maxsize=32)
+def _found(source: str, target: str) -> dict[int, int]:
+    """What was found in this process from one vocabulary to another, by their fingerprints: a search takes long."""
+    return {}
+
+
 class NearestPieces:
     """For ids of one vocabulary, the ids of another with the least edit distance, found once each (MinED).
 
@@ -65,8 +73,13 @@ class NearestPieces:
         self._equal = {piece: index for index, piece in reversed(list(enumerate(target.pieces))) if piece}
         self._ids = np.array(sorted(self._equal.values()), dtype=np.int64)
         self._pieces = [target.pieces[index] or b"" for index in self._ids.tolist()]
-        self._lengths = np.array([len(piece) for piece in self._pieces])
-        self._known = {source.end_id: target.end_id}
+        self._lengths = np.array([len(piece) for piece in self._pieces], dtype=np.int64)
+        self._counts = np.zeros((256, len(self._pieces)), dtype=np.uint16)
+        for place, piece in enumerate(self._pieces):
+            for byte in piece:
+                self._counts[byte, place] += 1
+        self._known = _found(source.fingerprint, target.fingerprint)
+        self._known[source.end_id] = target.end_id
 
     def __call__(self, ids: Tensor) -> Tensor:
         """The nearest ids, of the same shape; -1 where there is none."""
@@ -84,8 +97,18 @@ class NearestPieces:
             return -1
         if piece in self._equal:
             return self._equal[piece]
-        # A string of length n is at least |n - m| and at most max(n, m) away from one of length m.
-        gap = np.abs(self._lengths - len(piece))
-        candidates = np.flatnonzero(gap <= np.maximum(self._lengths, len(piece)).min())
-        distances = edit_distances([piece], [self._pieces[place] for place in candidates.tolist()])[0]
-        return int(self._ids[candidates[int(distances.argmin())]])
+        # Strings of n and m bytes that share s of them, counted with repeats, are at least max(n, m) - s edits apart.
+        shared = np.zeros(len(self._pieces), dtype=np.int64)
+        for byte, count in Counter(piece).items():
+            shared += np.minimum(self._counts[byte], count)
+        bounds = np.maximum(self._lengths, len(piece)) - shared
+        least, nearest = len(piece) + int(self._lengths.max()), -1
+        for bound in np.unique(bounds).tolist():
+            if bound > least:
+                break
+            candidates = np.flatnonzero(bounds == bound)
+            distances = edit_distances([piece], [self._pieces[place] for place in candidates.tolist()])[0]
+            found, index = int(distances.min()), int(self._ids[candidates[int(distances.argmin())]])
+            if found < least or (found == least and index < nearest):
+                least, nearest = found, index
+        return nearest

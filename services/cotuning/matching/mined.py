@@ -16,6 +16,7 @@ token; K is 10. Temperature softens both sides; T^2 does not enter.
 Names: N response tokens of the student, K ids of the teacher, V token ids.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -23,6 +24,7 @@ from torch import Tensor
 
 from cotuning.cross_entropy import ResponseTokens, response_tokens
 from cotuning.encoding import EncodedBatch
+from cotuning.heads import Head
 from cotuning.language_model import logits
 from cotuning.matching.dtw import dtw_align
 from cotuning.matching.edit_distance import NearestPieces
@@ -60,6 +62,16 @@ def distinct_softmax(mapped_NK: Tensor, logits_NK: Tensor) -> Tensor:
     return weights_NK / weights_NK.sum(1, keepdim=True).clamp(min=torch.finfo(weights_NK.dtype).tiny)
 
 
+def target_cross_entropies(hidden_ND: Tensor, head: Head, targets: Targets, *, temperature: float) -> Tensor:
+    """`- sum_v target(v) log p_s(v)` of each response token, nats: [N], with gradients to the student's tensors."""
+
+    def values(hidden_ND: Tensor, ids_NK: Tensor, probs_NK: Tensor) -> Tensor:
+        logs_NV = log_probs(hidden_ND, head, temperature)
+        return -(probs_NK * logs_NV.gather(1, ids_NK)).sum(1)
+
+    return by_rows(values, hidden_ND, targets.ids_NK, targets.probs_NK)
+
+
 class MinedDtw:
     """The direction; reported as `mined`, with the share of tokens that got a teacher's distribution.
 
@@ -83,14 +95,8 @@ class MinedDtw:
         """See `interface.Direction`."""
         tokens = response_tokens(student.batch)
         targets, taught_N = self.targets(tokens, teacher)
-
-        def values(hidden_ND: Tensor, ids_NK: Tensor, probs_NK: Tensor) -> Tensor:
-            logs_NV = log_probs(hidden_ND, student.head, self._temperature)
-            return -(probs_NK * logs_NV.gather(1, ids_NK)).sum(1)
-
-        values_N = by_rows(
-            values, student.hidden_BTD[tokens.sample_N, tokens.position_N], targets.ids_NK, targets.probs_NK
-        )
+        hidden_ND = student.hidden_BTD[tokens.sample_N, tokens.position_N]
+        values_N = target_cross_entropies(hidden_ND, student.head, targets, temperature=self._temperature)
         share = mean(taught_N.to(targets.probs_NK.dtype), num_tokens)
         return Lesson({"mined": mean(values_N, num_tokens)}, metrics={"mined_share": share})
 
@@ -102,16 +108,39 @@ class MinedDtw:
     def targets(self, tokens: ResponseTokens, teacher: Reading) -> tuple[Targets, Tensor]:
         """The targets of the student's response tokens, and which of them the teacher gave; bool [N]."""
         teacher_tokens = response_tokens(teacher.batch)
-        partner_N = self._aligned(tokens, teacher_tokens, rows=len(teacher.batch.digest_B))
+
+        def read(place_N: Tensor) -> tuple[Tensor, Tensor]:
+            hidden_ND = teacher.hidden_BTD[teacher_tokens.sample_N[place_N], teacher_tokens.position_N[place_N]]
+            top = logits(hidden_ND, teacher.head).topk(self._top_k, dim=1)
+            return top.indices, top.values / self._temperature
+
+        return self.targets_from(tokens, teacher_tokens, read, rows=len(teacher.batch.digest_B))
+
+    def targets_from(
+        self,
+        tokens: ResponseTokens,
+        teacher_tokens: ResponseTokens,
+        read: Callable[[Tensor], tuple[Tensor, Tensor]],
+        *,
+        rows: int,
+    ) -> tuple[Targets, Tensor]:
+        """The same, whatever tells the teacher's distributions.
+
+        Args:
+            tokens: the student's response tokens.
+            teacher_tokens: the teacher's, of the same rows.
+            read: from indices of the teacher's tokens to its K most likely ids there, the most likely first and -1
+                where nothing is known, and their logits over the temperature, up to a constant of the row.
+            rows: B.
+        """
+        partner_N = self._aligned(tokens, teacher_tokens, rows=rows)
         taught_N = partner_N >= 0
         place_N = partner_N[taught_N]
         taught_N[taught_N.clone()] = self._nearest(teacher_tokens.target_N[place_N]) == tokens.target_N[taught_N]
-        place_N = partner_N[taught_N]
-        hidden_ND = teacher.hidden_BTD[teacher_tokens.sample_N[place_N], teacher_tokens.position_N[place_N]]
-        top = logits(hidden_ND, teacher.head).topk(self._top_k, dim=1)
-        mapped_NK = self._nearest(top.indices)
-        probs_NK = distinct_softmax(mapped_NK, top.values / self._temperature)
-        ids_NK = tokens.target_N[:, None].repeat(1, self._top_k)
+        top_ids_NK, logits_NK = read(partner_N[taught_N])
+        mapped_NK = self._nearest(top_ids_NK.clamp(min=0)).where(top_ids_NK >= 0, -1)
+        probs_NK = distinct_softmax(mapped_NK, logits_NK)
+        ids_NK = tokens.target_N[:, None].repeat(1, top_ids_NK.shape[1])
         one_hot_NK = torch.zeros(ids_NK.shape, dtype=probs_NK.dtype, device=ids_NK.device)
         one_hot_NK[:, :1] = 1.0
         # Where the teacher's ids are all specials, nothing is known of its distribution.
