@@ -167,8 +167,7 @@ class RunCreate(SettingsModel):
         spec = spec_of(self.strategy)
         if not spec.deployable:
             raise ValueError(
-                f"strategy `{spec.name}` trains on all devices' rows in one place: it exists in simulations and cannot "
-                "be deployed"
+                f"strategy `{spec.name}` {spec.not_deployable_because}: it exists in simulations and cannot be deployed"
             )
         needed = {
             "llm": spec.needs_llm,

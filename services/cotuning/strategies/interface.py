@@ -15,21 +15,14 @@ settings. One round is, whoever runs it:
 Steps are pure: equal inputs give equal bits, models are given back as they were lent, nothing is read but the inputs
 and the settings. So a simulation and a deployment with the same seeds give the same adapters.
 
-How strategies of other kinds fit in:
-
-* FedMKT: its devices get public rows (`public_set` server_and_devices) and send logits only (`uploads` {logits}, no
-  `small_model`), so there is no aggregator and `server_step` gets what `logits_reader` made of them. What its server
-  sends back are its LLM's logits: tensors by name like any adapter, given as `ServerResult.shared_adapter` and met
-  again as `DeviceInputs.shared_adapter` in the next round.
-* Data-based: candidates that the LLM wrote are public rows of the next round; devices send numbers in
-  `DeviceResult.losses`.
-* Feature-based: pooled hidden states on the probe set are one more kind of part (`protocol.statuses.PartKind`), with a
-  reader of its own beside `logits_reader`.
+What is neither an adapter nor logits of a shared model travels as a `Message`: FedMKT's logits, of every device's own
+SLM and of the LLM; the candidates that a data-based strategy's LLM wrote, and the devices' counts of them; the features
+of a feature-based one. The services carry none yet, so such a strategy is not `deployable`.
 """
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Generic, Protocol, TypeVar
 
 from torch import Tensor
@@ -39,8 +32,9 @@ from cotuning.examples import Example
 from cotuning.language_model import LanguageModel
 from cotuning.payload import PayloadRows
 from cotuning.strategies.aggregation import Aggregate, RoundAggregator
-from cotuning.strategies.results import DeviceResult, ServerResult
+from cotuning.strategies.results import DeviceResult, Message, ServerResult
 from cotuning.training import OnProgress
+from cotuning.vocabulary import Reads
 from protocol.strategies import StrategySettings
 
 Settings = TypeVar("Settings", bound=StrategySettings)
@@ -64,6 +58,8 @@ class DeviceInputs:
         shared_adapter: theta_t, what the last round published.
         adapter_rank: at which this device trains theta; None: the run's own.
         probe: the public rows that the device was given.
+        message: what the server sent all devices at the end of the last round, or before the first.
+        llm_vocabulary: the LLM's tokenizer.
         round_number: from 1.
         seed: the run's; equal inputs give equal bits.
         on_progress: see `training.OnProgress`; what it raises ends the step.
@@ -81,7 +77,26 @@ class DeviceInputs:
     shared_adapter: Mapping[str, Tensor] | None = None
     adapter_rank: int | None = None
     probe: Sequence[Example] = ()
+    message: Message | None = None
+    llm_vocabulary: Reads | None = None
     checkpoints: Checkpoints | None = None
+
+
+@dataclass(frozen=True)
+class DeviceMessage:
+    """What one device sent beside its delta, not yet checked.
+
+    Attributes:
+        tensors: by name.
+        metadata: their header.
+        num_examples: the device's weight.
+        vocabulary: the tokenizer of its SLM.
+    """
+
+    tensors: Mapping[str, Tensor]
+    metadata: Mapping[str, str]
+    num_examples: int
+    vocabulary: Reads
 
 
 @dataclass(frozen=True)
@@ -96,6 +111,9 @@ class ServerInputs:
         public: D_pub without the probe rows.
         probe: Q.
         device_logits: from the `logits_reader`, one a device, in the order of the devices.
+        device_messages: of those devices that sent one, in the order of the devices.
+        message: what the devices were sent before they computed that.
+        state: `ServerResult.state` of the last round.
         round_number: from 1.
         seed: the run's; equal inputs give equal bits.
         on_progress: see `training.OnProgress`; what it raises ends the step.
@@ -112,6 +130,9 @@ class ServerInputs:
     public: Sequence[Example] = ()
     probe: Sequence[Example] = ()
     device_logits: Sequence[PayloadRows] = ()
+    device_messages: Sequence[DeviceMessage] = ()
+    message: Message | None = None
+    state: Mapping[str, Tensor] = field(default_factory=dict)
     checkpoints: Checkpoints | None = None
 
 
@@ -175,6 +196,14 @@ class StrategySteps(ABC, Generic[Settings]):
     def learns_from_logits(self) -> bool:
         """Whether `server_step` wants the devices' logits."""
         return self.settings.kept_classes is not None
+
+    def first_message(self, given: ServerInputs) -> Message | None:
+        """What all devices are sent before the first round. Here: nothing."""
+        return None
+
+    def last_step(self, given: DeviceInputs) -> DeviceResult | None:
+        """What a device does with the message of the last round, after it; sends nothing. Here: nothing, None."""
+        return None
 
     def server_step(self, given: ServerInputs) -> ServerResult:
         """The server's round, after aggregation. Here: the aggregate is published as it is, the LLM stays.

@@ -1,16 +1,44 @@
 """What a strategy's steps give back."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from cotuning.adapters import AdapterState
+from cotuning.examples import Example
 from cotuning.shared_rows import AlignmentStats
 
 
 @dataclass(frozen=True)
+class Message:
+    """What crosses the network beside adapters and logits, as the spec's `messages_up` and `messages_down` say.
+
+    Attributes:
+        tensors: by name.
+        metadata: their header.
+        rows: public rows, or rows made of public ones; only from the server to devices.
+    """
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    metadata: dict[str, str] = field(default_factory=dict)
+    rows: list[Example] = field(default_factory=list)
+
+
+def only_tensor(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    """The one tensor that a message consists of.
+
+    Raises:
+        ValueError: it is not there, or there are others.
+    """
+    if set(tensors) != {name}:
+        raise ValueError(f"expected a message of the tensor {name!r} alone, got {sorted(tensors)}")
+    return tensors[name]
+
+
+@dataclass(frozen=True)
 class DeviceResult:
-    """One device's share of a round. Only `delta` and `logits` (and numbers) may leave the device.
+    """One device's share of a round. Only `delta`, `logits` and `message` (and numbers) may leave the device.
 
     Attributes:
         slm_adapter: psi_i: what this device's SLM is used with, and given back in the next round; never leaves.
@@ -21,6 +49,7 @@ class DeviceResult:
         logits_metadata: its header.
         domain_adapter: phi_i, for the next round; never leaves.
         alignment: of the private rows, None where nothing was aligned.
+        message: what else leaves.
     """
 
     slm_adapter: AdapterState
@@ -31,6 +60,7 @@ class DeviceResult:
     logits_metadata: dict[str, str] = field(default_factory=dict)
     domain_adapter: AdapterState | None = None
     alignment: AlignmentStats | None = None
+    message: Message | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +88,8 @@ class ServerResult:
         losses: means of the last tenth of the steps, nats.
         alignment: of the rows used, None for no steps.
         teacher: what the devices' logits were used for.
+        message: to all devices, for the next round.
+        state: what the server keeps for its next round, beside adapters.
     """
 
     shared_adapter: AdapterState | None
@@ -65,3 +97,5 @@ class ServerResult:
     losses: dict[str, float] = field(default_factory=dict)
     alignment: AlignmentStats | None = None
     teacher: TeacherRows | None = None
+    message: Message | None = None
+    state: AdapterState = field(default_factory=dict)

@@ -18,11 +18,14 @@ from protocol.strategies.settings import (
     ServerSteps,
     StrategySettings,
 )
-from protocol.strategies.spec import DownloadKind, PrivateRows, PublicSet, SmallModel, StrategySpec
+from protocol.strategies.spec import DownloadKind, MessageKind, PrivateRows, PublicSet, SmallModel, StrategySpec
 from protocol.strategies.standalone import StandaloneSettings
 
 # isort: split
 # Last: it imports the modules of other distributions' strategies, and these import this package.
+from protocol.strategies.data_based import DataBasedSettings
+from protocol.strategies.feature_based import FeatureBasedSettings
+from protocol.strategies.fedmkt import FedMktSettings
 from protocol.strategies.registry import STRATEGIES, Strategy, spec_of
 
 __all__ = [
@@ -31,12 +34,16 @@ __all__ = [
     "Batches",
     "CentralizedSettings",
     "CoPlmsSettings",
+    "DataBasedSettings",
     "DownloadKind",
+    "FeatureBasedSettings",
     "FedCoLlmSettings",
     "FedLoraSettings",
+    "FedMktSettings",
     "LocalTraining",
     "LoraSettings",
     "Matching",
+    "MessageKind",
     "MutualDistillation",
     "PrivateRows",
     "PublicSet",

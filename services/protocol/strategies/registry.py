@@ -20,14 +20,17 @@ from pydantic import Field
 
 from protocol.strategies.centralized import CENTRALIZED
 from protocol.strategies.co_plms import CO_PLMS
+from protocol.strategies.data_based import DATA_BASED
+from protocol.strategies.feature_based import FEATURE_BASED
 from protocol.strategies.fed_lora import FED_LORA
 from protocol.strategies.fedcollm import FEDCOLLM
+from protocol.strategies.fedmkt import FEDMKT
 from protocol.strategies.settings import StrategySettings
 from protocol.strategies.spec import StrategySpec
 from protocol.strategies.standalone import STANDALONE
 
 ENTRY_POINT_GROUP = "cotune.strategies"
-BUILT_IN = (CENTRALIZED, CO_PLMS, FED_LORA, FEDCOLLM, STANDALONE)
+BUILT_IN = (CENTRALIZED, CO_PLMS, DATA_BASED, FEATURE_BASED, FED_LORA, FEDCOLLM, FEDMKT, STANDALONE)
 
 
 class StrategyNotUsable(ValueError):

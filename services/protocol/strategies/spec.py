@@ -39,6 +39,16 @@ class PrivateRows(StrEnum):
     POOLED = "pooled"  # Those of all devices in one place: only where there are no devices but a simulation.
 
 
+class MessageKind(StrEnum):
+    """What crosses the network beside the parts of an update and the files above. The services carry none of it yet."""
+
+    SLM_LOGITS = "slm_logits"  # Top-K probe-set distributions of a device's SLM, over its own token ids.
+    LLM_LOGITS = "llm_logits"  # Top-K probe-set distributions of the LLM, from the server to all devices.
+    CANDIDATES = "candidates"  # Rows that the LLM wrote from public ones, from the server to all devices.
+    COUNTS = "counts"  # How many of the candidates of each seed, or task, a device kept.
+    FEATURES = "features"  # Pooled hidden states on the probe set in a common space, both ways.
+
+
 @dataclass(frozen=True)
 class StrategySpec:
     """A strategy, as far as it can be known without torch.
@@ -49,6 +59,8 @@ class StrategySpec:
             class, or a function. Imported and called only where there is torch.
         uploads: the parts that an update consists of. A device sends nothing else, and numbers.
         downloads: the files that a device is given. It fetches nothing else.
+        messages_up: what else a device sends.
+        messages_down: what else all devices are sent.
         small_model: whose adapter is shared.
         public_set: where the public, or auxiliary, rows live.
         trains_llm: whether the server trains the LLM's adapter.
@@ -62,6 +74,8 @@ class StrategySpec:
     steps: str
     uploads: frozenset[PartKind] = field(default_factory=frozenset)
     downloads: frozenset[DownloadKind] = field(default_factory=frozenset)
+    messages_up: frozenset[MessageKind] = field(default_factory=frozenset)
+    messages_down: frozenset[MessageKind] = field(default_factory=frozenset)
     small_model: SmallModel = SmallModel.NONE
     public_set: PublicSet = PublicSet.NOWHERE
     trains_llm: bool = False
@@ -104,8 +118,17 @@ class StrategySpec:
 
     @property
     def deployable(self) -> bool:
-        """False for what exists in simulations only, because it would take private rows off their devices."""
-        return self.private_rows is PrivateRows.OWN
+        """False for what exists in simulations only; `not_deployable_because` says why."""
+        return self.not_deployable_because is None
+
+    @property
+    def not_deployable_because(self) -> str | None:
+        """What it does that no deployment can, None where there is nothing."""
+        if self.private_rows is not PrivateRows.OWN:
+            return "trains on all devices' rows in one place"
+        if self.messages_up or self.messages_down:
+            return "exchanges messages that the services do not carry"
+        return None
 
     @property
     def needs_llm(self) -> bool:

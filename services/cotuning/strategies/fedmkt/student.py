@@ -1,0 +1,181 @@
+"""A model that learns from others' logits on the probe set: the same on devices and on the server."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cotuning.cross_entropy import response_tokens
+from cotuning.encoded_rows import EncodedRows
+from cotuning.examples import Example
+from cotuning.language_model import LanguageModel
+from cotuning.probe_logits import (
+    choose_teachers,
+    parse_probe_payload,
+    payload_losses,
+    probe_payload,
+    probe_places,
+    row_losses,
+)
+from cotuning.received_logits import Received, make_lessons, require_alignment
+from cotuning.shared_rows import AlignmentStats
+from cotuning.training import Precision, draw_batches, row_sizes
+from cotuning.transfer import transfer_steps
+from cotuning.tuning import AdapterTraining, train_adapter
+from cotuning.vocabulary import Reads
+from protocol.strategies import FedMktSettings
+
+
+def parse_logits(
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    *,
+    vocabulary: Reads,
+    probe: Sequence[Example],
+    settings: FedMktSettings,
+) -> Received:
+    """Check what a party sent; the same in both directions.
+
+    Args:
+        tensors: what came.
+        metadata: its header.
+        vocabulary: the sender's.
+        probe: Q.
+        settings: of the strategy.
+
+    Raises:
+        PayloadError: another tokenizer, probe set, K or temperature, or values that cannot be distributions.
+    """
+    places = probe_places(vocabulary, probe, max_length=settings.server.max_length)
+    payload = parse_probe_payload(
+        tensors,
+        metadata,
+        proxy=vocabulary,
+        probe=probe,
+        places=places,
+        top_k=settings.top_k,
+        temperature=settings.temperature,
+    )
+    return Received(payload, vocabulary, places)
+
+
+def select_rows(losses_DN: Tensor, own_losses_N: Tensor) -> dict[int, int]:
+    """Which rows are kept, and the index of who teaches each: the least loss, where it is below the student's own.
+
+    FedMKT, algorithm 2 (DualMinCE): `argmin_k CE_k`, and `CE_k < CE_own`.
+
+    Args:
+        losses_DN: of each teacher on each row.
+        own_losses_N: the student's.
+
+    Raises:
+        ValueError: unlike numbers of rows.
+    """
+    if losses_DN.dim() != 2 or losses_DN.shape[1:] != own_losses_N.shape:
+        raise ValueError(
+            f"expected losses of each teacher on each of {len(own_losses_N)} rows, got shape {list(losses_DN.shape)}"
+        )
+    finite_DN = losses_DN.float().where(losses_DN.isfinite(), math.nan)
+    own_N = own_losses_N.float().where(own_losses_N.isfinite(), math.nan)
+    weights_DN = choose_teachers(finite_DN, own_N, "least_ce")
+    return {row: int(weights_DN[:, row].argmax()) for row in weights_DN.any(0).nonzero().flatten().tolist()}
+
+
+@dataclass(frozen=True)
+class Steps:
+    """How a student goes through the probe rows."""
+
+    steps: int
+    batch_size: int
+    micro_batch_size: int | None
+    precision: Precision
+
+
+class Student:
+    """A model that learns from others' logits on the probe set, on a device or on the server."""
+
+    def __init__(self, lm: LanguageModel, adapter: str, probe: Sequence[Example], settings: FedMktSettings) -> None:
+        self.lm, self.settings = lm, settings
+        self._adapter, self._probe = adapter, probe
+        self._max_length = settings.server.max_length
+        self._rows = EncodedRows(lm, probe, max_length=self._max_length)
+
+    @property
+    def betas(self) -> tuple[float, float]:
+        """AdamW's."""
+        return 0.9, self.settings.adam_beta2
+
+    def alignments(self, received: Sequence[Received]) -> list[AlignmentStats]:
+        """Of every sender's tokens with the student's; nothing where the alignment has no such measure."""
+        if self.settings.token_alignment != "fold":
+            return []
+        return [
+            require_alignment(
+                self._rows,
+                sender.vocabulary,
+                self._probe,
+                max_length=self._max_length,
+                min_coverage=self.settings.min_coverage,
+            )
+            for sender in received
+        ]
+
+    def teachers(self, received: Sequence[Received]) -> dict[int, int]:
+        """See `select_rows`."""
+        own_N = row_losses(self.lm, self._probe, max_length=self._max_length)
+        losses = [payload_losses(sender.payload, sender.places, len(self._probe)) for sender in received]
+        losses_DN = torch.stack(losses) if losses else torch.zeros(0, len(self._probe))
+        if self.settings.selection_unit == "byte":
+            own_N = own_N * self._tokens_per_byte(response_tokens(self._rows.batch(range(len(self._probe)))).sample_N)
+            for place, sender in enumerate(received):
+                losses_DN[place] *= self._tokens_per_byte(sender.places.sample_S)
+        return select_rows(losses_DN, own_N)
+
+    def _tokens_per_byte(self, sample_S: Tensor) -> Tensor:
+        tokens_N = torch.bincount(sample_S.cpu(), minlength=len(self._probe))
+        return tokens_N / torch.tensor([max(len(row.output.encode()), 1) for row in self._probe])
+
+    def learn(
+        self,
+        received: Sequence[Received],
+        teacher_of_row: Mapping[int, int],
+        how: Steps,
+        *,
+        row_seed: int,
+        options: AdapterTraining,
+    ) -> dict[str, float]:
+        """Train on the rows kept; their losses, empty where there are none."""
+        kept = sorted(teacher_of_row) if self.settings.transfer_rows == "kept" else list(range(len(self._probe)))
+        if not kept or not how.steps:
+            return {}
+        places = draw_batches(
+            row_sizes([self._probe[row] for row in kept]), batch_size=how.batch_size, steps=how.steps, seed=row_seed
+        )
+        step_at = transfer_steps(
+            self.lm,
+            self._adapter,
+            self._rows,
+            [[kept[place] for place in batch] for batch in places],
+            make_lessons(
+                self.settings.token_alignment, self._rows, received, teacher_of_row, max_length=self._max_length
+            ),
+            ce_weight=self.settings.ce_weight,
+            precision=how.precision,
+            micro_batch_size=how.micro_batch_size,
+        )
+        losses = train_adapter(self.lm, self._adapter, step_at, steps=how.steps, **options)
+        names = {"cross_entropy": "ce"}
+        return {f"{self._adapter}_transfer_{names.get(name, name)}": value for name, value in losses.items()}
+
+    def payload(self) -> tuple[dict[str, Tensor], dict[str, str]]:
+        """What the student says on the probe set, as it stands."""
+        return probe_payload(
+            self.lm,
+            self._probe,
+            top_k=self.settings.top_k,
+            temperature=self.settings.temperature,
+            values=self.settings.logits_values,
+            max_length=self._max_length,
+        )
