@@ -221,6 +221,26 @@ def payload_losses(payload: PayloadRows, places: ProbePlaces, num_rows: int) -> 
     return _mean_by_row(-log_target_S, places.sample_S, num_rows)
 
 
+def least_payload_losses(payload: PayloadRows, places: ProbePlaces, num_rows: int) -> Tensor:
+    """The least cross-entropy per response token, nats, that a model with these distributions can have on each row.
+
+    A token that is not among the K kept is at most as likely as the least of them, and as the whole tail. At another
+    temperature than 1 nothing is known: 0.
+
+    Args: as for `payload_losses`.
+
+    Returns:
+        Float32 [N], up to what the payload's values err; NaN for a row without places.
+    """
+    kept_SK = payload.ids_SK == places.target_S[:, None]
+    log_kept_S = payload.log_probs_SK.where(kept_SK, -torch.inf).amax(1)
+    log_most_S = torch.minimum(payload.log_probs_SK.amin(1), (payload.tail_S + 2.0**-12).log())
+    log_target_S = torch.where(kept_SK.any(1), log_kept_S, log_most_S).clamp(max=0)
+    if payload.temperature != 1:
+        log_target_S = torch.zeros_like(log_target_S)
+    return _mean_by_row(-log_target_S, places.sample_S, num_rows)
+
+
 def choose_teachers(losses_DN: Tensor, own_losses_N: Tensor, mode: TeacherChoice) -> Tensor:
     """How much each device teaches one student on each probe row.
 

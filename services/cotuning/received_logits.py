@@ -50,11 +50,13 @@ class Received:
         payload: over the sender's token ids, on the CPU.
         vocabulary: the sender's.
         places: of that vocabulary on the probe set, at which the payload's rows stand.
+        losses_N: the cross-entropy of each row that the sender says it has, nats a token.
     """
 
     payload: PayloadRows
     vocabulary: Reads
     places: ProbePlaces
+    losses_N: Tensor
 
 
 class Lessons(Protocol):

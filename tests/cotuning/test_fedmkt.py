@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -83,7 +84,7 @@ def read(tensors: Any, metadata: Any, lm: LanguageModel, **changes: Any) -> Rece
 def said(lm: LanguageModel, top_k: int = 16) -> Received:
     """The logits of a model as it stands."""
     tensors, metadata = probe_payload(lm, PROBE, top_k=top_k, temperature=1.0, max_length=64, values="float16")
-    return read(tensors, metadata, lm, top_k=top_k)
+    return read(tensors | {"losses": row_losses(lm, PROBE, max_length=64)}, metadata, lm, top_k=top_k)
 
 
 @cache
@@ -306,7 +307,7 @@ def test_a_byte_of_text_counts_the_same_in_every_tokenizer() -> None:
     tokens_N = torch.tensor([len(ids) for ids in _response_ids(llm)])
     teacher_tokens_N = torch.bincount(teacher.places.sample_S)
     assert not torch.equal(tokens_N, teacher_tokens_N)
-    sums_N = fedmkt.student.payload_losses(teacher.payload, teacher.places, len(PROBE)) * teacher_tokens_N
+    sums_N = teacher.losses_N * teacher_tokens_N
     expected = [row for row in range(len(PROBE)) if sums_N[row] < own_N[row] * tokens_N[row]]
     assert sorted(student.teachers([teacher])) == expected
 
@@ -319,9 +320,9 @@ def _response_ids(lm: LanguageModel) -> list[list[int]]:
 def test_no_text_and_no_weights_leave() -> None:
     slm = tiny_language_model("gpt2")
     result = device(slm)
-    assert set(result.logits) == {"ids", "values", "tail", "starts", "digest"}
+    assert set(result.logits) == {"ids", "values", "tail", "starts", "digest", "losses"}
+    assert (result.logits["losses"].dtype, result.logits["losses"].shape) == (torch.float32, (6,))
     assert result.logits_metadata["fingerprint"] == slm.table.fingerprint
-    assert all(tensor.dtype in (torch.uint8, torch.float16, torch.int64) for tensor in result.logits.values())
     # Nothing of it is a function of the private rows but through the model: other rows, same shapes.
     other = device(slm, private=tiny_examples(12, start=40))
     assert {name: tensor.shape for name, tensor in result.logits.items()} == {
@@ -338,6 +339,31 @@ def test_logits_of_another_tokenizer_or_setting_are_refused() -> None:
         read(result.logits, result.logits_metadata, gpt2, top_k=8)
     with pytest.raises(PayloadError, match=r"temperature: expected 2.0, received 1.0"):
         read(result.logits, result.logits_metadata, gpt2, temperature=2.0)
+
+
+@pytest.mark.parametrize("values", ["int7", "int8", "float16"])
+def test_losses_that_the_distributions_contradict_are_refused(values: str) -> None:
+    for lm in (knowing("gpt2"), tiny_language_model("gpt2")):
+        tensors, metadata = probe_payload(lm, PROBE, top_k=16, temperature=1.0, max_length=64, values=values)  # type: ignore[arg-type]
+        exact_N = row_losses(lm, PROBE, max_length=64)
+        assert torch.equal(read(tensors | {"losses": exact_N}, metadata, lm).losses_N, exact_N)
+        for claim in (exact_N - torch.tensor([0.0, 0.0, 2.7, 0.0, 0.0, 0.0]), exact_N / 0):
+            row = 2 if claim.isfinite().all() else 0
+            with pytest.raises(PayloadError, match=rf"loss of row {row}: expected a number of at least"):
+                read(tensors | {"losses": claim}, metadata, lm)
+    for claim in (exact_N[1:], exact_N.double()):
+        with pytest.raises(PayloadError, match=r"tensor 'losses': expected torch.float32 \[6\], received"):
+            read(tensors | {"losses": claim}, metadata, lm)
+    with pytest.raises(PayloadError, match="received none"):
+        read(tensors, metadata, lm)
+
+
+def test_whose_word_counts_is_a_setting() -> None:
+    """A teacher that says it is worse than it is teaches nothing, unless its losses are computed."""
+    llm, knows = tiny_language_model("llama", seed=1), said(knowing("gpt2"))
+    modest = replace(knows, losses_N=knows.losses_N + 100)
+    assert server(llm, [modest]).rows_taught == [0]
+    assert server(llm, [modest], settings=settings(losses="computed")).rows_taught == [6]
 
 
 def test_an_empty_probe_set_is_refused() -> None:
@@ -361,4 +387,5 @@ def test_tokenizers_that_do_not_align_are_refused_before_any_training() -> None:
 def _said_of(probe: list[Example]) -> Received:
     llm = tiny_language_model("llama")
     tensors, metadata = probe_payload(llm, probe, top_k=16, temperature=1.0, max_length=64)
+    tensors["losses"] = row_losses(llm, probe, max_length=64)
     return fedmkt.parse_logits(tensors, metadata, vocabulary=llm, probe=probe, settings=settings())

@@ -9,7 +9,9 @@ from cotuning.examples import Example, render_prompt, rows_digest
 from cotuning.language_model import LanguageModel
 from cotuning.payload import PayloadError, PayloadRows
 from cotuning.probe_logits import (
+    ProbePlaces,
     choose_teachers,
+    least_payload_losses,
     make_teacher,
     parse_probe_payload,
     payload_losses,
@@ -103,6 +105,37 @@ def test_a_token_outside_the_top_has_its_share_of_the_tail() -> None:
     expected = [total / count for total, count in zip(sums, counts, strict=True)]
     assert losses_of(payload, lm) == pytest.approx(expected, rel=1e-4)
     assert any(int(target) not in ids for target, ids in zip(places.target_S, payload.ids_SK.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("top_k", [1, 4, 360])
+def test_the_least_loss_that_distributions_allow_is_below_the_models_own(top_k: int) -> None:
+    lm = opinionated(0)
+    payload, places = payload_of(lm, top_k=top_k), probe_places(lm, PROBE, max_length=64)
+    least = least_payload_losses(payload, places, len(PROBE)).tolist()
+    own = row_losses(lm, PROBE, max_length=64).tolist()
+    assert all(bound <= loss + 0.1 for bound, loss in zip(least, own, strict=True))
+    if top_k == 360:  # every id is kept: nothing is left to chance
+        assert least == pytest.approx(own, rel=0.02)
+    warm = replace(payload, temperature=2.0)
+    assert least_payload_losses(warm, places, len(PROBE)).tolist() == [0.0] * len(PROBE)
+
+
+def test_the_least_loss_by_hand() -> None:
+    payload = PayloadRows(
+        sample_S=torch.tensor([0, 0, 1]),
+        byte_start_S=torch.tensor([0, 1, 0]),
+        ids_SK=torch.tensor([[3, 1], [3, 1], [2, 0]]),
+        log_probs_SK=torch.tensor([[0.6, 0.3], [0.5, 0.05], [0.6, 0.3]]).log(),
+        tail_S=torch.tensor([0.1, 0.45, 0.1]),
+        num_classes=9,
+        temperature=1.0,
+        fingerprint="f",
+    )
+    # Kept: 0.3. Not kept: at most the least kept one, 0.05. Not kept: at most the tail, 0.1 and what it may err.
+    places = ProbePlaces(payload.sample_S, payload.byte_start_S, torch.tensor([1, 8, 8]))
+    expected = [-(math.log(0.3) + math.log(0.05)) / 2, -math.log(0.1 + 2**-12)]
+    assert least_payload_losses(payload, places, 3).tolist()[:2] == pytest.approx(expected, rel=1e-6)
+    assert math.isnan(least_payload_losses(payload, places, 3)[2])
 
 
 def test_places_are_the_response_tokens_in_order() -> None:

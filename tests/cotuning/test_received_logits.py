@@ -55,7 +55,7 @@ class Teacher:
             temperature=temperature,
             fingerprint=known.table.fingerprint,
         )
-        self.received = Received(payload, known, places)
+        self.received = Received(payload, known, places, torch.zeros(len(PROBE)))
 
 
 class Student:

@@ -34,6 +34,11 @@ class FedMktSettings(StrategySettings):
         description="What a row's losses are compared by: the mean per answer token, as published; or per answer byte, "
         "which favours no tokenizer.",
     )
+    losses: Literal["sent", "computed"] = Field(
+        default="sent",
+        description="Whose word on a teacher's losses counts: its own, as published, as far as its distributions allow "
+        "it; or nobody's, they are computed from the distributions that it sent.",
+    )
     transfer_rows: Literal["kept", "all"] = Field(
         default="kept",
         description="Probe rows that are trained on: those that somebody teaches, or all, the others by their "
@@ -42,7 +47,7 @@ class FedMktSettings(StrategySettings):
     top_k: int = Field(default=32, ge=1, le=1024, description="Token ids kept of each probe distribution.")
     temperature: float = Field(default=1.0, gt=0, le=20)
     logits_values: Literal["int7", "int8", "float16"] = Field(
-        default="float16", description="How log-probabilities travel; the selection rests on them."
+        default="float16", description="How log-probabilities travel."
     )
     min_coverage: float = Field(
         default=0.8, ge=0, le=1, description="For `fold`: below it nothing is learnt, alignment did not work."

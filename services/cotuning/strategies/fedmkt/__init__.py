@@ -6,14 +6,17 @@ The server keeps a row of Q only where the best device's cross-entropy per answe
 
     lambda CE + (1 - lambda) CE(p_teacher)
 
-and sends the top K of the LLM's distributions on Q. Each device then does likewise with the LLM as the only teacher.
+and sends the top K of the LLM's distributions on Q. Both send the cross-entropy of each row with them. Each device then
+does likewise with the LLM as the only teacher.
 
 Chosen here, where the paper leaves it open or differs:
 
 * What a device does with the LLM's logits of round t comes first in its step of round t + 1, so that a round is one
   exchange; `last_transfer` does it after the last round.
-* Losses do not travel. Who reads a row's distributions computes the cross-entropy of the answer from them, float32:
-  nobody is chosen on its word. A token outside the top K has its share of the tail (`probe_logits.payload_losses`).
+* What a party says of its own losses must be possible with the distributions that it sent, else both are refused. With
+  `losses` computed, who reads them computes the cross-entropy of the answer from them, and nobody is chosen on its
+  word: a token outside the top K then has its share of the tail (`probe_logits.payload_losses`), which errs where a
+  model is unsure.
 * Only a loss strictly below the student's own is better; of devices with equal losses the first teaches; a loss that is
   not finite is worse than any, and where the student's own is not finite nobody is compared with it, so no row is kept.
 * Rows that are not kept are not trained on; `transfer_rows` all trains on them by their cross-entropy.

@@ -11,8 +11,10 @@ from cotuning.cross_entropy import response_tokens
 from cotuning.encoded_rows import EncodedRows
 from cotuning.examples import Example
 from cotuning.language_model import LanguageModel
+from cotuning.payload import PayloadError
 from cotuning.probe_logits import (
     choose_teachers,
+    least_payload_losses,
     parse_probe_payload,
     payload_losses,
     probe_payload,
@@ -27,6 +29,8 @@ from cotuning.tuning import AdapterTraining, train_adapter
 from cotuning.vocabulary import Reads
 from protocol.strategies import FedMktSettings
 
+_TOLERATED_NATS = 0.25
+
 
 def parse_logits(
     tensors: Mapping[str, Tensor],
@@ -38,6 +42,9 @@ def parse_logits(
 ) -> Received:
     """Check what a party sent; the same in both directions.
 
+    Its losses must be some that a model with its distributions can have, within a quarter of a nat: more than any form
+    of a payload's values errs.
+
     Args:
         tensors: what came.
         metadata: its header.
@@ -46,11 +53,12 @@ def parse_logits(
         settings: of the strategy.
 
     Raises:
-        PayloadError: another tokenizer, probe set, K or temperature, or values that cannot be distributions.
+        PayloadError: another tokenizer, probe set, K or temperature, values that cannot be distributions, or losses
+            that contradict them.
     """
     places = probe_places(vocabulary, probe, max_length=settings.server.max_length)
     payload = parse_probe_payload(
-        tensors,
+        {name: tensor for name, tensor in tensors.items() if name != "losses"},
         metadata,
         proxy=vocabulary,
         probe=probe,
@@ -58,7 +66,20 @@ def parse_logits(
         top_k=settings.top_k,
         temperature=settings.temperature,
     )
-    return Received(payload, vocabulary, places)
+    losses_N = _check_losses(tensors.get("losses"), least_payload_losses(payload, places, len(probe)))
+    return Received(payload, vocabulary, places, losses_N)
+
+
+def _check_losses(losses_N: Tensor | None, least_N: Tensor) -> Tensor:
+    received = "none" if losses_N is None else f"{losses_N.dtype} {list(losses_N.shape)}"
+    if losses_N is None or losses_N.dtype != torch.float32 or losses_N.shape != least_N.shape:
+        raise PayloadError("tensor 'losses'", f"{torch.float32} {list(least_N.shape)}", received)
+    wrong_N = ~(losses_N.isfinite() & (losses_N >= least_N - _TOLERATED_NATS)) & ~least_N.isnan()
+    for row in wrong_N.nonzero().flatten().tolist()[:1]:
+        raise PayloadError(
+            f"loss of row {row}", f"a number of at least {float(least_N[row]):.3g}", float(losses_N[row])
+        )
+    return losses_N
 
 
 def select_rows(losses_DN: Tensor, own_losses_N: Tensor) -> dict[int, int]:
@@ -125,13 +146,18 @@ class Student:
     def teachers(self, received: Sequence[Received]) -> dict[int, int]:
         """See `select_rows`."""
         own_N = row_losses(self.lm, self._probe, max_length=self._max_length)
-        losses = [payload_losses(sender.payload, sender.places, len(self._probe)) for sender in received]
+        losses = [self._losses(sender) for sender in received]
         losses_DN = torch.stack(losses) if losses else torch.zeros(0, len(self._probe))
         if self.settings.selection_unit == "byte":
             own_N = own_N * self._tokens_per_byte(response_tokens(self._rows.batch(range(len(self._probe)))).sample_N)
             for place, sender in enumerate(received):
                 losses_DN[place] *= self._tokens_per_byte(sender.places.sample_S)
         return select_rows(losses_DN, own_N)
+
+    def _losses(self, sender: Received) -> Tensor:
+        if self.settings.losses == "sent":
+            return sender.losses_N.clone()
+        return payload_losses(sender.payload, sender.places, len(self._probe))
 
     def _tokens_per_byte(self, sample_S: Tensor) -> Tensor:
         tokens_N = torch.bincount(sample_S.cpu(), minlength=len(self._probe))
@@ -170,8 +196,8 @@ class Student:
         return {f"{self._adapter}_transfer_{names.get(name, name)}": value for name, value in losses.items()}
 
     def payload(self) -> tuple[dict[str, Tensor], dict[str, str]]:
-        """What the student says on the probe set, as it stands."""
-        return probe_payload(
+        """What the student says on the probe set, as it stands: distributions, and the loss of each row."""
+        tensors, metadata = probe_payload(
             self.lm,
             self._probe,
             top_k=self.settings.top_k,
@@ -179,3 +205,4 @@ class Student:
             values=self.settings.logits_values,
             max_length=self._max_length,
         )
+        return tensors | {"losses": row_losses(self.lm, self._probe, max_length=self._max_length)}, metadata
