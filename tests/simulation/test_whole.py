@@ -9,7 +9,8 @@ from cotuning.contamination import text_of
 from cotuning.encoded_rows import EncodedRows
 from cotuning.examples import Example
 from cotuning.language_model import LanguageModel
-from cotuning.training import draw_batches, row_sizes, tune_adapter
+from cotuning.training import draw_batches, row_sizes
+from cotuning.tuning import tune_adapter
 from simulation.budget import Crossing, Meter
 from simulation.cache import ResultCache
 from simulation.gates import contamination_gate, exact_match_gate, lead_gate, proxy_gate
