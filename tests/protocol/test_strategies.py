@@ -16,6 +16,7 @@ from protocol.strategies import (
     STRATEGIES,
     CoPlmsSettings,
     DownloadKind,
+    MessageKind,
     PrivateRows,
     PublicSet,
     SmallModel,
@@ -98,7 +99,16 @@ def test_the_page_of_strategies_says_what_each_lets_cross_the_network() -> None:
         _, _, small_model, sent, fetched, public, llm, _ = rows[spec.name]
         assert f"\n## {spec.name}\n" in page
         assert ("delta of θ" in sent) == (PartKind.ADAPTER_DELTA in spec.uploads)
-        assert ("logits" in sent) == (PartKind.LOGITS in spec.uploads)
+        assert ("logits" in sent) == (PartKind.LOGITS in spec.uploads or MessageKind.SLM_LOGITS in spec.messages_up)
+        for kind, word in ((MessageKind.COUNTS, "counts"), (MessageKind.FEATURES, "features")):
+            assert (word in sent) == (kind in spec.messages_up)
+        told = (
+            (MessageKind.LLM_LOGITS, "logits"),
+            (MessageKind.CANDIDATES, "candidates"),
+            (MessageKind.FEATURES, "feat"),
+        )
+        for kind, word in told:
+            assert (word in fetched) == (kind in spec.messages_down)
         assert ("θ" in fetched) == (DownloadKind.ADAPTER in spec.downloads)
         assert ("manifest" in fetched) == (DownloadKind.MODEL_MANIFEST in spec.downloads)
         assert ("the proxy once" in fetched) == (DownloadKind.PROXY_BASE in spec.downloads)
