@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from command_line.base_model_recipes import BaseModelsRecipe, ModelRecipe, fast_precision
-from protocol.runs import EvaluationSettings, ProxySettings, RunCreate
+from protocol.proxy_settings import ProxySettings
+from protocol.runs import EvaluationSettings, RunCreate
 from protocol.strategies import CoPlmsSettings, LocalTraining, LoraSettings, ServerTraining, StandaloneSettings
 
 TEST_ROWS = 150

@@ -7,11 +7,9 @@ from peft import LoraConfig
 from torch import Tensor
 
 from assets.tensors import read_tensors, tensors_to_bytes
-from cotuning.adapters import AdapterState, lora_config
-from cotuning.language_model import LanguageModel
+from cotuning.adapters import AdapterState
 from persistence.blobs import BlobStore, StoredBlob
 from protocol.headers import ADAPTER_FORMAT, METADATA_FORMAT, METADATA_PROXY
-from protocol.strategies import LoraSettings
 
 _SAID = ("task_type", "r", "lora_alpha", "lora_dropout", "target_modules", "fan_in_fan_out", "bias")
 _OPTIMIZER_FORMAT = "cotune-server-optimizer/1"
@@ -42,17 +40,6 @@ def get_optimizer_state(blobs: BlobStore, sha256: str) -> AdapterState:
     """Read a state that the worker stored."""
     with blobs.local(sha256) as path:
         return read_tensors(path)[0]
-
-
-def peft_config(lm: LanguageModel, settings: LoraSettings) -> LoraConfig:
-    """The peft config of an adapter with these settings on this model."""
-    return lora_config(
-        lm,
-        rank=settings.rank,
-        alpha=settings.alpha,
-        dropout=settings.dropout,
-        target_modules=settings.target_modules,
-    )
 
 
 def described_config(config: LoraConfig) -> dict[str, Any]:

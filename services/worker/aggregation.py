@@ -6,19 +6,17 @@ its values are looked at. One that is refused is not counted, and its device and
 """
 
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sqlalchemy.orm import Session
+from torch import Tensor
 
 from assets.errors import TensorFileError
-from cotuning.aggregation import UpdateRefused, update_norm
-from cotuning.norm_gate import unusual_norms
-from cotuning.payload import PayloadError
 from cotuning.staleness import staleness_discount
 from cotuning.strategies.aggregation import Aggregate
-from cotuning.strategies.interface import Aggregator, StrategySteps
+from cotuning.strategies.combining import Combined, NotCounted, SentUpdate, combine, counted_examples
+from cotuning.strategies.interface import Aggregator, LogitsReader, StrategySteps
 from cotuning.strategies.registry import steps_of
 from persistence import artifacts, results, rounds, updates
 from persistence.blobs import StoredBlob
@@ -30,21 +28,12 @@ from protocol.base import MAX_COUNT
 from protocol.errors import ErrorCode
 from protocol.runs import AlignmentMetrics
 from protocol.statuses import PartKind, RoundStatus
-from protocol.strategies import AveragingSettings, Strategy, spec_of
+from protocol.strategies import spec_of
 from worker.adapter_files import get_adapter, get_optimizer_state, put_adapter, put_optimizer_state
-from worker.device_parts import DeviceLogits, read_part
+from worker.device_parts import read_part
 from worker.round_metrics import grown
 from worker.row_files import get_rows
 from worker.stage import Finish, Work
-
-
-@dataclass
-class _Tally:
-    """What became of each update. Counted ones are identified by assignment, numbers are kept by device."""
-
-    counted: list[UpdateRecord] = field(default_factory=list)
-    norms: dict[str, float] = field(default_factory=dict)
-    refused: list[tuple[UpdateRecord, ErrorCode, str]] = field(default_factory=list)
 
 
 def aggregate(work: Work) -> Finish:
@@ -55,20 +44,21 @@ def aggregate(work: Work) -> Finish:
         context = rounds.get_context(session, work.job.round_id)
         submitted = updates.submitted_updates(session, work.job.round_id)
     settings = context.config.strategy
-    tally, aggregate = _Tally(counted=submitted), None
+    by_key = {update.assignment_id: update for update in submitted}
+    combined = Combined(counted=list(by_key))
     if spec_of(settings).uploads:
-        tally, aggregate = _combine(work, context, submitted)
+        combined = _combine(work, context, submitted)
     quarantines = settings.averaging is not None and settings.averaging.norm_gate == "quarantine"
     kept = frozenset({ErrorCode.NORM_OUTLIER} if quarantines else ())
-    adapter, state = _store(work, context, aggregate) if aggregate is not None else (None, None)
-    metrics = _metrics(context, settings, tally, aggregate, kept, time.perf_counter() - start)
+    adapter, state = _store(work, context, combined.aggregate) if combined.aggregate is not None else (None, None)
+    metrics = _metrics(context, by_key, combined, kept, time.perf_counter() - start)
 
     def finish(session: Session) -> None:
         now = database_now(session)
         lock_round(session, context.round_id)  # before the assignments: the order in which everybody locks
-        for update, code, reason in tally.refused:
+        for assignment_id, (code, reason) in combined.refused.items():
             hold_back = updates.quarantine_update if code in kept else updates.reject_update
-            hold_back(session, update.assignment_id, code, reason, now)
+            hold_back(session, assignment_id, ErrorCode(code), reason, now)
         for blob, kind in ((adapter, "adapter"), (state, "server_optimizer")):
             if blob is not None:
                 artifacts.register(session, blob.sha256, blob.size, kind, context.run_id, now)
@@ -77,7 +67,7 @@ def aggregate(work: Work) -> Finish:
             work.job,
             work.owner,
             adapter.sha256 if adapter is not None else None,
-            [update.assignment_id for update in tally.counted],
+            combined.counted,
             metrics,
             now,
             server_optimizer_sha256=state.sha256 if state is not None else None,
@@ -86,66 +76,63 @@ def aggregate(work: Work) -> Finish:
     return finish
 
 
-def _metrics(  # noqa: PLR0917
+def _metrics(
     context: RoundContext,
-    settings: Strategy,
-    tally: _Tally,
-    aggregate: Aggregate | None,
+    by_key: Mapping[str, UpdateRecord],
+    combined: Combined,
     kept: frozenset[ErrorCode],
     seconds: float,
 ) -> dict[str, Any]:
     """What the round's metrics gain; `kept` are the codes of updates that are quarantined and not rejected."""
+    settings = context.config.strategy
+    counted = [by_key[key] for key in combined.counted]
+    refused = [(by_key[key].device_id, ErrorCode(code)) for key, (code, _) in combined.refused.items()]
     return grown(
         context,
         RoundStatus.AGGREGATING,
         seconds,
-        num_updates=len(tally.counted),
-        num_examples=sum(_weight(update, settings) for update in tally.counted),
-        update_norms=tally.norms,
-        update_ranks={
-            update.device_id: update.adapter_rank for update in tally.counted if update.adapter_rank is not None
-        },
-        late_updates={u.assignment_id: u.staleness for u in tally.counted if u.staleness is not None},
-        rejected={update.device_id: code for update, code, _ in tally.refused if code not in kept},
-        quarantined={update.device_id: code for update, code, _ in tally.refused if code in kept},
-        alignment=_together(tally.counted),
-        aggregation_errors=aggregate.errors if aggregate is not None else {},
+        num_updates=len(counted),
+        num_examples=sum(counted_examples(update.num_examples, settings) for update in counted),
+        update_norms={by_key[key].device_id: norm for key, norm in combined.norms.items()},
+        update_ranks={update.device_id: update.adapter_rank for update in counted if update.adapter_rank is not None},
+        late_updates={update.assignment_id: update.staleness for update in counted if update.staleness is not None},
+        rejected={device_id: code for device_id, code in refused if code not in kept},
+        quarantined={device_id: code for device_id, code in refused if code in kept},
+        alignment=_together(counted),
+        aggregation_errors=combined.aggregate.errors if combined.aggregate is not None else {},
     )
 
 
-def _combine(work: Work, context: RoundContext, submitted: Sequence[UpdateRecord]) -> tuple[_Tally, Aggregate | None]:
-    """Return the tally and theta_bar; None when nothing is left to aggregate, or devices send no deltas."""
+def _combine(work: Work, context: RoundContext, submitted: Sequence[UpdateRecord]) -> Combined:
     settings = context.config.strategy
     steps, uploads = steps_of(settings), spec_of(settings).uploads
-    aggregator = _begin_mean(work, context, steps) if PartKind.ADAPTER_DELTA in uploads else None
-    logits = _expected_logits(work, context, steps) if PartKind.LOGITS in uploads else None
-    tally, unusual = _Tally(), _unusual(work, settings.averaging, submitted)
-    for update in submitted:
-        work.lease.check()
-        if update.assignment_id in unusual:
-            tally.refused.append((update, ErrorCode.NORM_OUTLIER, unusual[update.assignment_id]))
-            continue
-        low = _low_coverage(update, settings.least_coverage)
-        if low is not None:
-            tally.refused.append((update, ErrorCode.COVERAGE_TOO_LOW, low))
-            continue
+    return combine(
+        [_sent(work, context, update) for update in submitted],
+        settings,
+        aggregator=_begin_mean(work, context, steps) if PartKind.ADAPTER_DELTA in uploads else None,
+        logits=_expected_logits(work, context, steps) if PartKind.LOGITS in uploads else None,
+        on_update=work.lease.check,
+    )
+
+
+def _sent(work: Work, context: RoundContext, update: UpdateRecord) -> SentUpdate:
+    alignment = _alignment(update)
+
+    def read(kind: PartKind) -> tuple[dict[str, Tensor], dict[str, str]]:
         try:
-            if logits is not None:
-                logits.read(update)
-            if aggregator is not None:
-                delta, _ = read_part(work.blobs, update, PartKind.ADAPTER_DELTA)
-                discount = staleness_discount(update.staleness or 0, context.config.staleness_exponent)
-                weight = _weight(update, settings) * discount
-                tally.norms[update.device_id] = aggregator.add(delta, weight, rank=update.adapter_rank)
-        except UpdateRefused as error:
-            tally.refused.append((update, ErrorCode(error.code), str(error)))
-        except PayloadError as error:
-            tally.refused.append((update, ErrorCode.LOGITS_MISMATCH, str(error)))
+            return read_part(work.blobs, update, kind)
         except TensorFileError as error:
-            tally.refused.append((update, ErrorCode.NOT_SAFETENSORS, str(error)))
-        else:
-            tally.counted.append(update)
-    return tally, aggregator.result() if aggregator is not None and tally.counted else None
+            raise NotCounted(ErrorCode.NOT_SAFETENSORS, str(error)) from error
+
+    return SentUpdate(
+        key=update.assignment_id,
+        num_examples=update.num_examples,
+        coverage=alignment.coverage if alignment is not None else None,
+        read_delta=lambda: read(PartKind.ADAPTER_DELTA)[0],
+        read_logits=lambda: read(PartKind.LOGITS),
+        rank=update.adapter_rank,
+        discount=staleness_discount(update.staleness or 0, context.config.staleness_exponent),
+    )
 
 
 def _begin_mean(work: Work, context: RoundContext, steps: StrategySteps[Any]) -> Aggregator:
@@ -157,34 +144,12 @@ def _begin_mean(work: Work, context: RoundContext, steps: StrategySteps[Any]) ->
     return steps.aggregator(shared, get_optimizer_state(work.blobs, state) if state else None)
 
 
-def _expected_logits(work: Work, context: RoundContext, steps: StrategySteps[Any]) -> DeviceLogits:
+def _expected_logits(work: Work, context: RoundContext, steps: StrategySteps[Any]) -> LogitsReader:
     assert context.probe_set_sha256 is not None
     with work.lease.long_call("loading the small model"):
         manifest = context.proxy_manifest_sha256
         shared_model = work.cache.proxy(manifest) if manifest is not None else None
-    return DeviceLogits(work.blobs, steps, shared_model, get_rows(work.blobs, context.probe_set_sha256))
-
-
-def _unusual(work: Work, settings: AveragingSettings | None, submitted: Sequence[UpdateRecord]) -> dict[str, str]:
-    """Say of which assignments the delta's norm is unlike the others', and how.
-
-    It reads every delta once more, as no sum can be begun before the norms are known. What is no usable delta at all
-    is left to the sum to refuse, and is no part of the distribution.
-    """
-    if settings is None or settings.norm_gate == "off" or len(submitted) < settings.norm_gate_min_updates:
-        return {}
-    norms: dict[str, float] = {}
-    for update in submitted:
-        work.lease.check()
-        try:
-            norm = update_norm(read_part(work.blobs, update, PartKind.ADAPTER_DELTA)[0])
-        except TensorFileError:
-            continue
-        if norm <= settings.max_update_norm:  # false for NaN
-            norms[update.assignment_id] = norm
-    return unusual_norms(
-        norms, most_deviations=settings.norm_gate_deviations, min_updates=settings.norm_gate_min_updates
-    )
+        return steps.logits_reader(shared_model, get_rows(work.blobs, context.probe_set_sha256))
 
 
 def _store(work: Work, context: RoundContext, aggregate: Aggregate) -> tuple[StoredBlob, StoredBlob | None]:
@@ -195,26 +160,9 @@ def _store(work: Work, context: RoundContext, aggregate: Aggregate) -> tuple[Sto
     return adapter, put_optimizer_state(work.blobs, state) if state else None
 
 
-def _weight(update: UpdateRecord, settings: Strategy) -> int:
-    """Return n_i. What a device says of itself cannot be checked, only bounded."""
-    averaging = settings.averaging
-    return update.num_examples if averaging is None else min(update.num_examples, averaging.max_examples)
-
-
 def _alignment(update: UpdateRecord) -> AlignmentMetrics | None:
     reported = update.metrics.get("alignment")
     return None if reported is None else AlignmentMetrics.model_validate(reported)
-
-
-def _low_coverage(update: UpdateRecord, least: float) -> str | None:
-    """Say why what was learnt through an alignment that did not work is refused; None if it worked."""
-    alignment = _alignment(update)
-    if alignment is None or alignment.coverage >= least:
-        return None
-    return (
-        f"expected at least {least:.2f} of the response bytes inside aligned spans, got {alignment.coverage:.2f}; "
-        "the tokenizers of this device and of the proxy do not agree on the text"
-    )
 
 
 def _together(counted: Sequence[UpdateRecord]) -> AlignmentMetrics | None:

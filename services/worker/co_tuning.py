@@ -23,11 +23,11 @@ from persistence.clock import database_now
 from persistence.rounds import RoundContext
 from persistence.updates import UpdateRecord
 from protocol.errors import DomainError, ErrorCode
-from protocol.statuses import RoundStatus
+from protocol.statuses import PartKind, RoundStatus
 from protocol.strategies import PublicSet, spec_of
 from worker.adapter_files import get_adapter, put_adapter
 from worker.checkpoints import drop_outdated, forget_when_stored, open_checkpoints, round_place
-from worker.device_parts import DeviceLogits
+from worker.device_parts import read_part
 from worker.round_metrics import grown
 from worker.round_models import load_round_models
 from worker.row_files import RowFiles, get_rows
@@ -121,11 +121,12 @@ def _with_models(  # noqa: PLR0917
     drop_outdated(work)
     models = load_round_models(work, context)
     probe = get_rows(work.blobs, context.probe_set_sha256) if context.probe_set_sha256 is not None else []
-    logits = DeviceLogits(work.blobs, steps, models.shared_model, probe)
     read = []
-    for update in counted if steps.learns_from_logits else ():
-        work.lease.check()
-        read.append(logits.read(update))
+    if counted and steps.learns_from_logits:
+        check = steps.logits_reader(models.shared_model, probe)
+        for update in counted:
+            work.lease.check()
+            read.append(check(*read_part(work.blobs, update, PartKind.LOGITS)))
     server = context.config.strategy.server_steps
     return replace(
         given,

@@ -1,21 +1,21 @@
 """Measures a round's candidate and decides whether devices will start from it (docs/method.md, step 6)."""
 
 import time
-from contextlib import ExitStack
 
 from sqlalchemy.orm import Session
 
-from cotuning.adapters import adapted
+from cotuning.adapters import AdapterState
+from cotuning.strategies.promotion import candidates, not_worse
 from persistence import results, rounds, versions
 from persistence.clock import database_now
 from persistence.rounds import RoundContext
 from protocol.runs import Scores
 from protocol.statuses import RoundStatus
-from worker.adapter_files import get_adapter, peft_config
+from worker.adapter_files import get_adapter
 from worker.round_metrics import grown
 from worker.round_models import load_round_models
 from worker.row_files import RowFiles, get_rows
-from worker.scoring import ModelScores, not_worse, score
+from worker.scoring import ModelScores, score
 from worker.stage import Finish, Work
 
 
@@ -56,20 +56,20 @@ def evaluate_round(work: Work) -> Finish:
 
 def _measure(work: Work, context: RoundContext, rows: RowFiles) -> tuple[ModelScores, ModelScores]:
     config = context.config
-    settings = config.strategy
     with work.lease.long_call("loading the models"):
         loaded = load_round_models(work, context)
     last = context.number == config.rounds
-    candidates = (
-        ("llm", "llm", loaded.llm, settings.trained_llm_lora, context.candidate_llm_adapter_sha256),
-        ("proxy", "shared", loaded.shared_model, settings.shared_lora, context.candidate_adapter_sha256),
-    )
-    with ExitStack() as lent:
-        models = {}
-        for name, adapter, base, lora, sha256 in candidates:
-            if base is not None and lora is not None and sha256 is not None:
-                state = get_adapter(work.blobs, sha256)
-                models[name] = lent.enter_context(adapted(base, peft_config(base, lora), {adapter: state}))
+    with candidates(
+        config.strategy,
+        llm=loaded.llm,
+        shared_model=loaded.shared_model,
+        shared_adapter=_adapter(work, context.candidate_adapter_sha256),
+        llm_adapter=_adapter(work, context.candidate_llm_adapter_sha256),
+    ) as models:
         validation = score(models, get_rows(work.blobs, rows.validation), config, work.lease)
         test_rows = get_rows(work.blobs, rows.test) if last and rows.test else []
         return validation, score(models, test_rows, config, work.lease)
+
+
+def _adapter(work: Work, sha256: str | None) -> AdapterState | None:
+    return get_adapter(work.blobs, sha256) if sha256 is not None else None

@@ -8,7 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from peft import LoraConfig
 from sqlalchemy.orm import Session
@@ -16,13 +16,11 @@ from sqlalchemy.orm import Session
 from assets.data import read_examples
 from assets.errors import DataFileError
 from assets.models import folder_identity, list_model_files, save_language_model
-from cotuning.adapters import fresh_adapter
 from cotuning.examples import Example, rows_digest
 from cotuning.language_model import LanguageModel
 from cotuning.model_fingerprint import fingerprint_model
-from cotuning.proxy import distil_proxy
-from cotuning.proxy_creation import create_proxy
-from cotuning.seeding import derive_seed
+from cotuning.public_rows import PublicRows, TooFewRows, in_hashed_order, split_public_rows
+from cotuning.strategies.preparation import distil, first_adapter, make_proxy, peft_config
 from cotuning.training import TrainingDiverged
 from persistence import artifacts, results, runs
 from persistence.blobs import BlobStore, StoredBlob
@@ -34,19 +32,15 @@ from protocol.headers import PEFT
 from protocol.runs import RunCreate
 from protocol.safetensors_header import read_header
 from protocol.strategies import LoraSettings, PublicSet, SmallModel, StrategySpec, spec_of
-from worker.adapter_files import described_config, peft_config, put_adapter
+from worker.adapter_files import described_config, put_adapter
 from worker.checkpoints import PREPARATION, drop_outdated, forget_when_stored, open_checkpoints
 from worker.memory_check import check_memory
 from worker.model_cache import load_model
-from worker.public_rows import PublicRows, in_hashed_order, split_public_rows
 from worker.row_files import ROWS, RowFiles, put_rows
 from worker.scoring import as_json, score
 from worker.stage import Finish, Stopwatch, Work, peak_memory_bytes
 
 T = TypeVar("T")
-
-_IMPORTANCE_ROWS = 256
-"""Public rows on which the importance of heads and neurons is measured."""
 
 
 @dataclass
@@ -162,16 +156,18 @@ def _store_adapters(
     settings, configs = config.strategy, {}
     manifest = files.manifest.sha256 if files.manifest is not None else None
 
-    def fresh(name: str, lora: LoraSettings | None, seed: str) -> StoredBlob | None:
+    def first(
+        name: str, lora: LoraSettings | None, adapter: Literal["shared_adapter", "llm_adapter"]
+    ) -> StoredBlob | None:
         if lora is None or name not in models:
             return None
-        configs[name] = peft = _asked_for("lora", lambda: peft_config(models[name], lora))
-        seed_of_run = derive_seed(config.seed, seed)
-        state = _asked_for("lora", lambda: fresh_adapter(models[name], peft, seed=seed_of_run))
+        lm = models[name]
+        configs[name] = _asked_for("lora", lambda: peft_config(lm, lora))
+        state = _asked_for("lora", lambda: first_adapter(lm, lora, adapter, seed=config.seed))
         return put_adapter(work.blobs, state, proxy_sha256=manifest)
 
-    files.adapter = fresh("proxy", settings.shared_lora, "shared_adapter")
-    files.llm_adapter = fresh("llm", settings.trained_llm_lora, "llm_adapter")
+    files.adapter = first("proxy", settings.shared_lora, "shared_adapter")
+    files.llm_adapter = first("llm", settings.trained_llm_lora, "llm_adapter")
     return configs
 
 
@@ -231,13 +227,18 @@ def _read_rows(config: RunCreate, spec: StrategySpec) -> tuple[PublicRows | None
     """The public rows dealt out, and those to test on; a run without public rows has neither."""
     if config.public_data is None:
         return None, []
-    public = split_public_rows(
-        _read(config.public_data),
-        probe_rows=config.probe_rows if spec.public_set is PublicSet.SERVER_AND_DEVICES else 0,
-        validation_rows=config.evaluation.validation_rows,
-        seed=config.seed,
-        source=config.public_data,
-    )
+    try:
+        public = split_public_rows(
+            _read(config.public_data),
+            probe_rows=config.probe_rows if spec.public_set is PublicSet.SERVER_AND_DEVICES else 0,
+            validation_rows=config.evaluation.validation_rows,
+            seed=config.seed,
+            source=config.public_data,
+        )
+    except TooFewRows as error:
+        raise DomainError(
+            ErrorCode.DATA_FILE_INVALID, str(error), expected=error.expected, received=error.received
+        ) from error
     if config.evaluation_data is None or not config.evaluation.test_rows:
         return public, []
     # Hashed order: the first rows of a file are often all of one kind.
@@ -260,56 +261,25 @@ def _store_rows(blobs: BlobStore, public: PublicRows, test: list[Example], files
 
 
 def _make_proxy(llm: LanguageModel, training: list[Example], config: RunCreate) -> LanguageModel:
-    proxy = config.proxy
-    if proxy.source == "pretrained":
-        assert proxy.path is not None
-        return load_model(proxy.path)
-    source, seed = proxy.source, derive_seed(config.seed, "proxy")
-    hidden_size = proxy.hidden_size if source == "config" else None
-    return _asked_for(
-        "proxy",
-        lambda: create_proxy(
-            llm,
-            source=source,
-            layers=proxy.layers,
-            hidden_size=hidden_size,
-            head_share=proxy.head_share,
-            neuron_share=proxy.neuron_share,
-            examples=training[:_IMPORTANCE_ROWS],
-            max_length=proxy.max_length,
-            seed=seed,
-        ),
-    )
+    if config.proxy.source == "pretrained":
+        assert config.proxy.path is not None
+        return load_model(config.proxy.path)
+    return _asked_for("proxy", lambda: make_proxy(llm, training, config.proxy, seed=config.seed))
 
 
 def _distil(
     work: Work, llm: LanguageModel, proxy: LanguageModel, training: list[Example], config: RunCreate
 ) -> dict[str, float]:
-    settings = config.proxy
+    about, every = _determined_by(training, config), config.proxy.checkpoint_steps
     try:
-        return distil_proxy(
+        return distil(
             llm,
             proxy,
             training,
-            steps=settings.steps,
-            batch_size=settings.batch_size,
-            learning_rate=settings.learning_rate,
-            distillation_weight=settings.distillation_weight,
-            temperature=settings.temperature,
-            divergence=settings.divergence,
-            jsd_beta=settings.jsd_beta,
-            feature_weight=settings.feature_weight,
-            relation_weight=settings.relation_weight,
-            on_policy_fraction=settings.on_policy_fraction,
-            on_policy_tokens=settings.on_policy_tokens,
-            max_length=settings.max_length,
-            precision=settings.precision,
-            gradient_checkpointing=settings.gradient_checkpointing,
-            seed=derive_seed(config.seed, "distillation"),
+            config.proxy,
+            seed=config.seed,
             on_progress=work.lease.on_progress,
-            checkpoints=open_checkpoints(
-                work, PREPARATION, about=_determined_by(training, config), every=settings.checkpoint_steps
-            ),
+            checkpoints=open_checkpoints(work, PREPARATION, about=about, every=every),
         )
     except TrainingDiverged as error:
         raise DomainError(ErrorCode.JOB_FAILED, str(error)) from error

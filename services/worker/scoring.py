@@ -7,14 +7,12 @@ from functools import partial
 from cotuning.evaluation import evaluate
 from cotuning.examples import Example
 from cotuning.language_model import LanguageModel
+from cotuning.strategies.promotion import reading
 from protocol.runs import RunCreate, Scores
 from worker.leases import Lease
 
 ModelScores = dict[str, Scores]
 """Model name (`llm`, `proxy`) -> what was measured."""
-
-BATCH_FACTOR = 4
-"""Rows evaluated at a time, in training batches: without gradients so many fit where one was trained."""
 
 
 def score(models: Mapping[str, LanguageModel], rows: Sequence[Example], config: RunCreate, lease: Lease) -> ModelScores:
@@ -23,7 +21,6 @@ def score(models: Mapping[str, LanguageModel], rows: Sequence[Example], config: 
     Raises:
         Abandoned: from the lease, between two tokens.
     """
-    reading = config.strategy.server_steps or config.strategy.training
     scores: ModelScores = {}
     for name, lm in models.items() if rows else ():
         lease.check()
@@ -31,8 +28,7 @@ def score(models: Mapping[str, LanguageModel], rows: Sequence[Example], config: 
             lm,
             rows,
             max_new_tokens=config.evaluation.max_new_tokens,
-            batch_size=BATCH_FACTOR * reading.batch_size,
-            max_length=reading.max_length,
+            **reading(config.strategy),
             on_rows=partial(_note, lease, f"evaluation_{name}"),
         )
         scores[name] = Scores.model_validate(dataclasses.asdict(measured))
@@ -41,11 +37,6 @@ def score(models: Mapping[str, LanguageModel], rows: Sequence[Example], config: 
 
 def _note(lease: Lease, stage: str, done: int, total: int) -> None:
     lease.on_progress(stage, done, total, {})
-
-
-def not_worse(candidate: ModelScores, reference: ModelScores, tolerance: float) -> bool:
-    """Whether no model of `candidate` needs over `tolerance` bits a byte more than the same one of `reference`."""
-    return all(scores.bits_per_byte <= reference[name].bits_per_byte + tolerance for name, scores in candidate.items())
 
 
 def as_json(scores: ModelScores) -> dict[str, dict[str, float]]:

@@ -14,12 +14,13 @@ from transformers import AutoModelForCausalLM
 
 from assets.models import load_language_model
 from cotuning.adapters import adapted
+from cotuning.strategies.preparation import peft_config
 from protocol.runs import Run
 from protocol.strategies import LoraSettings
 from tests.cloud_api.running_api import RunningApi, running_api, settings_in
 from tests.tiny_models import tiny_examples
 from tests.worker.cloud import LORA, Cloud, write_rows
-from worker.adapter_files import get_adapter, peft_config
+from worker.adapter_files import get_adapter
 
 
 @pytest.fixture

@@ -17,6 +17,7 @@ from transformers.utils import is_bitsandbytes_available
 from assets.models import load_language_model
 from assets.tensors import read_tensors
 from cotuning.product_mean import at_rank, lora_pairs
+from cotuning.strategies.promotion import not_worse
 from persistence import devices as persisted_devices
 from persistence import jobs, rounds, runs, updates
 from persistence.clock import utc_now
@@ -37,7 +38,7 @@ from worker.leases import Abandoned, Lease
 from worker.memory_check import check_memory
 from worker.model_cache import ModelCache
 from worker.preparation import prepare
-from worker.scoring import not_worse, score
+from worker.scoring import score
 from worker.settings import Settings
 from worker.stage import Work
 

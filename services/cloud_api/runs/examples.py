@@ -4,7 +4,8 @@ from datetime import timedelta
 
 from cloud_api.devices.examples import TIME
 from protocol.pages import Page
-from protocol.runs import ProxySettings, Run, RunCreate, RunPause, RunRollback, RunStop, Traffic, Waiting
+from protocol.proxy_settings import ProxySettings
+from protocol.runs import Run, RunCreate, RunPause, RunRollback, RunStop, Traffic, Waiting
 from protocol.statuses import RunStatus, WaitingFor
 from protocol.strategies import CoPlmsSettings, FedCoLlmSettings, FedLoraSettings, StandaloneSettings
 

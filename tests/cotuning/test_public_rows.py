@@ -7,8 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cotuning.examples import Example
-from protocol.errors import DomainError, ErrorCode
-from worker.public_rows import in_hashed_order, split_public_rows
+from cotuning.public_rows import TooFewRows, in_hashed_order, split_public_rows
 
 
 def _rows(count: int) -> list[Example]:
@@ -43,8 +42,6 @@ def test_text_moved_between_fields_is_another_row() -> None:
 
 
 def test_too_few_rows_are_refused_with_what_was_expected() -> None:
-    with pytest.raises(DomainError) as caught:
+    with pytest.raises(TooFewRows, match="/data/public.jsonl") as caught:
         split_public_rows(_rows(18), probe_rows=7, validation_rows=11, seed=0, source="/data/public.jsonl")
-    assert caught.value.code is ErrorCode.DATA_FILE_INVALID
     assert (caught.value.expected, caught.value.received) == (19, 18)
-    assert "/data/public.jsonl" in caught.value.detail

@@ -9,7 +9,19 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from cotuning.examples import Example
-from protocol.errors import DomainError, ErrorCode
+
+
+class TooFewRows(ValueError):
+    """Public rows of which nothing would be left to train on.
+
+    Attributes:
+        expected, received: numbers of different rows.
+    """
+
+    def __init__(self, detail: str, *, expected: int, received: int) -> None:
+        super().__init__(detail)
+        self.expected = expected
+        self.received = received
 
 
 @dataclass(frozen=True)
@@ -33,13 +45,12 @@ def split_public_rows(
         source: Where the rows come from, for the message.
 
     Raises:
-        DomainError: DATA_FILE_INVALID, nothing would be left to train on.
+        TooFewRows: nothing would be left to train on.
     """
     ordered = in_hashed_order(rows, seed)
     needed = validation_rows + probe_rows + 1
     if len(ordered) < needed:
-        raise DomainError(
-            ErrorCode.DATA_FILE_INVALID,
+        raise TooFewRows(
             f"{source}: expected at least {needed} different public rows ({validation_rows} to validate, {probe_rows} "
             f"to probe, 1 to train), got {len(ordered)}",
             expected=needed,
