@@ -30,6 +30,7 @@ from assets.devices import available_memory
 from assets.errors import AssetError, ModelFolderError
 from assets.models import folder_identity, load_language_model, read_config
 from assets.tensors import read_tensors, tensors_to_bytes
+from assets.wire_files import update_files
 from cotuning.adapters import AdapterMismatch, adapted, lora_config
 from cotuning.evaluation import evaluate
 from cotuning.examples import Example, rows_digest
@@ -48,7 +49,6 @@ from edge_agent.settings import Config
 from protocol.assignments import Assignment
 from protocol.assignments import ModelFingerprint as ExpectedModel
 from protocol.errors import ErrorCode
-from protocol.headers import ADAPTER_FORMAT, METADATA_BASE, METADATA_FORMAT, METADATA_PROBE_SET, METADATA_PROXY
 from protocol.runs import AlignmentMetrics, DeviceMetrics, Scores
 from protocol.statuses import PartKind
 from protocol.strategies import DownloadKind, Strategy, spec_of
@@ -308,20 +308,14 @@ def _without_data(error: AssetError) -> str:
 
 
 def _parts(assignment: Assignment, result: DeviceResult) -> dict[PartKind, bytes]:
-    """What will leave the device: the parts that the strategy declares, and nothing else of the result.
-
-    Each says in its header which files of the round it belongs to.
-    """
     manifest, adapter, probe_set = assignment.proxy_manifest, assignment.adapter, assignment.probe_set
-    model = {METADATA_PROXY: manifest.sha256} if manifest else {}
-    base = {METADATA_BASE: adapter.sha256} if adapter else {}
-    probe = {METADATA_PROBE_SET: probe_set.sha256} if probe_set else {}
-    parts = {
-        PartKind.ADAPTER_DELTA: (result.delta, {METADATA_FORMAT: ADAPTER_FORMAT} | base | model),
-        PartKind.LOGITS: (result.logits, result.logits_metadata | probe | model),
-    }
-    declared = spec_of(assignment.strategy).uploads
-    return {kind: tensors_to_bytes(*part) for kind, part in parts.items() if kind in declared}
+    return update_files(
+        result,
+        spec_of(assignment.strategy).uploads,
+        model_sha256=manifest.sha256 if manifest else None,
+        adapter_sha256=adapter.sha256 if adapter else None,
+        probe_set_sha256=probe_set.sha256 if probe_set else None,
+    )
 
 
 def _record(assignment: Assignment, num_examples: int) -> StateRecord:

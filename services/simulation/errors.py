@@ -4,6 +4,7 @@ SimulationError
 ├── SetupError          what was asked for does not fit the data, found before anything trains
 ├── MeasurementError    measurements that cannot be compared: other rows, seeds or checkpoints
 ├── UndeclaredTraffic   something crossed the network that the strategy had not declared
+├── RoundFailed         a round that a deployment could not have finished either
 └── CacheError          a kept result that is torn, or of another experiment
 """
 
@@ -26,3 +27,7 @@ class UndeclaredTraffic(SimulationError):
 
 class CacheError(SimulationError):
     """A file of a kept result that cannot be used. Nothing of it is."""
+
+
+class RoundFailed(SimulationError):
+    """A round that a deployment could not have finished either."""

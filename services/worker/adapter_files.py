@@ -7,9 +7,10 @@ from peft import LoraConfig
 from torch import Tensor
 
 from assets.tensors import read_tensors, tensors_to_bytes
+from assets.wire_files import adapter_file
 from cotuning.adapters import AdapterState
 from persistence.blobs import BlobStore, StoredBlob
-from protocol.headers import ADAPTER_FORMAT, METADATA_FORMAT, METADATA_PROXY
+from protocol.headers import METADATA_FORMAT
 
 _SAID = ("task_type", "r", "lora_alpha", "lora_dropout", "target_modules", "fan_in_fan_out", "bias")
 _OPTIMIZER_FORMAT = "cotune-server-optimizer/1"
@@ -21,8 +22,7 @@ def put_adapter(blobs: BlobStore, state: Mapping[str, Tensor], *, proxy_sha256: 
     Args:
         proxy_sha256: The manifest of the run's shared small model, which the file names; None where it has none.
     """
-    model = {} if proxy_sha256 is None else {METADATA_PROXY: proxy_sha256}
-    return blobs.put_bytes(tensors_to_bytes(state, {METADATA_FORMAT: ADAPTER_FORMAT} | model))
+    return blobs.put_bytes(adapter_file(state, model_sha256=proxy_sha256))
 
 
 def get_adapter(blobs: BlobStore, sha256: str) -> AdapterState:

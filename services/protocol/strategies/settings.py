@@ -95,6 +95,11 @@ class StrategySettings(SettingsModel):
     training: LocalTraining = LocalTraining()
 
     @property
+    def slm_steps(self) -> int:
+        """Optimizer steps that a device's SLM takes in a round."""
+        return self.training.steps
+
+    @property
     def shared_lora(self) -> LoraSettings | None:
         """Of the adapter that crosses the network, theta; None where none does."""
         return None

@@ -1,0 +1,80 @@
+"""The base models of an experiment: each loaded once, lent to whoever trains on it, and given back as it was."""
+
+import hashlib
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+from assets.errors import DeviceError, ModelFolderError
+from assets.models import list_model_files, load_language_model, read_config, read_tokenizer
+from cotuning.language_model import LanguageModel
+from protocol.runs import ModelLoading
+from simulation.errors import SetupError
+
+
+class BaseModels:
+    """Loads a model when it is first asked for.
+
+    Args:
+        loading: how the LLM is held; SLMs are float32, on the same kind of device.
+    """
+
+    def __init__(self, loading: ModelLoading) -> None:
+        self._loading = loading
+        self._loaded: dict[tuple[str, bool], LanguageModel] = {}
+
+    def llm(self, source: str) -> LanguageModel:
+        """The LLM.
+
+        Raises:
+            SetupError: it cannot be loaded, or not so.
+        """
+        return self._load(source, llm=True)
+
+    def slm(self, source: str) -> LanguageModel:
+        """A small model; devices that have the same one share it. Raises as `llm`."""
+        return self._load(source, llm=False)
+
+    def fresh(self, source: str) -> LanguageModel:
+        """A model of the caller's own, to change as it likes; float32, on the CPU. Raises as `llm`."""
+        return _load(source, ModelLoading())
+
+    def _load(self, source: str, *, llm: bool) -> LanguageModel:
+        if (source, llm) not in self._loaded:
+            held = self._loading if llm else ModelLoading(devices=self._loading.devices)
+            self._loaded[source, llm] = _load(source, held)
+        return self._loaded[source, llm]
+
+
+def _load(source: str, held: ModelLoading) -> LanguageModel:
+    try:
+        return load_language_model(
+            source, dtype=getattr(torch, held.dtype), four_bit=held.four_bit, devices=held.devices
+        )
+    except (ModelFolderError, DeviceError) as error:
+        raise SetupError(str(error)) from None
+
+
+def model_problems(sources: Iterable[str]) -> list[str]:
+    """What is wrong with the models, as far as it can be told without reading weights: one sentence each."""
+    problems = []
+    for source in dict.fromkeys(sources):
+        try:
+            read_config(source)
+            if not read_tokenizer(source).get_vocab():
+                raise ModelFolderError(f"{source}: expected a tokenizer with entries, got an empty one")
+        except ModelFolderError as error:
+            problems.append(str(error))
+    return problems
+
+
+def model_digest(source: str) -> str:
+    """SHA-256 of a model folder's files, hex; of a hub name, of the name."""
+    folder, digest = Path(source), hashlib.sha256()
+    if not folder.is_dir():
+        return hashlib.sha256(source.encode()).hexdigest()
+    for path in list_model_files(folder):
+        with path.open("rb") as file:
+            digest.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
