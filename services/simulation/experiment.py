@@ -3,26 +3,25 @@
 What is there already is not played again, so an interrupted experiment goes on with the run that it was in.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from cotuning.examples import Example
 from cotuning.training import TrainingDiverged
 from protocol.strategies import spec_of
 from simulation.base_models import BaseModels
 from simulation.budget import Crossing, Meter
 from simulation.cache import ResultCache
 from simulation.errors import RoundFailed
-from simulation.measuring import measure_base, measure_round, measure_run
-from simulation.participation import plan_rounds
+from simulation.measuring import ModelScores, measure_base, measure_round, measure_run
+from simulation.participation import RoundPlan, plan_rounds
 from simulation.prepared import prepare
 from simulation.rounds import Run, Version
 from simulation.run_results import RoundScores, RunKey, RunResult
-from simulation.settings import BEFORE, Entry
-from simulation.setup import Device, Experiment
+from simulation.settings import BEFORE, Entry, SimulationSettings
+from simulation.setup import Experiment
 from simulation.wire import crossing
 
 OnProgress = Callable[[str, int, int], None]
@@ -57,16 +56,16 @@ def run_experiment(experiment: Experiment, cache_folder: Path, listener: Listene
     """
     listener = listener or Listener()
     known = {key: (cache, cache.read(key)) for key, cache, _ in _runs(experiment, cache_folder)}
-    models = BaseModels(experiment.settings.llm_loading)
     torch.set_num_threads(experiment.settings.threads)
+    player = Player(experiment, BaseModels(experiment.settings.llm_loading), cache_folder / "proxies", listener)
     if any(result is None for _, result in known.values()):
-        _load_all(experiment, models)
+        _load_all(experiment, player.models)
     results = []
-    for key, cache, entry in _runs(experiment, cache_folder):
-        result = known[key][1]
+    for key, _, entry in _runs(experiment, cache_folder):
+        cache, result = known[key]
         listener.on_run(key, result is not None)
         if result is None:
-            result = _play(experiment, entry, key, models, cache_folder / "proxies", listener)
+            result = player.result(key, entry)
             cache.write(result)
         results.append(result)
     return results
@@ -92,100 +91,114 @@ def _load_all(experiment: Experiment, models: BaseModels) -> None:
         models.slm(source)
 
 
-def _play(
-    experiment: Experiment, entry: Entry | None, key: RunKey, models: BaseModels, proxies: Path, listener: Listener
-) -> RunResult:
-    devices, settings = experiment.devices[key.seed], experiment.settings
-    llm = models.llm(settings.llm) if settings.llm is not None else None
-    own = {device.name: device.rows.test_set for device in devices}
-    if entry is None:
-        meter = Meter(Crossing())
-        with meter.stage("measurement"):
-            scores = measure_base(
-                devices, models, llm, settings.evaluation, transfer=settings.transfer, on_measured=listener.on_progress
-            )
-        return RunResult(key=key, own=own, scores=scores, cost=meter.cost())
-    try:
-        run, rounds = _played(experiment, entry, key.seed, models, proxies, listener)
-    except (RoundFailed, TrainingDiverged) as error:
-        raise RoundFailed(f"{key}: {error}") from error
-    with run.meter.stage("measurement"):
-        scores = measure_run(
-            run, settings.evaluation, transfer=settings.transfer, llm=llm, on_measured=listener.on_progress
-        )
-    return RunResult(key=key, own=own, scores=scores, rounds=rounds, cost=run.meter.cost(), notes=tuple(run.notes))
+@dataclass(frozen=True)
+class Player:
+    """Plays runs of an experiment.
 
-
-def begin(
-    experiment: Experiment, entry: Entry, seed: int, models: BaseModels, proxies: Path, listener: Listener
-) -> Run:
-    """A run of a strategy with all that round 1 needs.
-
-    Args:
+    Attributes:
         experiment: whose devices and settings.
-        entry: the strategy.
-        seed: of the run.
         models: the base models.
         proxies: folder in which distilled proxies stay.
         listener: told how far it is.
-
-    Raises:
-        SetupError: the proxy's settings do not fit the LLM.
-        TrainingDiverged: the proxy's distillation came to no number.
     """
-    meter = Meter(crossing(spec_of(entry.settings)))
-    prepared = prepare(
-        experiment,
-        entry.settings,
-        models,
-        seed,
-        folder=proxies,
-        meter=meter,
-        on_progress=lambda stage, step, steps, _: listener.on_progress(f"proxy: {stage}", step, steps),
-    )
-    devices = experiment.devices[seed]
-    run = Run(
-        settings=entry.settings,
-        devices=devices,
-        pooled=_pooled(devices) if entry.rows == "pooled" else {},
-        models=models,
-        prepared=prepared,
-        seed=seed,
-        tolerance=experiment.settings.evaluation.tolerance_bits_per_byte,
-        meter=meter,
-        on_progress=lambda who, stage, step, steps: listener.on_progress(f"{who}: {stage}", step, steps),
-    )
-    if "seconds" in prepared.distilled:
-        run.notes.append(
-            f"the proxy's distillation, {prepared.distilled['seconds']:.1f} s, is shared by all strategies"
+
+    experiment: Experiment
+    models: BaseModels
+    proxies: Path
+    listener: Listener = field(default_factory=Listener)
+
+    def result(self, key: RunKey, entry: Entry | None) -> RunResult:
+        """Play a run and measure it; None: the base models.
+
+        Raises:
+            SetupError: the proxy's settings do not fit the LLM.
+            RoundFailed: the strategy cannot be played with these models and rows.
+        """
+        settings, own = self._settings, {each.name: each.rows.test_set for each in self.experiment.devices[key.seed]}
+        if entry is None:
+            meter = Meter(Crossing())
+            with meter.stage("measurement"):
+                scores = self._base_scores(key.seed)
+            return RunResult(key=key, own=own, scores=scores, cost=meter.cost())
+        try:
+            run = self.begin(entry, key.seed)
+            rounds = self._rounds(run)
+        except (RoundFailed, TrainingDiverged) as error:
+            raise RoundFailed(f"{key}: {error}") from error
+        with run.meter.stage("measurement"):
+            scores = measure_run(
+                run, settings.evaluation, transfer=settings.transfer, on_measured=self.listener.on_progress
+            )
+        cost, notes = run.meter.cost(), tuple(run.notes)
+        return RunResult(key=key, own=own, scores=scores, rounds=rounds, cost=cost, notes=notes)
+
+    def begin(self, entry: Entry, seed: int) -> Run:
+        """A run of a strategy with all that round 1 needs.
+
+        Raises:
+            SetupError: the proxy's settings do not fit the LLM.
+            TrainingDiverged: the proxy's distillation came to no number.
+        """
+        meter, tell = Meter(crossing(spec_of(entry.settings))), self.listener.on_progress
+        prepared = prepare(
+            self.experiment,
+            entry.settings,
+            self.models,
+            seed,
+            folder=self.proxies,
+            meter=meter,
+            on_progress=lambda stage, step, steps, _: tell(f"proxy: {stage}", step, steps),
         )
-    return run
+        run = Run(
+            settings=entry.settings,
+            devices=self.experiment.devices[seed],
+            models=self.models,
+            prepared=prepared,
+            seed=seed,
+            tolerance=self._settings.evaluation.tolerance_bits_per_byte,
+            meter=meter,
+            on_progress=lambda who, stage, step, steps: tell(f"{who}: {stage}", step, steps),
+        )
+        if "seconds" in prepared.distilled:
+            seconds = prepared.distilled["seconds"]
+            run.notes.append(f"the proxy's distillation, {seconds:.1f} s, is shared by all strategies with it")
+        return run
 
+    @property
+    def _settings(self) -> SimulationSettings:
+        return self.experiment.settings
 
-def _played(
-    experiment: Experiment, entry: Entry, seed: int, models: BaseModels, proxies: Path, listener: Listener
-) -> tuple[Run, tuple[RoundScores, ...]]:
-    run = begin(experiment, entry, seed, models, proxies, listener)
-    settings, dealt = experiment.settings, experiment.settings.devices
-    plans = plan_rounds(
-        len(run.devices),
-        settings.rounds,
-        share=dealt.share,
-        drop_out=dealt.drop_out,
-        fewest=dealt.fewest,
-        seed=seed,
-    )
-    rounds: list[RoundScores] = []
+    def plans(self, seed: int) -> list[RoundPlan]:
+        """Who takes part in each round: the same for every strategy."""
+        dealt = self._settings.devices
+        return plan_rounds(
+            len(self.experiment.devices[seed]),
+            self._settings.rounds,
+            share=dealt.share,
+            drop_out=dealt.drop_out,
+            fewest=dealt.fewest,
+            seed=seed,
+        )
 
-    def on_version(version: Version) -> None:
-        if settings.measure_rounds:
-            with run.meter.stage("measurement"):
-                rounds.append(measure_round(run, version.number, settings.evaluation, listener.on_progress))
+    def _rounds(self, run: Run) -> tuple[RoundScores, ...]:
+        rounds: list[RoundScores] = []
 
-    run.play(plans, on_version)
-    return run, tuple(rounds)
+        def on_version(version: Version) -> None:
+            if self._settings.measure_rounds:
+                with run.meter.stage("measurement"):
+                    found = measure_round(run, version.number, self._settings.evaluation, self.listener.on_progress)
+                rounds.append(found)
 
+        run.play(self.plans(run.seed), on_version)
+        return tuple(rounds)
 
-def _pooled(devices: Sequence[Device]) -> dict[str, Sequence[Example]]:
-    together = [row for device in devices for row in device.rows.train]
-    return dict.fromkeys((device.name for device in devices), together)
+    def _base_scores(self, seed: int) -> ModelScores:
+        settings = self._settings
+        return measure_base(
+            self.experiment.devices[seed],
+            self.models,
+            self.models.llm(settings.llm) if settings.llm is not None else None,
+            settings.evaluation,
+            transfer=settings.transfer,
+            on_measured=self.listener.on_progress,
+        )

@@ -23,16 +23,13 @@ ModelScores = dict[str, dict[str, RowScores]]
 """Model -> set of rows -> scores."""
 
 
-def measure_run(
-    run: Run, evaluation: EvaluationSettings, *, transfer: bool, llm: LanguageModel | None, on_measured: OnMeasured
-) -> ModelScores:
+def measure_run(run: Run, evaluation: EvaluationSettings, *, transfer: bool, on_measured: OnMeasured) -> ModelScores:
     """Test scores after the run's newest promoted version.
 
     Args:
         run: played.
         evaluation: how.
         transfer: measure each device on every device's rows, not on its own only.
-        llm: where the strategy does not train it, it is not measured.
         on_measured: told how far it is.
     """
     sets = test_sets(run.devices)
@@ -44,7 +41,7 @@ def measure_run(
             scores[device.name] = measure(lm, device.name, wanted, evaluation, on_measured)
     with candidates(
         run.settings,
-        llm=llm if run.spec.trains_llm else None,
+        llm=run.prepared.llm if run.spec.trains_llm else None,
         shared_model=run.prepared.shared_model,
         shared_adapter=run.base.shared_adapter,
         llm_adapter=run.base.llm_adapter,
@@ -64,7 +61,8 @@ def measure_base(
     on_measured: OnMeasured,
 ) -> ModelScores:
     """Test scores of the base models, before any training."""
-    sets, scores = test_sets(devices), ModelScores()
+    sets = test_sets(devices)
+    scores: ModelScores = {}
     found: ModelScores = {}
     for device in devices:
         known = found.setdefault(device.slm, {})  # devices with the same model have the same scores

@@ -118,7 +118,9 @@ def prepare(
         assert llm is not None
         assert rows is not None
         with meter.stage("distillation"):
-            place = _distilled(experiment, llm, models, rows.training, seed, folder, on_progress)
+            place = _place(experiment, rows.training, seed, folder)
+            if not (place / MEASURED_FILE).is_file():
+                _distil(experiment, llm, models, rows.training, seed=seed, place=place, on_progress=on_progress)
             small = _small_model(load_language_model(place), place)
             small.lm.model.to(llm.device)
             distilled = json.loads((place / MEASURED_FILE).read_bytes())
@@ -135,28 +137,31 @@ def validation_bits(
     return {name: Bits(bits_per_byte(lm, rows, **reading(settings))) for name, lm in models.items() if rows}
 
 
-def _distilled(
+def _place(experiment: Experiment, training: Sequence[Example], seed: int, folder: Path) -> Path:
+    """The folder of the proxy, named by all that it depends on."""
+    settings, common = experiment.settings.proxy, experiment.settings
+    depends: dict[str, Any] = {
+        "proxy": settings.model_dump(mode="json", exclude={"checkpoint_steps", "path"}),
+        "loading": common.llm_loading.model_dump(mode="json"),
+        "digests": {name: digest for name, digest in experiment.digests.items() if name in ("llm", "proxy")},
+        "rows": rows_digest(training),
+        "seed": seed,
+        "threads": common.threads,
+    }
+    return folder / f"proxy-{configuration_hash(depends)[:16]}"
+
+
+def _distil(
     experiment: Experiment,
     llm: LanguageModel,
     models: BaseModels,
     training: Sequence[Example],
+    *,
     seed: int,
-    folder: Path,
+    place: Path,
     on_progress: OnProgress,
-) -> Path:
-    """The folder of the distilled proxy, made where it is not there yet."""
-    settings, about = experiment.settings.proxy, experiment.settings
-    depends: dict[str, Any] = {
-        "proxy": settings.model_dump(mode="json", exclude={"checkpoint_steps", "path"}),
-        "loading": about.llm_loading.model_dump(mode="json"),
-        "digests": {name: digest for name, digest in experiment.digests.items() if name in ("llm", "proxy")},
-        "rows": rows_digest(training),
-        "seed": seed,
-        "threads": about.threads,
-    }
-    place = folder / f"proxy-{configuration_hash(depends)[:16]}"
-    if (place / MEASURED_FILE).is_file():
-        return place
+) -> None:
+    settings = experiment.settings.proxy
     try:
         proxy = models.fresh(settings.path) if settings.path else make_proxy(llm, training, settings, seed=seed)
     except ValueError as error:
@@ -165,8 +170,8 @@ def _distilled(
     start = time.perf_counter()
     measured = distil(llm, proxy, training, settings, seed=seed, on_progress=on_progress)
     measured |= {"seconds": round(time.perf_counter() - start, 3)}
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".proxy-") as name:
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=place.parent, prefix=".proxy-") as name:
         made = Path(name) / "proxy"
         save_language_model(proxy, made)
         if place.exists():  # of a run that was killed while it moved one here
@@ -174,7 +179,6 @@ def _distilled(
         made.rename(place)
     # Last: it says that the folder is whole.
     write_atomically(place / MEASURED_FILE, json.dumps(measured).encode())
-    return place
 
 
 def _small_model(lm: LanguageModel, place: Path | None) -> SmallModelFolder:

@@ -21,7 +21,7 @@ from cotuning.strategies.registry import steps_of
 from cotuning.strategies.results import DeviceResult, ServerResult
 from cotuning.training import OnProgress, TrainingDiverged
 from protocol.statuses import PartKind
-from protocol.strategies import DownloadKind, PublicSet, StrategySettings, StrategySpec, spec_of
+from protocol.strategies import DownloadKind, PrivateRows, PublicSet, StrategySettings, StrategySpec, spec_of
 from simulation.base_models import BaseModels
 from simulation.budget import Meter
 from simulation.errors import RoundFailed
@@ -59,7 +59,6 @@ class Run:
     Attributes:
         settings: of the strategy.
         devices: all of them, in order.
-        pooled: device -> rows that it trains on in place of its own.
         models: the base models.
         prepared: what round 1 starts from.
         seed: of the run.
@@ -73,7 +72,6 @@ class Run:
 
     settings: StrategySettings
     devices: Sequence[Device]
-    pooled: Mapping[str, Sequence[Example]]
     models: BaseModels
     prepared: Prepared
     seed: int
@@ -158,7 +156,7 @@ class Run:
         local = self.local[device.name]
         given = DeviceInputs(
             slm=self.models.slm(device.slm),
-            private=self.pooled.get(device.name, device.rows.train),
+            private=self._private(device),
             slm_adapter=local.slm_adapter,
             domain_adapter=local.domain_adapter,
             shared_model=self.prepared.shared_model if DownloadKind.PROXY_BASE in self.spec.downloads else None,
@@ -173,6 +171,11 @@ class Run:
             return self._steps.device_step(given)
         except _FAILURES as error:
             raise RoundFailed(f"round {number}, {device.name}: {error}") from error
+
+    def _private(self, device: Device) -> Sequence[Example]:
+        if self.spec.private_rows is PrivateRows.OWN:
+            return device.rows.train
+        return [row for each in self.devices for row in each.rows.train]
 
     def _combine(
         self, number: int, results: Mapping[str, DeviceResult], parts: Mapping[str, Mapping[PartKind, Part]]

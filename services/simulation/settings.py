@@ -16,7 +16,7 @@ from simulation.errors import SetupError
 BEFORE = "before"
 """The strategy that trains nothing: how the base models are."""
 
-_OF_AN_ENTRY = ("label", "kind", "about", "rows")
+_OF_AN_ENTRY = ("label", "kind", "about")
 
 
 class Devices(SettingsModel):
@@ -62,9 +62,6 @@ class Entry(SettingsModel):
         default="baseline", description="What it stands for in reports. A control may have a step budget of its own."
     )
     about: str = Field(default="", max_length=200, description="What it is, in a few words.")
-    rows: Literal["own", "pooled"] = Field(
-        default="own", description="`pooled`: every device trains on all devices' rows, as no device could."
-    )
     settings: Strategy
 
 
@@ -171,7 +168,7 @@ def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any
 
 def _problems(error: ValidationError, table: Mapping[str, Any]) -> Iterator[str]:
     for each in error.errors():
-        place = list(each["loc"])
+        place: list[Any] = list(each["loc"])
         if place[:1] == ["strategies"] and len(place) > 1:
             entry = table["strategies"][int(place[1])]
             named = entry.get("label", entry.get("name", place[1])) if isinstance(entry, dict) else place[1]

@@ -6,6 +6,7 @@ Nothing trains, and no weights are read, before all of this holds.
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -75,7 +76,7 @@ class Experiment:
 
         Other strategies of the experiment are no part of it, nor how they are called in reports.
         """
-        own = None if entry is None else {"rows": entry.rows, "settings": entry.settings.model_dump(mode="json")}
+        own = None if entry is None else entry.settings.model_dump(mode="json")
         common = self.settings.model_dump(mode="json", exclude={"name", "strategies", "first_seed", "llm", "slms"})
         digests = {**self.digests, "devices": _rows_digest(self.devices[seed])}
         return {"common": common, "strategy": own, "digests": digests}
@@ -96,7 +97,7 @@ def set_up(settings: SimulationSettings, folder: Path, seeds: Sequence[int]) -> 
     problems += [each for entry in settings.strategies for each in _strategy_problems(settings, entry, public_file)]
     for spec in {spec_of(entry.settings).public_set: spec_of(entry.settings) for entry in settings.strategies}.values():
         if public:
-            _noted(problems, lambda spec=spec: _public_rows(settings, spec, public, folder, seeds[0]))
+            _noted(problems, partial(_public_rows, settings, spec, public, folder, seeds[0]))
     if devices:
         problems += _device_problems(settings, devices[0])
     if problems:

@@ -42,6 +42,6 @@ def test_text_moved_between_fields_is_another_row() -> None:
 
 
 def test_too_few_rows_are_refused_with_what_was_expected() -> None:
-    with pytest.raises(TooFewRows, match="/data/public.jsonl") as caught:
+    with pytest.raises(TooFewRows, match=r"/data/public\.jsonl") as caught:
         split_public_rows(_rows(18), probe_rows=7, validation_rows=11, seed=0, source="/data/public.jsonl")
     assert (caught.value.expected, caught.value.received) == (19, 18)

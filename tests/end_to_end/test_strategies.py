@@ -11,10 +11,10 @@ from typing import Any
 import httpx
 import pytest
 import torch
-from safetensors.torch import load
 
 from protocol.runs import Round, Run
 from protocol.statuses import RunStatus
+from tests.end_to_end.simulated import adapter, assert_equal_bits, assert_learns, deployed, simulated
 from tests.end_to_end.small_cloud import SmallCloud
 
 SAME, OTHER = ("device-0", "device-1"), "device-2"
@@ -56,13 +56,6 @@ def run_config(cloud: SmallCloud, name: str, **strategy: Any) -> dict[str, Any]:
     return cloud.run_config(name, strategy=settings) | own
 
 
-def adapter(cloud: SmallCloud, run_id: str, number: int) -> dict[str, torch.Tensor]:
-    path = f"/v1/runs/{run_id}/versions/{number}/adapters/proxy"
-    answer = httpx.get(f"{cloud.address}{path}", headers={"Authorization": f"Bearer {cloud.key}"}, trust_env=False)
-    assert answer.status_code == 200, answer.text
-    return load(answer.content)
-
-
 def check_devices(last: Round) -> None:
     """Those of the run's model are counted; the other one has said why it is not."""
     devices = {each.device_name: each for each in last.devices}
@@ -85,7 +78,7 @@ def test_fed_lora_averages_the_devices_adapters(alike: SmallCloud) -> None:
     traffic = alike.client.traffic(run.run_id)
     assert {kind for kind, count in traffic.up.items() if count} == {"adapter_delta", "metrics"}
     assert {kind for kind, count in traffic.down.items() if count} == {"model_manifest", "adapter", "assignment"}
-    thetas = [adapter(alike, run.run_id, number) for number in (0, 1, 2)]
+    thetas = [adapter(alike, run.run_id, number, "proxy") for number in (0, 1, 2)]
     assert any(not torch.equal(thetas[1][name], thetas[2][name]) for name in thetas[0])
     versions = alike.client.list_versions(run.run_id)
     assert all(set(each.metrics["validation"]) == {"proxy"} for each in versions)
@@ -129,7 +122,7 @@ def test_a_strategy_that_a_distribution_adds_runs_without_touching_anything_else
         assert run["status"] == "completed", run["status_reason"]
         wrong = operator.post("/v1/runs", json=config | {"strategy": {"name": "sign_lora", "size": 0}})
         assert wrong.json()["errors"][0]["field"] == "strategy.size"
-    before, after = (adapter(alike, run_id, number) for number in (0, 1))
+    before, after = (adapter(alike, run_id, number, "proxy") for number in (0, 1))
     moved = torch.cat([(after[name] - before[name]).flatten() for name in before])
     # Two devices of 12 rows each: both up or both down, one of each, or only one.
     steps = torch.tensor([-0.5, -0.25, 0.0, 0.25, 0.5])
@@ -143,3 +136,16 @@ def test_a_run_that_names_no_small_model_is_refused(alike: SmallCloud) -> None:
     answer = httpx.post(f"{alike.address}/v1/runs", json=config, headers=headers, trust_env=False)
     assert answer.status_code == 422
     assert "strategy `fed_lora` needs `slm`" in answer.json()["detail"]
+
+
+@pytest.mark.parametrize("name", ["fed_lora", "fedcollm"])
+def test_a_simulation_gives_the_same_adapters(alike: SmallCloud, tmp_path: Path, name: str) -> None:
+    own = {"llm_lora": LORA, "server": TRAINING} if name == "fedcollm" else {}
+    devices = {each.name: each.device_id for each in alike.client.list_devices()}
+    config = run_config(alike, name, **own) | {"device_ids": [devices[each] for each in SAME], "rounds": 2, "seed": 3}
+    config["evaluation"]["tolerance_bits_per_byte"] = 10.0
+    if name == "fed_lora":
+        config["llm"] = None
+    over_http, here = deployed(alike, config), simulated(alike, config, tmp_path)
+    assert_learns(over_http)
+    assert_equal_bits(here, over_http)

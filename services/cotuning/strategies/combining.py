@@ -1,4 +1,4 @@
-"""A round's updates become one adapter: which of them count, what each weighs, and why the others do not (METHOD step 4).
+"""A round's updates become one adapter: which of them count, what each weighs, why the others do not (METHOD step 4).
 
 Updates are read one by one, so memory does not grow with their number. One that is refused leaves no trace in the sum.
 """

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Protocol
+from typing import Protocol, TypedDict
 
 from torch import Tensor
 
@@ -57,8 +57,15 @@ def candidates(
         yield models
 
 
-def reading(settings: StrategySettings) -> dict[str, int]:
-    """How the server's models read rows that they are measured on: `batch_size` and `max_length`."""
+class Reading(TypedDict):
+    """Arguments of `evaluation.evaluate`."""
+
+    batch_size: int
+    max_length: int
+
+
+def reading(settings: StrategySettings) -> Reading:
+    """How the server's models read rows that they are measured on."""
     training = settings.server_steps or settings.training
     return {"batch_size": _BATCH_FACTOR * training.batch_size, "max_length": training.max_length}
 
