@@ -19,6 +19,7 @@ from command_line import (
     round_commands,
     run_commands,
     seed_command,
+    simulate_command,
     up_command,
     update_commands,
     webhook_commands,
@@ -51,6 +52,7 @@ def _help_of(command: Callable[..., object]) -> str:
 app.command("demo", help=_help_of(demo_command.demo))(demo_command.demo)
 app.command("demo-seed", help=_help_of(seed_command.demo_seed))(seed_command.demo_seed)
 app.command("pretrain", help=_help_of(pretrain_command.pretrain))(pretrain_command.pretrain)
+app.command("simulate", help=_help_of(simulate_command.simulate))(simulate_command.simulate)
 app.command("up", help=_help_of(up_command.up))(up_command.up)
 app.add_typer(run_commands.app, name="run")
 app.add_typer(round_commands.app, name="round")

@@ -3,8 +3,10 @@
 import hashlib
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from assets.errors import DeviceError, ModelFolderError
 from assets.models import list_model_files, load_language_model, read_config, read_tokenizer
@@ -78,3 +80,20 @@ def model_digest(source: str) -> str:
         with path.open("rb") as file:
             digest.update(f"{path.name}\0{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()
+
+
+def described(source: str) -> dict[str, Any]:
+    """A model's `architecture`, `tokenizer` and number of `parameters`, without reading its weights.
+
+    Raises:
+        ModelFolderError: there is no such model.
+    """
+    config, tokenizer = read_config(source), read_tokenizer(source)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    kind = type(tokenizer.backend_tokenizer.model).__name__ if hasattr(tokenizer, "backend_tokenizer") else "slow"
+    return {
+        "architecture": str(config.model_type),
+        "tokenizer": f"{kind}, {len(tokenizer)} tokens",
+        "parameters": sum(each.numel() for each in model.parameters()),
+    }
