@@ -124,10 +124,11 @@ def _print(out_console: Console, report: "QualityReport", out: Path) -> None:
         "#exact match, %",
         "#bits/byte",
         "#bytes/device/round",
-        "#seconds",
+        "#time",
         "#peak memory",
     ]
-    print_table(out_console, f"{report.title}: devices on their own test rows", columns, map(_row, report.strategies))
+    rows = [_row(each) for each in report.strategies]
+    print_table(out_console, f"{report.title}: devices on their own test rows", columns, rows)
     out_console.print(f"Report: {out}, {out.with_suffix('.md')}", markup=False, soft_wrap=True)
 
 
