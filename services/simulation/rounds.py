@@ -9,17 +9,20 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
+from torch import Tensor
+
 from cotuning.adapters import AdapterMismatch, AdapterState
 from cotuning.examples import Example
-from cotuning.language_model import UnknownHead
+from cotuning.language_model import LanguageModel, UnknownHead
 from cotuning.shared_rows import CoverageTooLow
 from cotuning.strategies.combining import Combined, SentUpdate, combine
-from cotuning.strategies.interface import DeviceInputs, ServerInputs, StrategySteps
+from cotuning.strategies.interface import DeviceInputs, DeviceMessage, ServerInputs, StrategySteps
 from cotuning.strategies.preparation import first_adapter
 from cotuning.strategies.promotion import LLM, SMALL, candidates, not_worse
 from cotuning.strategies.registry import steps_of
-from cotuning.strategies.results import DeviceResult, ServerResult
+from cotuning.strategies.results import DeviceResult, Message, ServerResult
 from cotuning.training import OnProgress, TrainingDiverged
+from cotuning.vocabulary import Vocabulary
 from protocol.statuses import PartKind
 from protocol.strategies import DownloadKind, PrivateRows, PublicSet, StrategySettings, StrategySpec, spec_of
 from simulation.base_models import BaseModels
@@ -28,7 +31,7 @@ from simulation.errors import RoundFailed
 from simulation.participation import RoundPlan
 from simulation.prepared import Bits, Prepared, validation_bits
 from simulation.setup import Device
-from simulation.wire import Part, Wire, wire
+from simulation.wire import Part, Published, Wire, wire
 
 _FAILURES = (CoverageTooLow, AdapterMismatch, UnknownHead, TrainingDiverged)
 """What a step says that cannot be done with these models and rows."""
@@ -42,6 +45,10 @@ class Version:
     shared_adapter: AdapterState | None
     llm_adapter: AdapterState | None
     promoted: bool = True
+    message: Message | None = None
+    """To all devices, for the next round."""
+    server_state: Mapping[str, Tensor] = field(default_factory=dict)
+    """What the server keeps for its next round, beside adapters."""
 
 
 @dataclass
@@ -92,7 +99,8 @@ class Run:
             theta = first_adapter(small, settings.shared_lora, "shared_adapter", seed=self.seed)
         if settings.trained_llm_lora is not None and given.llm is not None:
             omega = first_adapter(given.llm, settings.trained_llm_lora, "llm_adapter", seed=self.seed)
-        self.base = Version(0, theta, omega)
+        first = self._steps.first_message(self._server_inputs(0, theta, omega))
+        self.base = Version(0, theta, omega, message=first)
         self.local = {device.name: Local() for device in self.devices}
         models = {name: lm for name, lm in ((LLM, given.llm), (SMALL, small)) if lm is not None}
         with self.meter.stage("evaluation"):  # a fresh adapter changes nothing
@@ -112,6 +120,7 @@ class Run:
         with wire(self.spec, self.prepared, self.meter) as network:
             for number, plan in enumerate(plans, start=1):
                 on_version(self._round(number, plan, network))
+            self._last_steps(len(plans), network)
 
     @property
     def spec(self) -> StrategySpec:
@@ -131,46 +140,68 @@ class Run:
         return self.prepared.rows.probe if self.prepared.rows is not None else ()
 
     def _round(self, number: int, plan: RoundPlan, network: Wire) -> Version:
-        published = network.publish(self.base.shared_adapter)
+        published = network.publish(self.base.shared_adapter, self.base.message)
         chosen = [self.devices[place] for place in plan.chosen]
         self.meter.take_part(number, [device.name for device in chosen])
         for device in chosen:
             network.download(device.name, number, published)
         results: dict[str, DeviceResult] = {}
         parts: dict[str, dict[PartKind, Part]] = {}
+        messages: list[DeviceMessage] = []
         for place in plan.delivering:
             device = self.devices[place]
             with self.meter.stage("devices"):
-                result = self._device_step(device, number, published.adapter)
+                result = self._device_step(device, number, published)
                 results[device.name] = result
                 parts[device.name] = network.upload(device.name, number, result)
+                messages += self._sent_message(device, result, network.upload_message(device.name, number, result))
                 self.local[device.name] = Local(result.slm_adapter, result.domain_adapter)
         with self.meter.stage("aggregation"):
             combined = self._combine(number, results, parts)
         with self.meter.stage("server"):
-            served = self._serve(number, combined, parts)
+            served = self._serve(number, combined, parts, messages)
         with self.meter.stage("evaluation"):
             return self._judge(number, combined, served)
 
-    def _device_step(self, device: Device, number: int, theta: AdapterState | None) -> DeviceResult:
-        local = self.local[device.name]
-        given = DeviceInputs(
+    def _device_step(self, device: Device, number: int, published: Published) -> DeviceResult:
+        try:
+            return self._steps.device_step(self._device_inputs(device, number, published))
+        except _FAILURES as error:
+            raise RoundFailed(f"round {number}, {device.name}: {error}") from error
+
+    def _device_inputs(self, device: Device, number: int, published: Published) -> DeviceInputs:
+        local, llm = self.local[device.name], self.prepared.llm
+        return DeviceInputs(
             slm=self.models.slm(device.slm),
             private=self._private(device),
             slm_adapter=local.slm_adapter,
             domain_adapter=local.domain_adapter,
             shared_model=self.prepared.shared_model if DownloadKind.PROXY_BASE in self.spec.downloads else None,
-            shared_adapter=theta,
+            shared_adapter=published.adapter,
             adapter_rank=self.settings.assigned_rank(device.rank),
             probe=self._probe if DownloadKind.PROBE_SET in self.spec.downloads else (),
+            message=published.message,
+            llm_vocabulary=_vocabulary(llm) if llm is not None and self.spec.messages_down else None,
             round_number=number,
             seed=self.seed,
             on_progress=self._note(device.name),
         )
-        try:
-            return self._steps.device_step(given)
-        except _FAILURES as error:
-            raise RoundFailed(f"round {number}, {device.name}: {error}") from error
+
+    def _sent_message(self, device: Device, result: DeviceResult, message: Message | None) -> list[DeviceMessage]:
+        if message is None:
+            return []
+        vocabulary = _vocabulary(self.models.slm(device.slm))
+        return [DeviceMessage(message.tensors, message.metadata, result.num_examples, vocabulary)]
+
+    def _last_steps(self, rounds: int, network: Wire) -> None:
+        """What devices do with the last message; it is of the last round, which its bytes are counted under."""
+        published = network.publish(self.base.shared_adapter, self.base.message)
+        for device in self.devices:
+            with self.meter.stage("devices"):
+                result = self._steps.last_step(self._device_inputs(device, rounds + 1, published))
+                if result is not None:
+                    network.download_message(device.name, rounds, published)
+                    self.local[device.name] = Local(result.slm_adapter, result.domain_adapter)
 
     def _private(self, device: Device) -> Sequence[Example]:
         if self.spec.private_rows is PrivateRows.OWN:
@@ -212,35 +243,62 @@ class Run:
             rank=rank,
         )
 
-    def _serve(self, number: int, combined: Combined, parts: Mapping[str, Mapping[PartKind, Part]]) -> ServerResult:
+    def _serve(
+        self,
+        number: int,
+        combined: Combined,
+        parts: Mapping[str, Mapping[PartKind, Part]],
+        messages: Sequence[DeviceMessage],
+    ) -> ServerResult:
+        aggregate, steps = combined.aggregate, self._steps
+        theta = aggregate.adapter if aggregate is not None else self.base.shared_adapter
+        given = self._server_inputs(number, theta, self.base.llm_adapter)
+        read = []
+        if (
+            self._trains_on_public
+            and combined.counted
+            and steps.learns_from_logits
+            and PartKind.LOGITS in self.spec.uploads
+        ):
+            check = steps.logits_reader(self.prepared.shared_model, self._probe)
+            read = [check(*parts[name][PartKind.LOGITS]) for name in combined.counted]
+        base = self.base
+        try:
+            return steps.server_step(
+                replace(
+                    given,
+                    device_logits=read,
+                    device_messages=messages,
+                    message=base.message,
+                    state=base.server_state,
+                )
+            )
+        except _FAILURES as error:
+            raise RoundFailed(f"round {number}, server: {error}") from error
+
+    @property
+    def _trains_on_public(self) -> bool:
+        return self.spec.public_set is not PublicSet.NOWHERE
+
+    def _server_inputs(self, number: int, theta: AdapterState | None, omega: AdapterState | None) -> ServerInputs:
         """A strategy that trains nothing on public rows is given neither models nor rows, as in a deployment."""
-        steps, rows = self._steps, self.prepared.rows
-        aggregate = combined.aggregate
         given = ServerInputs(
             round_number=number,
             seed=self.seed,
             on_progress=self._note(LLM),
-            shared_adapter=aggregate.adapter if aggregate is not None else self.base.shared_adapter,
-            llm_adapter=self.base.llm_adapter,
+            shared_adapter=theta,
+            llm_adapter=omega,
         )
-        if self.spec.public_set is not PublicSet.NOWHERE:
-            assert rows is not None
-            read = []
-            if combined.counted and steps.learns_from_logits:
-                check = steps.logits_reader(self.prepared.shared_model, rows.probe)
-                read = [check(*parts[name][PartKind.LOGITS]) for name in combined.counted]
-            given = replace(
-                given,
-                llm=self.prepared.llm if self.spec.trains_llm else None,
-                shared_model=self.prepared.shared_model,
-                public=rows.training,
-                probe=rows.probe,
-                device_logits=read,
-            )
-        try:
-            return steps.server_step(given)
-        except _FAILURES as error:
-            raise RoundFailed(f"round {number}, server: {error}") from error
+        if not self._trains_on_public:
+            return given
+        assert self.prepared.rows is not None
+        return replace(
+            given,
+            llm=self.prepared.llm if self.spec.trains_llm else None,
+            shared_model=self.prepared.shared_model,
+            public=self.prepared.rows.training,
+            probe=self.prepared.rows.probe,
+        )
 
     def _judge(self, number: int, combined: Combined, served: ServerResult) -> Version:
         """Promote what is not worse; else the next round starts from the version that this one started from."""
@@ -254,7 +312,9 @@ class Run:
         ) as models:
             bits = validation_bits(models, self._validation, self.settings)
         promoted = not_worse(bits, self._reference, self.tolerance)
-        version = Version(number, served.shared_adapter, served.llm_adapter, promoted)
+        version = Version(
+            number, served.shared_adapter, served.llm_adapter, promoted, served.message, dict(served.state)
+        )
         if promoted:
             self.base, self._reference = version, bits
             if combined.aggregate is not None:
@@ -266,6 +326,11 @@ class Run:
 
     def _note(self, who: str) -> OnProgress:
         return partial(_tell, self.meter, self.on_progress, who)
+
+
+def _vocabulary(lm: LanguageModel) -> Vocabulary:
+    """What another party knows of a model."""
+    return Vocabulary(lm.tokenizer, lm.table, lm.device)
 
 
 def _tell(  # noqa: PLR0917

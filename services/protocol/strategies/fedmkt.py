@@ -55,6 +55,11 @@ class FedMktSettings(StrategySettings):
     server: ServerSteps = Field(default=ServerSteps(batch_size=4), description="Of probe rows; `max_length` of all.")
 
     @property
+    def slm_steps(self) -> int:
+        """On private rows, and from the LLM's logits."""
+        return self.training.steps + self.transfer_steps
+
+    @property
     def trained_llm_lora(self) -> LoraSettings:
         """omega's."""
         return self.llm_lora
