@@ -20,6 +20,9 @@ _HOLDS = "a model folder holds config.json, *.safetensors and the tokenizer's fi
 _ATTENTION = (None, "eager", "sdpa", "flex_attention")
 """What a config may choose. For others transformers fetches code from the hub, where `kernels` is installed."""
 
+_TOKENIZER_FILES = ("*token*", "vocab.*", "*.model", "merges.txt", "*.tiktoken")
+"""Of some families transformers makes an empty tokenizer where there is none of these."""
+
 _LOADING_ERRORS = (
     OSError, ValueError, KeyError, RuntimeError, ImportError, TypeError, AttributeError, ArithmeticError,
     SafetensorError, StrictDataclassError,
@@ -64,7 +67,7 @@ def load_language_model(
             output_loading_info=True,
             **options,
         )
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        tokenizer = read_tokenizer(name)
         lm = LanguageModel.of(model.eval().requires_grad_(False), tokenizer)
     if report["missing_keys"]:  # transformers would go on with random values
         missing = ", ".join(sorted(report["missing_keys"])[:3])
@@ -95,6 +98,7 @@ def read_tokenizer(path_or_name: str | Path) -> Any:
     """
     name = str(path_or_name)
     _require_model(name)
+    _require_tokenizer(Path(name).expanduser())
     with _told_as_model_folder_error(name):
         return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
 
@@ -139,6 +143,12 @@ def _require_model(name: str) -> None:
     looks_like_path = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
     if path.exists() or looks_like_path:
         _require_folder(path)
+
+
+def _require_tokenizer(folder: Path) -> None:
+    if folder.is_dir() and not any(True for pattern in _TOKENIZER_FILES for _ in folder.glob(pattern)):
+        names = ", ".join(sorted(path.name for path in folder.iterdir())[:8])
+        raise ModelFolderError(f"{folder}: expected the files of a tokenizer (tokenizer.json), found {names}; {_HOLDS}")
 
 
 def _require_folder(folder: Path) -> None:

@@ -1,0 +1,82 @@
+"""`cotune simulate`: a report from a file and a folder, and errors that say what to correct."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from command_line.exit_codes import ExitCode
+from tests.command_line.conftest import Cotune
+from tests.simulation.tiny_world import World, build
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return build(tmp_path_factory.mktemp("world"))
+
+
+def experiment(world: World, *, steps: int = 2, slms: tuple[str, ...] = ("gpt2", "qwen2")) -> str:
+    return f"""
+name = "two devices"
+rounds = 1
+llm = "{world.model("llama")}"
+slms = {json.dumps([world.model(each) for each in slms])}
+probe_rows = 6
+proxy = {{ source = "prune", layers = 1, steps = 1, batch_size = 4, max_length = 64 }}
+evaluation = {{ validation_rows = 4, test_rows = 3, max_new_tokens = 3 }}
+
+[common]
+training = {{ steps = {steps}, batch_size = 4, max_length = 64 }}
+server = {{ steps = 1, batch_size = 4, max_length = 64 }}
+
+[[strategies]]
+name = "co_plms"
+kind = "method"
+domain_steps = 1
+
+[[strategies]]
+name = "standalone"
+"""
+
+
+def test_a_report_that_is_not_computed_twice(world: World, tmp_path: Path, run_cotune: Cotune) -> None:
+    config, out = tmp_path / "config.toml", tmp_path / "results" / "two.json"
+    config.write_text(experiment(world))
+    arguments = ("simulate", str(config), "--data", str(world.data), "--out", str(out), "--cache", str(tmp_path / "c"))
+    ended = run_cotune(*arguments, "--seeds", "2")
+    assert ended.code == ExitCode.OK, ended.err
+    assert "two devices: devices on their own test rows" in ended.out
+    assert [line.split()[0] for line in ended.out.splitlines()[2:5]] == ["before", "co_plms", "standalone"]
+    report = json.loads(out.read_text())
+    assert report["runs"] == ["seed 0, checkpoint 0", "seed 1, checkpoint 0"]
+    assert [each["name"] for each in report["gates"]] == ["nothing seen before"]
+    assert [each["architecture"] for each in report["devices"]] == ["gpt2", "qwen2"]
+    assert out.with_suffix(".md").read_text().startswith("# two devices\n")
+    again = run_cotune(*arguments, "--seeds", "2")
+    assert again.code == ExitCode.OK
+    assert "6 runs, 0 to play, 6 there already" in again.err
+    assert json.loads(out.read_text())["strategies"] == report["strategies"]
+
+
+def test_what_cannot_be_played_is_told_before_anything_trains(world: World, tmp_path: Path, run_cotune: Cotune) -> None:
+    config = tmp_path / "config.toml"
+    common = ("simulate", str(config), "--data", str(world.data), "--out", str(tmp_path / "r.json"))
+    common += ("--cache", str(tmp_path / "c"))
+    config.write_text(experiment(world, steps=0))
+    ended = run_cotune(*common)
+    assert ended.code == ExitCode.BAD_INPUT
+    assert "strategies.standalone.training.steps: Input should be greater than or equal to 1, got 0" in ended.err
+    config.write_text(experiment(world, slms=("gpt2", "nowhere")))
+    ended = run_cotune(*common)
+    assert ended.code == ExitCode.BAD_INPUT
+    assert "nowhere: expected a model folder, found nothing there" in ended.err
+    assert ended.out == ""
+    assert list((tmp_path / "c").iterdir()) == []
+
+
+def test_a_folder_is_no_report(world: World, tmp_path: Path, run_cotune: Cotune) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text(experiment(world))
+    ended = run_cotune("simulate", str(config), "--data", str(world.data), "--out", str(tmp_path))
+    assert ended.code == ExitCode.BAD_INPUT
+    assert "expected --out to name a file, got the folder" in ended.err
