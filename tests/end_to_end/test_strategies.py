@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import subprocess
+import sys
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +16,9 @@ import torch
 
 from protocol.runs import Round, Run
 from protocol.statuses import RunStatus
+from tests.end_to_end.conftest import rows
 from tests.end_to_end.simulated import adapter, assert_equal_bits, assert_learns, deployed, simulated
-from tests.end_to_end.small_cloud import SmallCloud
+from tests.end_to_end.small_cloud import OFFLINE, SmallCloud, write_rows
 
 SAME, OTHER = ("device-0", "device-1"), "device-2"
 TRAINING = {"steps": 2, "batch_size": 4, "max_length": 64}
@@ -149,3 +152,31 @@ def test_a_simulation_gives_the_same_adapters(alike: SmallCloud, tmp_path: Path,
     over_http, here = deployed(alike, config), simulated(alike, config, tmp_path)
     assert_learns(over_http)
     assert_equal_bits(here, over_http)
+
+
+def test_a_strategy_that_a_distribution_adds_runs_in_the_simulator(
+    installed: Path, small_models: dict[str, Path], tmp_path: Path
+) -> None:
+    for domain in ("one", "two"):
+        for split in ("train", "validation", "test"):
+            write_rows(tmp_path / "data" / domain / f"{split}.jsonl", rows(f"{domain}-{split}", 4, domain))
+    experiment = tmp_path / "experiment.toml"
+    experiment.write_text(
+        f'name = "added"\nrounds = 1\nslms = ["{small_models["slm-0"]}"]\nevaluation = {{ max_new_tokens = 2 }}\n'
+        '[[strategies]]\nname = "sign_lora"\nsize = 0.5\n'
+        "training = { steps = 1, batch_size = 2, max_length = 64 }\n"
+    )
+    out = tmp_path / "added.json"
+    arguments = ["simulate", experiment, "--data", tmp_path / "data", "--out", out, "--cache", tmp_path / "cache"]
+    path = os.pathsep.join(filter(None, [str(installed), os.environ.get("PYTHONPATH")]))
+    ended = subprocess.run(
+        [sys.executable, "-c", "from command_line.main import main; main()", *map(str, arguments)],
+        env=os.environ | OFFLINE | {"PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    report = json.loads(out.read_text())
+    assert [each["entry"]["name"] for each in report["strategies"]] == ["before", "sign_lora"]
+    assert set(report["strategies"][1]["cost"]["up"]) == {"adapter_delta"}
