@@ -142,7 +142,7 @@ class Player:
         meter, tell = Meter(crossing(spec_of(entry.settings))), self.listener.on_progress
         prepared = prepare(
             self.experiment,
-            entry.settings,
+            entry,
             self.models,
             seed,
             folder=self.proxies,

@@ -25,11 +25,13 @@ from cotuning.strategies.preparation import distil, make_proxy
 from cotuning.strategies.promotion import reading
 from cotuning.training import OnProgress
 from protocol.assignments import ModelFile, ModelManifest
+from protocol.proxy_settings import ProxySettings
 from protocol.strategies import SmallModel, StrategySettings, spec_of
 from simulation.base_models import BaseModels
 from simulation.budget import Meter
 from simulation.cache import configuration_hash
 from simulation.errors import SetupError
+from simulation.settings import Entry
 from simulation.setup import Experiment
 
 MEASURED_FILE = "cotune_distillation.json"
@@ -87,7 +89,7 @@ class Prepared:
 
 def prepare(
     experiment: Experiment,
-    settings: StrategySettings,
+    entry: Entry,
     models: BaseModels,
     seed: int,
     *,
@@ -99,7 +101,7 @@ def prepare(
 
     Args:
         experiment: whose models and rows.
-        settings: of the strategy.
+        entry: the strategy.
         models: the base models.
         seed: of the run.
         folder: where distilled proxies stay.
@@ -110,7 +112,8 @@ def prepare(
         SetupError: a model cannot be loaded, or the proxy's settings do not fit the LLM.
         TrainingDiverged: the distillation came to no number.
     """
-    spec, rows = spec_of(settings), experiment.public_rows(spec_of(settings), seed)
+    spec = spec_of(entry.settings)
+    rows, wanted = experiment.public_rows(spec, seed), entry.proxy or experiment.settings.proxy
     with meter.stage("loading"):
         llm = models.llm(experiment.settings.llm) if spec.needs_llm and experiment.settings.llm else None
     small, distilled = None, {}
@@ -118,9 +121,9 @@ def prepare(
         assert llm is not None
         assert rows is not None
         with meter.stage("distillation"):
-            place = _place(experiment, rows.training, seed, folder)
+            place = _place(experiment, wanted, rows.training, seed, folder)
             if not (place / MEASURED_FILE).is_file():
-                _distil(experiment, llm, models, rows.training, seed=seed, place=place, on_progress=on_progress)
+                _distil(wanted, llm, models, rows.training, seed=seed, place=place, on_progress=on_progress)
             small = _small_model(load_language_model(place), place)
             small.lm.model.to(llm.device)
             distilled = json.loads((place / MEASURED_FILE).read_bytes())
@@ -137,13 +140,13 @@ def validation_bits(
     return {name: Bits(bits_per_byte(lm, rows, **reading(settings))) for name, lm in models.items() if rows}
 
 
-def _place(experiment: Experiment, training: Sequence[Example], seed: int, folder: Path) -> Path:
+def _place(experiment: Experiment, wanted: ProxySettings, training: Sequence[Example], seed: int, folder: Path) -> Path:
     """The folder of the proxy, named by all that it depends on."""
-    settings, common = experiment.settings.proxy, experiment.settings
+    common, models = experiment.settings, ("llm", f"proxy {wanted.path}")
     depends: dict[str, Any] = {
-        "proxy": settings.model_dump(mode="json", exclude={"checkpoint_steps", "path"}),
+        "proxy": wanted.model_dump(mode="json", exclude={"checkpoint_steps", "path"}),
         "loading": common.llm_loading.model_dump(mode="json"),
-        "digests": {name: digest for name, digest in experiment.digests.items() if name in ("llm", "proxy")},
+        "digests": {name: digest for name, digest in experiment.digests.items() if name in models},
         "rows": rows_digest(training),
         "seed": seed,
         "threads": common.threads,
@@ -152,7 +155,7 @@ def _place(experiment: Experiment, training: Sequence[Example], seed: int, folde
 
 
 def _distil(
-    experiment: Experiment,
+    settings: ProxySettings,
     llm: LanguageModel,
     models: BaseModels,
     training: Sequence[Example],
@@ -161,7 +164,6 @@ def _distil(
     place: Path,
     on_progress: OnProgress,
 ) -> None:
-    settings = experiment.settings.proxy
     try:
         proxy = models.fresh(settings.path) if settings.path else make_proxy(llm, training, settings, seed=seed)
     except ValueError as error:

@@ -16,7 +16,7 @@ from simulation.errors import SetupError
 BEFORE = "before"
 """The strategy that trains nothing: how the base models are."""
 
-_OF_AN_ENTRY = ("label", "kind", "about")
+_OF_AN_ENTRY = ("label", "kind", "about", "proxy")
 
 
 class Devices(SettingsModel):
@@ -62,6 +62,7 @@ class Entry(SettingsModel):
         default="baseline", description="What it stands for in reports. A control may have a step budget of its own."
     )
     about: str = Field(default="", max_length=200, description="What it is, in a few words.")
+    proxy: ProxySettings | None = Field(default=None, description="In place of the experiment's, for controls of it.")
     settings: Strategy
 
 

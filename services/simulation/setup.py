@@ -76,7 +76,7 @@ class Experiment:
 
         Other strategies of the experiment are no part of it, nor how they are called in reports.
         """
-        own = None if entry is None else entry.settings.model_dump(mode="json")
+        own = None if entry is None else entry.model_dump(mode="json", include={"settings", "proxy"})
         common = self.settings.model_dump(mode="json", exclude={"name", "strategies", "first_seed", "llm", "slms"})
         digests = {**self.digests, "devices": _rows_digest(self.devices[seed])}
         return {"common": common, "strategy": own, "digests": digests}
@@ -89,7 +89,9 @@ def set_up(settings: SimulationSettings, folder: Path, seeds: Sequence[int]) -> 
         SetupError: it cannot; names everything that was found.
     """
     problems: list[str] = []
-    models = [each for each in (settings.llm, settings.proxy.path, *settings.slms) if each is not None]
+    proxies = [settings.proxy, *(entry.proxy for entry in settings.strategies if entry.proxy is not None)]
+    paths = sorted({each.path for each in proxies if each.path is not None})
+    models = [*([settings.llm] if settings.llm is not None else []), *paths, *settings.slms]
     problems += model_problems(models)
     public_file = folder / PUBLIC_FILE
     public = tuple(_noted(problems, lambda: read_examples(public_file)) or ()) if public_file.is_file() else ()
@@ -103,8 +105,8 @@ def set_up(settings: SimulationSettings, folder: Path, seeds: Sequence[int]) -> 
     if problems:
         listed = "\n".join(f"- {each}" for each in dict.fromkeys(problems))
         raise SetupError(f"{len(dict.fromkeys(problems))} thing(s) to correct before anything can be played:\n{listed}")
-    named = {"llm": settings.llm, "proxy": settings.proxy.path}
-    digests = {name: model_digest(each) for name, each in named.items() if each is not None}
+    digests = {"llm": model_digest(settings.llm)} if settings.llm is not None else {}
+    digests |= {f"proxy {each}": model_digest(each) for each in paths}
     digests |= {f"slm {place}": model_digest(each) for place, each in enumerate(settings.slms, start=1)}
     digests["public"] = hashlib.sha256(examples_to_jsonl(public)).hexdigest()
     assert devices is not None

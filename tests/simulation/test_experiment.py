@@ -150,6 +150,18 @@ def test_a_proxy_is_distilled_once_for_all_that_need_the_same(world: World, tmp_
     assert all("is shared by all strategies" in each.notes[0] for each in results[1:])
 
 
+def test_a_control_has_a_proxy_of_its_own(world: World, tmp_path: Path) -> None:
+    fresh = {"source": "config", "layers": 1, "hidden_size": 8, "steps": 0, "max_length": 64}
+    uninformed = CO_PLMS | {"label": "uninformed_proxy", "kind": "control", "proxy": fresh}
+    settings = world.settings(CO_PLMS, uninformed)
+    who = player(set_up(settings, world.data, [0]), tmp_path)
+    informed, other = (who.begin(entry, 0).prepared.shared_model for entry in settings.strategies)
+    assert informed is not None
+    assert other is not None
+    assert (informed.base.config.hidden_size, other.base.config.hidden_size) == (16, 8)
+    assert len(list((tmp_path / "proxies").iterdir())) == 2
+
+
 def test_a_round_in_which_nothing_counts_ends_the_run_with_the_reason(world: World, tmp_path: Path) -> None:
     hopeless = CO_PLMS | {"max_update_norm": 1e-12}
     experiment = set_up(world.settings(STANDALONE, hopeless), world.data, [0])
