@@ -16,6 +16,8 @@ from command_line.live_view import View, view
 from command_line.output import bytes_text, console, print_table, seconds_text
 
 if TYPE_CHECKING:
+    from simulation.base_models import BaseModels
+    from simulation.gates import Gate
     from simulation.report import QualityReport, Summary
     from simulation.run_results import RunKey, RunResult
     from simulation.setup import Experiment
@@ -58,8 +60,9 @@ def _report(config: Path, data: Path, seeds: int, folder: Path, shown: View) -> 
     from transformers.utils.logging import disable_progress_bar
 
     from assets.errors import AssetError
+    from simulation.base_models import BaseModels
     from simulation.errors import RoundFailed, SimulationError
-    from simulation.reporting import public_gate, report_of
+    from simulation.reporting import report_of
     from simulation.settings import read_settings
     from simulation.setup import set_up
 
@@ -68,17 +71,16 @@ def _report(config: Path, data: Path, seeds: int, folder: Path, shown: View) -> 
         settings = read_settings(config)
         shown.step(f"Looking at the data in {data}")
         experiment = set_up(settings, data, range(settings.first_seed, settings.first_seed + seeds))
-        gate = public_gate(experiment)
-        if gate is not None and not gate.passed:
-            shown.say(f"{gate.name}: {gate.measured}; {gate.without_it}")
         start = time.monotonic()
-        runs = _play(experiment, folder, shown)
+        models = BaseModels(settings.llm_loading)
+        gates = _gates(experiment, folder, models, shown)
+        runs = _play(experiment, folder, models, shown)
         shown.step("Intervals of the differences")
         return report_of(
             experiment,
             runs,
             command=shlex.join(["cotune", *sys.argv[1:]]),
-            gates=[gate] if gate is not None else [],
+            gates=gates,
             seconds=time.monotonic() - start,
         )
     except RoundFailed as error:
@@ -89,7 +91,23 @@ def _report(config: Path, data: Path, seeds: int, folder: Path, shown: View) -> 
         raise BadInput(str(error)) from None
 
 
-def _play(experiment: "Experiment", folder: Path, shown: View) -> list["RunResult"]:
+def _gates(experiment: "Experiment", folder: Path, models: "BaseModels", shown: View) -> list["Gate"]:
+    """What is checked before anything trains; what fails is told at once, and in the report."""
+    from simulation.experiment import Listener
+    from simulation.gate_checks import check_gates
+    from simulation.reporting import public_gate
+
+    public = public_gate(experiment)
+    gates = [public] if public is not None else []
+    if experiment.settings.gates:
+        shown.step("Gates before training")
+        gates += check_gates(experiment, folder, models, Listener(on_progress=shown.progress))
+    for gate in gates:
+        shown.say(f"{gate.name}: {gate.measured}" + ("" if gate.passed else f"; FAILED: {gate.without_it}"))
+    return gates
+
+
+def _play(experiment: "Experiment", folder: Path, models: "BaseModels", shown: View) -> list["RunResult"]:
     from simulation.experiment import Listener, missing_runs, run_experiment
 
     total = len(experiment.devices) * (1 + len(experiment.settings.strategies))
@@ -102,7 +120,7 @@ def _play(experiment: "Experiment", folder: Path, shown: View) -> list["RunResul
         started += 1
         shown.step(f"Run {started} of {total}: {key}{' (there already)' if found else ''}")
 
-    return run_experiment(experiment, folder, Listener(on_run, shown.progress))
+    return run_experiment(experiment, folder, Listener(on_run, shown.progress), models)
 
 
 def _write(report: "QualityReport", out: Path) -> None:

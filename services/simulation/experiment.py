@@ -41,13 +41,16 @@ class Listener:
     on_progress: OnProgress = lambda what, done, total: None
 
 
-def run_experiment(experiment: Experiment, cache_folder: Path, listener: Listener | None = None) -> list[RunResult]:
+def run_experiment(
+    experiment: Experiment, cache_folder: Path, listener: Listener | None = None, models: BaseModels | None = None
+) -> list[RunResult]:
     """Play what is missing and return every result: the base models', then each strategy's, seed by seed.
 
     Args:
         experiment: from `setup.set_up`.
         cache_folder: results and distilled proxies stay here.
         listener: told how far it is.
+        models: the base models; loaded when they are needed.
 
     Raises:
         CacheError: a kept result cannot be used; before anything trains.
@@ -57,7 +60,8 @@ def run_experiment(experiment: Experiment, cache_folder: Path, listener: Listene
     listener = listener or Listener()
     known = {key: (cache, cache.read(key)) for key, cache, _ in _runs(experiment, cache_folder)}
     torch.set_num_threads(experiment.settings.threads)
-    player = Player(experiment, BaseModels(experiment.settings.llm_loading), cache_folder / "proxies", listener)
+    models = models or BaseModels(experiment.settings.llm_loading)
+    player = Player(experiment, models, cache_folder / "proxies", listener)
     if any(result is None for _, result in known.values()):
         _load_all(experiment, player.models)
     results = []

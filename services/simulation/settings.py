@@ -85,6 +85,7 @@ class SimulationSettings(SettingsModel):
     evaluation: EvaluationSettings = EvaluationSettings()
     transfer: bool = Field(default=True, description="Whether each device's model is measured on every device's rows.")
     measure_rounds: bool = Field(default=False, description="Whether devices are measured after each round.")
+    gates: bool = Field(default=True, description="Whether LLM and proxy are measured before any device trains.")
     strategies: list[Entry] = Field(min_length=1)
 
     @model_validator(mode="after")

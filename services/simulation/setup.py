@@ -24,6 +24,9 @@ from simulation.settings import Entry, SimulationSettings
 
 T = TypeVar("T")
 
+_NO_PART_OF_RESULTS = {"name", "strategies", "first_seed", "gates", "llm", "slms"}
+"""Settings that a result does not depend on, or that its configuration has in another form."""
+
 
 @dataclass(frozen=True)
 class Device:
@@ -77,7 +80,9 @@ class Experiment:
         Other strategies of the experiment are no part of it, nor how they are called in reports.
         """
         own = None if entry is None else entry.model_dump(mode="json", include={"settings", "proxy"})
-        common = self.settings.model_dump(mode="json", exclude={"name", "strategies", "first_seed", "llm", "slms"})
+        common = self.settings.model_dump(
+            mode="json", exclude={"name", "strategies", "first_seed", "llm", "slms", "gates"}
+        )
         digests = {**self.digests, "devices": _rows_digest(self.devices[seed])}
         return {"common": common, "strategy": own, "digests": digests}
 

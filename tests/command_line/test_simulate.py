@@ -49,7 +49,9 @@ def test_a_report_that_is_not_computed_twice(world: World, tmp_path: Path, run_c
     assert [line.split()[0] for line in ended.out.splitlines()[2:5]] == ["before", "co_plms", "standalone"]
     report = json.loads(out.read_text())
     assert report["runs"] == ["seed 0, checkpoint 0", "seed 1, checkpoint 0"]
-    assert [each["name"] for each in report["gates"]] == ["nothing seen before"]
+    gates = ["nothing seen before", "LLM answers", "LLM leads", "proxy keeps the lead"]
+    assert [each["name"] for each in report["gates"]] == gates
+    assert "LLM leads: lowest: " in ended.err
     assert [each["architecture"] for each in report["devices"]] == ["gpt2", "qwen2"]
     assert out.with_suffix(".md").read_text().startswith("# two devices\n")
     again = run_cotune(*arguments, "--seeds", "2")
