@@ -58,13 +58,23 @@ def _load(source: str, held: ModelLoading) -> LanguageModel:
         raise SetupError(str(error)) from None
 
 
-def model_problems(sources: Iterable[str]) -> list[str]:
-    """What is wrong with the models, as far as it can be told without reading weights: one sentence each."""
+def model_problems(sources: Iterable[str], *, longest_row: int) -> list[str]:
+    """What is wrong with the models, as far as it can be told without reading weights: one sentence each.
+
+    Args:
+        sources: folders or hub names.
+        longest_row: tokens that each must be able to read.
+    """
     problems = []
     for source in dict.fromkeys(sources):
         try:
-            read_config(source)
             read_tokenizer(source)
+            positions = getattr(read_config(source), "max_position_embeddings", None)
+            if positions is not None and positions < longest_row:
+                problems.append(
+                    f"{source}: expected a model that reads {longest_row} tokens, it reads {positions}: choose a less "
+                    "`measured_length` (`evaluation.max_new_tokens` come to it), or `max_length` of what is trained"
+                )
         except ModelFolderError as error:
             problems.append(str(error))
     return problems

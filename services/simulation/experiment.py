@@ -130,9 +130,7 @@ class Player:
         except (RoundFailed, TrainingDiverged) as error:
             raise RoundFailed(f"{key}: {error}") from error
         with run.meter.stage("measurement"):
-            scores = measure_run(
-                run, settings.evaluation, transfer=settings.transfer, on_measured=self.listener.on_progress
-            )
+            scores = measure_run(run, settings, self.listener.on_progress)
         cost, notes = run.meter.cost(), tuple(run.notes)
         return RunResult(key=key, own=own, scores=scores, rounds=rounds, cost=cost, notes=notes)
 
@@ -190,7 +188,7 @@ class Player:
         def on_version(version: Version) -> None:
             if self._settings.measure_rounds:
                 with run.meter.stage("measurement"):
-                    found = measure_round(run, version.number, self._settings.evaluation, self.listener.on_progress)
+                    found = measure_round(run, version.number, self._settings, self.listener.on_progress)
                 rounds.append(found)
 
         run.play(self.plans(run.seed), on_version)
@@ -202,7 +200,6 @@ class Player:
             self.experiment.devices[seed],
             self.models,
             self.models.llm(settings.llm) if settings.llm is not None else None,
-            settings.evaluation,
-            transfer=settings.transfer,
-            on_measured=self.listener.on_progress,
+            settings,
+            self.listener.on_progress,
         )

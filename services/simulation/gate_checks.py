@@ -87,11 +87,11 @@ def _measured(  # noqa: PLR0917
         meter=Meter(Crossing()),
         on_progress=lambda stage, step, steps, _: listener.on_progress(f"proxy: {stage}", step, steps),
     )
-    devices, evaluation = experiment.devices[seed], experiment.settings.evaluation
+    devices = experiment.devices[seed]
 
     def scores(lm: LanguageModel, name: str, device: Device) -> RowScores:
         rows = {device.name: device.rows.validation}
-        return measure(lm, name, rows, evaluation, listener.on_progress)[device.name]
+        return measure(lm, name, rows, experiment.settings, listener.on_progress)[device.name]
 
     slms = {device.name: scores(models.slm(device.slm), "SLM", device) for device in devices}
     with _tuned_llm(prepared, entry, seed, experiment.settings.rounds, listener) as tuned:

@@ -8,12 +8,12 @@ from cotuning.examples import Example
 from cotuning.language_model import LanguageModel
 from cotuning.strategies.preparation import peft_config
 from cotuning.strategies.promotion import LLM, candidates
-from protocol.runs import EvaluationSettings
 from protocol.strategies import LoraSettings
 from simulation.base_models import BaseModels
 from simulation.rounds import Run
 from simulation.run_results import RoundScores
 from simulation.scores import METRICS, Metric, RowScores, score
+from simulation.settings import SimulationSettings
 from simulation.setup import Device
 
 OnMeasured = Callable[[str, int, int], None]
@@ -23,22 +23,21 @@ ModelScores = dict[str, dict[str, RowScores]]
 """Model -> set of rows -> scores."""
 
 
-def measure_run(run: Run, evaluation: EvaluationSettings, *, transfer: bool, on_measured: OnMeasured) -> ModelScores:
+def measure_run(run: Run, settings: SimulationSettings, on_measured: OnMeasured) -> ModelScores:
     """Test scores after the run's newest promoted version.
 
     Args:
         run: played.
-        evaluation: how.
-        transfer: measure each device on every device's rows, not on its own only.
+        settings: of the experiment.
         on_measured: told how far it is.
     """
     sets = test_sets(run.devices)
     scores: ModelScores = {}
     for device in run.devices:
         adapter = run.local[device.name].slm_adapter
-        wanted = sets if transfer else {device.rows.test_set: device.rows.test}
+        wanted = sets if settings.transfer else {device.rows.test_set: device.rows.test}
         with with_adapter(run.models.slm(device.slm), run.settings.slm_lora, adapter) as lm:
-            scores[device.name] = measure(lm, device.name, wanted, evaluation, on_measured)
+            scores[device.name] = measure(lm, device.name, wanted, settings, on_measured)
     with candidates(
         run.settings,
         llm=run.prepared.llm if run.spec.trains_llm else None,
@@ -47,7 +46,7 @@ def measure_run(run: Run, evaluation: EvaluationSettings, *, transfer: bool, on_
         llm_adapter=run.base.llm_adapter,
     ) as models:
         for name, lm in models.items():
-            scores[name] = measure(lm, name, sets, evaluation, on_measured)
+            scores[name] = measure(lm, name, sets, settings, on_measured)
     return scores
 
 
@@ -55,9 +54,7 @@ def measure_base(
     devices: Sequence[Device],
     models: BaseModels,
     llm: LanguageModel | None,
-    evaluation: EvaluationSettings,
-    *,
-    transfer: bool,
+    settings: SimulationSettings,
     on_measured: OnMeasured,
 ) -> ModelScores:
     """Test scores of the base models, before any training."""
@@ -66,22 +63,22 @@ def measure_base(
     found: ModelScores = {}
     for device in devices:
         known = found.setdefault(device.slm, {})  # devices with the same model have the same scores
-        wanted = sets if transfer else {device.rows.test_set: device.rows.test}
+        wanted = sets if settings.transfer else {device.rows.test_set: device.rows.test}
         missing = {name: rows for name, rows in wanted.items() if name not in known}
-        known |= measure(models.slm(device.slm), device.name, missing, evaluation, on_measured)
+        known |= measure(models.slm(device.slm), device.name, missing, settings, on_measured)
         scores[device.name] = {name: known[name] for name in wanted}
     if llm is not None:
-        scores[LLM] = measure(llm, LLM, sets, evaluation, on_measured)
+        scores[LLM] = measure(llm, LLM, sets, settings, on_measured)
     return scores
 
 
-def measure_round(run: Run, number: int, evaluation: EvaluationSettings, on_measured: OnMeasured) -> RoundScores:
+def measure_round(run: Run, number: int, settings: SimulationSettings, on_measured: OnMeasured) -> RoundScores:
     """Validation scores of each device on its own rows, as they are after a round."""
     found: dict[str, Mapping[Metric, float]] = {}
     for device in run.devices:
         adapter, rows = run.local[device.name].slm_adapter, {"validation": device.rows.validation}
         with with_adapter(run.models.slm(device.slm), run.settings.slm_lora, adapter) as lm:
-            scores = measure(lm, device.name, rows, evaluation, on_measured)["validation"]
+            scores = measure(lm, device.name, rows, settings, on_measured)["validation"]
         found[device.name] = {metric: scores.mean(metric) for metric in METRICS}
     return RoundScores(round=number, scores=found)
 
@@ -95,7 +92,7 @@ def measure(
     lm: LanguageModel,
     model: str,
     sets: Mapping[str, Sequence[Example]],
-    evaluation: EvaluationSettings,
+    settings: SimulationSettings,
     on_measured: OnMeasured,
 ) -> dict[str, RowScores]:
     """One model, as it stands, on several sets of rows."""
@@ -104,7 +101,8 @@ def measure(
             lm,
             rows,
             name=name,
-            max_new_tokens=evaluation.max_new_tokens,
+            max_new_tokens=settings.evaluation.max_new_tokens,
+            max_length=settings.measured_length,
             on_rows=lambda done, total, name=name: on_measured(f"{model} on {name}", done, total),  # type: ignore[misc]
         )
         for name, rows in sets.items()

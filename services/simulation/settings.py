@@ -83,10 +83,22 @@ class SimulationSettings(SettingsModel):
     devices: Devices = Devices()
     proxy: ProxySettings = ProxySettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+    measured_length: int = Field(
+        default=256, ge=16, le=131_072, description="Tokens of a row that is measured; longer ones lose their head."
+    )
     transfer: bool = Field(default=True, description="Whether each device's model is measured on every device's rows.")
     measure_rounds: bool = Field(default=False, description="Whether devices are measured after each round.")
     gates: bool = Field(default=True, description="Whether LLM and proxy are measured before any device trains.")
     strategies: list[Entry] = Field(min_length=1)
+
+    @property
+    def longest_row(self) -> int:
+        """Tokens that every model must be able to read."""
+        lengths = [self.measured_length + self.evaluation.max_new_tokens, self.proxy.max_length if self.llm else 0]
+        for each in self.strategies:
+            server = each.settings.server_steps
+            lengths += [each.settings.training.max_length, server.max_length if server is not None else 0]
+        return max(lengths)
 
     @model_validator(mode="after")
     def _labels_are_unique(self) -> Self:

@@ -97,7 +97,7 @@ def set_up(settings: SimulationSettings, folder: Path, seeds: Sequence[int]) -> 
     proxies = [settings.proxy, *(entry.proxy for entry in settings.strategies if entry.proxy is not None)]
     paths = sorted({each.path for each in proxies if each.path is not None})
     models = [*([settings.llm] if settings.llm is not None else []), *paths, *settings.slms]
-    problems += model_problems(models)
+    problems += model_problems(models, longest_row=settings.longest_row)
     public_file = folder / PUBLIC_FILE
     public = tuple(_noted(problems, lambda: read_examples(public_file)) or ()) if public_file.is_file() else ()
     devices = _noted(problems, lambda: [_devices(settings, folder, seed) for seed in seeds])

@@ -22,6 +22,7 @@ rounds = 1
 llm = "{world.model("llama")}"
 slms = {json.dumps([world.model(each) for each in slms])}
 probe_rows = 6
+measured_length = 96
 proxy = {{ source = "prune", layers = 1, steps = 1, batch_size = 4, max_length = 64 }}
 evaluation = {{ validation_rows = 4, test_rows = 3, max_new_tokens = 3 }}
 

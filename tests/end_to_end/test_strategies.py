@@ -162,7 +162,8 @@ def test_a_strategy_that_a_distribution_adds_runs_in_the_simulator(
             write_rows(tmp_path / "data" / domain / f"{split}.jsonl", rows(f"{domain}-{split}", 4, domain))
     experiment = tmp_path / "experiment.toml"
     experiment.write_text(
-        f'name = "added"\nrounds = 1\nslms = ["{small_models["slm-0"]}"]\nevaluation = {{ max_new_tokens = 2 }}\n'
+        f'name = "added"\nrounds = 1\nslms = ["{small_models["slm-0"]}"]\nmeasured_length = 64\n'
+        "evaluation = { max_new_tokens = 2 }\n"
         '[[strategies]]\nname = "sign_lora"\nsize = 0.5\n'
         "training = { steps = 1, batch_size = 2, max_length = 64 }\n"
     )

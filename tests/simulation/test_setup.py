@@ -66,6 +66,12 @@ def test_a_model_folder_without_tokenizer(copied: World) -> None:
     assert f"{copied.model('gpt2')}: expected the files of a tokenizer (tokenizer.json), found config.json, " in said
 
 
+def test_a_model_that_reads_less_than_the_experiment_asks_for(world: World) -> None:
+    said = problems(world, measured_length=254)
+    assert said.startswith("3 thing(s)")
+    assert f"{world.model('qwen2')}: expected a model that reads 258 tokens, it reads 256" in said
+
+
 def test_everything_is_told_at_once(copied: World) -> None:
     (copied.data / "public.jsonl").unlink()
     said = problems(

@@ -52,6 +52,7 @@ class World:
                 "max_new_tokens": 4,
                 "tolerance_bits_per_byte": 10.0,
             },
+            "measured_length": 96,
             "transfer": False,
             "common": {"training": TRAINING, "slm_lora": LORA},
             "strategies": [*(strategies or (CO_PLMS, {"name": "standalone"}))],
