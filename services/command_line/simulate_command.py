@@ -97,6 +97,8 @@ def _gates(experiment: "Experiment", folder: Path, models: "BaseModels", shown: 
     from simulation.gate_checks import check_gates
     from simulation.reporting import public_gate
 
+    if experiment.left_out:
+        shown.say(f"left out: {experiment.left_out} public rows that hold a private, validation or test row")
     public = public_gate(experiment)
     gates = [public] if public is not None else []
     if experiment.settings.gates:

@@ -49,7 +49,7 @@ def report_of(
         title=settings.name,
         command=command,
         configuration={"settings": settings.model_dump(mode="json"), "digests": dict(experiment.digests)},
-        facts=_facts(seconds),
+        facts=_facts(seconds) | {"public rows left out": experiment.left_out},
         devices=_devices(experiment, seed),
         entries=_entries(settings),
         runs=runs,

@@ -88,6 +88,9 @@ class SimulationSettings(SettingsModel):
     )
     transfer: bool = Field(default=True, description="Whether each device's model is measured on every device's rows.")
     measure_rounds: bool = Field(default=False, description="Whether devices are measured after each round.")
+    drop_contaminated: bool = Field(
+        default=False, description="Leave out public rows that hold a private, validation or test row."
+    )
     gates: bool = Field(default=True, description="Whether LLM and proxy are measured before any device trains.")
     strategies: list[Entry] = Field(min_length=1)
 

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from assets.data import examples_to_jsonl, read_examples
-from assets.data_folders import PUBLIC_FILE
+from assets.data_folders import PUBLIC_FILE, protected_rows
 from assets.errors import DataFileError
 from cotuning.examples import Example
 from cotuning.public_rows import PublicRows, TooFewRows, split_public_rows
 from protocol.strategies import PublicSet, SmallModel, StrategySpec, spec_of
 from simulation.base_models import model_digest, model_problems
 from simulation.errors import SetupError
+from simulation.gates import without_protected
 from simulation.participation import plan_rounds
 from simulation.partition import DeviceRows, dirichlet_mixtures, one_domain_each, read_domains
 from simulation.settings import Entry, SimulationSettings
@@ -55,7 +56,8 @@ class Experiment:
     Attributes:
         settings: as read.
         folder: of the data.
-        public: rows of `public.jsonl`; none where there is no such file.
+        public: rows of `public.jsonl`, without those that are left out; none where there is no such file.
+        left_out: public rows that hold a protected one, where the settings leave them out.
         devices: seed -> the devices of its runs.
         digests: of base models and public rows, by what it is.
     """
@@ -63,6 +65,7 @@ class Experiment:
     settings: SimulationSettings
     folder: Path
     public: tuple[Example, ...]
+    left_out: int
     devices: Mapping[int, Sequence[Device]]
     digests: Mapping[str, str]
 
@@ -99,7 +102,7 @@ def set_up(settings: SimulationSettings, folder: Path, seeds: Sequence[int]) -> 
     models = [*([settings.llm] if settings.llm is not None else []), *paths, *settings.slms]
     problems += model_problems(models, longest_row=settings.longest_row)
     public_file = folder / PUBLIC_FILE
-    public = tuple(_noted(problems, lambda: read_examples(public_file)) or ()) if public_file.is_file() else ()
+    public, left_out = _noted(problems, lambda: _public(settings, folder)) or ((), 0)
     devices = _noted(problems, lambda: [_devices(settings, folder, seed) for seed in seeds])
     problems += [each for entry in settings.strategies for each in _strategy_problems(settings, entry, public_file)]
     for spec in {spec_of(entry.settings).public_set: spec_of(entry.settings) for entry in settings.strategies}.values():
@@ -115,7 +118,7 @@ def set_up(settings: SimulationSettings, folder: Path, seeds: Sequence[int]) -> 
     digests |= {f"slm {place}": model_digest(each) for place, each in enumerate(settings.slms, start=1)}
     digests["public"] = hashlib.sha256(examples_to_jsonl(public)).hexdigest()
     assert devices is not None
-    return Experiment(settings, folder, public, dict(zip(seeds, devices, strict=True)), digests)
+    return Experiment(settings, folder, public, left_out, dict(zip(seeds, devices, strict=True)), digests)
 
 
 def _devices(settings: SimulationSettings, folder: Path, seed: int) -> list[Device]:
@@ -145,6 +148,16 @@ def _devices(settings: SimulationSettings, folder: Path, seed: int) -> list[Devi
         Device(each, settings.slms[place % len(settings.slms)], rank)
         for place, (each, rank) in enumerate(zip(held, ranks, strict=True))
     ]
+
+
+def _public(settings: SimulationSettings, folder: Path) -> tuple[tuple[Example, ...], int]:
+    """The public rows, and how many are left out."""
+    file = folder / PUBLIC_FILE
+    rows = read_examples(file) if file.is_file() else []
+    if not settings.drop_contaminated:
+        return tuple(rows), 0
+    kept, found = without_protected(protected_rows(folder), rows)
+    return tuple(kept), len(found)
 
 
 def _public_rows(

@@ -58,7 +58,7 @@ def simulated(cloud: SmallCloud, config: dict[str, Any], folder: Path) -> list[A
         train = tuple(read_examples(cloud.data[name]))
         devices.append(Device(DeviceRows(name, {name: len(train)}, train, test, test, "test"), slm, None))
     public = tuple(read_examples(run.public_data)) if run.public_data is not None else ()
-    experiment = Experiment(settings, folder, public, {run.seed: devices}, {})
+    experiment = Experiment(settings, folder, public, 0, {run.seed: devices}, {})
     torch.set_num_threads(1)
     player = Player(experiment, BaseModels(settings.llm_loading), folder / "proxies")
     versions: list[Version] = []

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from simulation.errors import SetupError
+from simulation.reporting import public_gate
 from simulation.setup import set_up
 from tests.simulation.tiny_world import CO_PLMS, World
 
@@ -110,6 +111,23 @@ def test_too_few_public_rows(world: World) -> None:
 )
 def test_devices_that_the_data_does_not_allow(world: World, devices: dict[str, object], said: str) -> None:
     assert said in problems(world, devices=devices)
+
+
+def test_public_rows_that_hold_a_private_one_are_left_out_where_that_is_asked_for(copied: World) -> None:
+    path = copied.data / "public.jsonl"
+    private = (copied.data / "sum" / "test.jsonl").read_bytes().splitlines(keepends=True)[0]
+    path.write_bytes(path.read_bytes() + private)
+    kept = set_up(copied.settings(), copied.data, [0])
+    assert (len(kept.public), kept.left_out) == (21, 0)
+    gate = public_gate(kept)
+    assert gate is not None
+    assert not gate.passed
+    without = set_up(copied.settings(drop_contaminated=True), copied.data, [0])
+    assert without.left_out >= 1
+    assert len(without.public) + without.left_out == 21
+    gate = public_gate(without)
+    assert gate is not None
+    assert gate.passed
 
 
 def test_what_results_depend_on(world: World) -> None:
