@@ -3,6 +3,7 @@
 import shlex
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -67,6 +68,8 @@ def _report(config: Path, data: Path, seeds: int, folder: Path, shown: View) -> 
     from simulation.setup import set_up
 
     disable_progress_bar()
+    # Of names that the library itself will change; they would tear the picture of the progress.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
     try:
         settings = read_settings(config)
         shown.step(f"Looking at the data in {data}")

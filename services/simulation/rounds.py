@@ -4,7 +4,8 @@ Devices are played one after the other in their order, which stands for the orde
 updates up in. One that drops out leaves no trace: its state, as an agent's, is that of its last update that came.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -99,7 +100,8 @@ class Run:
             theta = first_adapter(small, settings.shared_lora, "shared_adapter", seed=self.seed)
         if settings.trained_llm_lora is not None and given.llm is not None:
             omega = first_adapter(given.llm, settings.trained_llm_lora, "llm_adapter", seed=self.seed)
-        first = self._steps.first_message(self._server_inputs(0, theta, omega))
+        with self.meter.stage("server"), _told("before round 1, server"):
+            first = self._steps.first_message(self._server_inputs(0, theta, omega))
         self.base = Version(0, theta, omega, message=first)
         self.local = {device.name: Local() for device in self.devices}
         models = {name: lm for name, lm in ((LLM, given.llm), (SMALL, small)) if lm is not None}
@@ -164,10 +166,8 @@ class Run:
             return self._judge(number, combined, served)
 
     def _device_step(self, device: Device, number: int, published: Published) -> DeviceResult:
-        try:
+        with _told(f"round {number}, {device.name}"):
             return self._steps.device_step(self._device_inputs(device, number, published))
-        except _FAILURES as error:
-            raise RoundFailed(f"round {number}, {device.name}: {error}") from error
 
     def _device_inputs(self, device: Device, number: int, published: Published) -> DeviceInputs:
         local, llm = self.local[device.name], self.prepared.llm
@@ -197,7 +197,7 @@ class Run:
         """What devices do with the last message; it is of the last round, which its bytes are counted under."""
         published = network.publish(self.base.shared_adapter, self.base.message)
         for device in self.devices:
-            with self.meter.stage("devices"):
+            with self.meter.stage("devices"), _told(f"after the last round, {device.name}"):
                 result = self._steps.last_step(self._device_inputs(device, rounds + 1, published))
                 if result is not None:
                     network.download_message(device.name, rounds, published)
@@ -263,18 +263,11 @@ class Run:
             check = steps.logits_reader(self.prepared.shared_model, self._probe)
             read = [check(*parts[name][PartKind.LOGITS]) for name in combined.counted]
         base = self.base
-        try:
-            return steps.server_step(
-                replace(
-                    given,
-                    device_logits=read,
-                    device_messages=messages,
-                    message=base.message,
-                    state=base.server_state,
-                )
-            )
-        except _FAILURES as error:
-            raise RoundFailed(f"round {number}, server: {error}") from error
+        given = replace(
+            given, device_logits=read, device_messages=messages, message=base.message, state=base.server_state
+        )
+        with _told(f"round {number}, server"):
+            return steps.server_step(given)
 
     @property
     def _trains_on_public(self) -> bool:
@@ -326,6 +319,15 @@ class Run:
 
     def _note(self, who: str) -> OnProgress:
         return partial(_tell, self.meter, self.on_progress, who)
+
+
+@contextmanager
+def _told(where: str) -> Iterator[None]:
+    """Say of a step that cannot be done where it was."""
+    try:
+        yield
+    except _FAILURES as error:
+        raise RoundFailed(f"{where}: {error}") from error
 
 
 def _vocabulary(lm: LanguageModel) -> Vocabulary:

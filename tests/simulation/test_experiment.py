@@ -162,10 +162,18 @@ def test_a_control_has_a_proxy_of_its_own(world: World, tmp_path: Path) -> None:
     assert len(list((tmp_path / "proxies").iterdir())) == 2
 
 
-def test_a_round_in_which_nothing_counts_ends_the_run_with_the_reason(world: World, tmp_path: Path) -> None:
-    hopeless = CO_PLMS | {"max_update_norm": 1e-12}
-    experiment = set_up(world.settings(STANDALONE, hopeless), world.data, [0])
-    with pytest.raises(RoundFailed, match=r"co_plms, seed 0, checkpoint 0: round 1: .*norm_out_of_range"):
+@pytest.mark.parametrize(
+    ("hopeless", "said"),
+    [
+        pytest.param({"max_update_norm": 1e-12}, r"round 1: .*norm_out_of_range", id="nothing counts"),
+        pytest.param({"training": {"learning_rate": 1e38}}, r"round 1, colour: ", id="no numbers"),
+    ],
+)
+def test_a_run_that_cannot_go_on_ends_with_the_reason(
+    world: World, tmp_path: Path, hopeless: dict[str, Any], said: str
+) -> None:
+    experiment = set_up(world.settings(STANDALONE, CO_PLMS | hopeless), world.data, [0])
+    with pytest.raises(RoundFailed, match=r"co_plms, seed 0, checkpoint 0: " + said):
         run_experiment(experiment, tmp_path)
     assert missing_runs(experiment, tmp_path) == [RunKey(strategy="co_plms", seed=0)]
 
