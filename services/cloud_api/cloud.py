@@ -76,11 +76,16 @@ class Transactions:
         async with self._turns, contextmanager_in_threadpool(self._database.reading()) as session:
             yield session
 
-    async def write(self, work: Callable[[Session], Result]) -> Result:
-        """Run `work` in a transaction of its own and return what it returned, once that is committed."""
+    async def write(self, work: Callable[[Session], Result], *, durable: bool = True) -> Result:
+        """Run `work` in a transaction of its own and return what it returned, once that is committed.
+
+        Args:
+            work: what to do.
+            durable: see `Database.transaction`.
+        """
 
         def call() -> tuple[Result, bool]:
-            with self._database.transaction() as session:
+            with self._database.transaction(durable=durable) as session:
                 result = work(session)
             return result, events.were_written(session)
 
@@ -124,9 +129,9 @@ class Cloud:
     """Files that come and go now."""
     request_metrics: RequestMetrics = field(default_factory=RequestMetrics)
 
-    async def write(self, work: Callable[[Session], Result]) -> Result:
+    async def write(self, work: Callable[[Session], Result], *, durable: bool = True) -> Result:
         """Run `work` in a transaction; wake who waits for what it committed."""
-        return await self.transactions.write(work)
+        return await self.transactions.write(work, durable=durable)
 
     async def read(self, work: Callable[[Session], Result]) -> Result:
         """Run `work` in a session that only reads."""

@@ -25,8 +25,12 @@ BUSY_TIMEOUT_SECONDS = 20
 """How long a SQLite writer waits for another one."""
 
 _BEGIN = "cotune_begin"
+_SYNCHRONOUS = "cotune_synchronous"
 _JOBS = "cotune_queued_jobs"
 _BLOBS = "cotune_required_blobs"
+
+
+_LOOSELY = text("SET LOCAL synchronous_commit = off")
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,12 @@ def _configure_sqlite(connection: Any, _record: Any) -> None:
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    connection.exec_driver_sql(f"BEGIN {connection.get_execution_options().get(_BEGIN, 'IMMEDIATE')}")
+    options = connection.get_execution_options()
+    wanted = options.get(_SYNCHRONOUS, "FULL")
+    if connection.info.get(_SYNCHRONOUS, "FULL") != wanted:  # not possible once it has begun
+        connection.exec_driver_sql(f"PRAGMA synchronous = {wanted}")
+        connection.info[_SYNCHRONOUS] = wanted
+    connection.exec_driver_sql(f"BEGIN {options.get(_BEGIN, 'IMMEDIATE')}")
 
 
 class Database:
@@ -102,22 +111,32 @@ class Database:
         self._dispatch = dispatch
         self._stored = stored
         self._writing = sessionmaker(self.engine, expire_on_commit=False)
+        self._writing_loosely = sessionmaker(
+            self.engine.execution_options(**{_SYNCHRONOUS: "NORMAL"}), expire_on_commit=False
+        )
         self._reading = sessionmaker(self.engine.execution_options(**{_BEGIN: "DEFERRED"}), expire_on_commit=False)
 
     @contextmanager
-    def transaction(self) -> Iterator[Session]:
+    def transaction(self, *, durable: bool = True) -> Iterator[Session]:
         """Open a session that may write; commit on exit, roll back on an error, then send the jobs it queued.
 
         A `CommittedRefusal` commits and is raised again.
+
+        Args:
+            durable: whether what is committed must be on the disk before anybody is told. If not, a power cut (and
+                nothing less: no kill) may undo it, with all that was committed so after it; a disk is not waited for.
+                For what is said again when it is not there.
 
         Raises:
             DomainError: UNAVAILABLE, the database does not answer or is busy for too long (safe to repeat);
                 INVALID_FIELD, it cannot hold a value (for example a NUL character in a text);
                 UNAVAILABLE too where a registered file is not in the blob store any more: store it and try again.
         """
-        session = self._writing()
+        session = (self._writing if durable else self._writing_loosely)()
         refusal: CommittedRefusal | None = None
         with _translate_errors(), session:
+            if not durable and self.engine.dialect.name == "postgresql":
+                session.execute(_LOOSELY)
             try:
                 yield session
             except CommittedRefusal as error:

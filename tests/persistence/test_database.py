@@ -6,8 +6,9 @@ from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import make_url, text
 from sqlalchemy.exc import IntegrityError, StatementError
+from sqlalchemy.orm import Session
 
 from persistence import enrolment, runs
 from persistence.column_types import finite
@@ -18,6 +19,7 @@ from protocol.devices import EnrolmentTokenCreate
 from protocol.errors import DomainError, ErrorCode
 from protocol.runs import RunCreate
 from protocol.statuses import AssignmentStatus, RunStatus
+from tests.persistence.conftest import Backend
 from tests.persistence.world import START, World, sha
 
 STANDALONE = RunCreate.model_validate({"name": "run", "strategy": {"name": "standalone"}, "rounds": 1})
@@ -189,3 +191,27 @@ def test_a_text_that_the_database_cannot_hold_is_the_callers_mistake(world: Worl
     with pytest.raises(DomainError) as caught:
         world.run("run_\x00")
     assert caught.value.code in (ErrorCode.INVALID_FIELD, ErrorCode.RUN_NOT_FOUND)
+
+
+def how_durable(session: Session) -> str:
+    """What the database says of the transaction's commit."""
+    if session.get_bind().dialect.name == "postgresql":
+        return str(session.scalar(text("SHOW synchronous_commit")))
+    return {1: "off", 2: "on"}[session.scalar(text("PRAGMA synchronous")) or 0]
+
+
+def test_a_commit_waits_for_the_disk_unless_it_need_not(backend: Backend) -> None:
+    url = make_url(backend.url)
+    if url.get_backend_name() == "postgresql":  # the tests' own database never waits
+        url = url.update_query_dict({"options": "-csynchronous_commit=on"})
+    database = Database(url.render_as_string(hide_password=False))
+    seen = []
+    for durable in (True, False, False, True, False):
+        with database.transaction(durable=durable) as session:
+            seen.append(how_durable(session))
+        with database.reading() as session:
+            seen.append(how_durable(session))
+    database.dispose()
+    assert seen[0::2] == ["on", "off", "off", "on", "off"]
+    # SQLite's setting is the connection's, of which the pool has one here; a reader has nothing to commit.
+    assert seen[1::2] == ["on"] * 5

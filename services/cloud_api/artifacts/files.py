@@ -141,6 +141,7 @@ async def _link(cloud: Cloud, artifact: Artifact) -> str | None:
 
 async def _count(cloud: Cloud, artifact: Artifact, device_id: str | None, num_bytes: int) -> None:
     if device_id is not None and num_bytes > 0:
-        await cloud.transactions.write(
-            lambda session: traffic.add(session, artifact.run_id, device_id, "down", artifact.kind, num_bytes)
+        await cloud.write(
+            lambda session: traffic.add(session, artifact.run_id, device_id, "down", artifact.kind, num_bytes),
+            durable=False,
         )

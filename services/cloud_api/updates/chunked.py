@@ -1,8 +1,11 @@
 """Receives a part in chunks: begins, takes each chunk, and completes the file with the last one.
 
 A request holds no transaction while its bytes come. Each has two: one that admits, which mostly writes nothing, and one
-that records what came and is durable. The last chunk of a file needs no record of its own where the store can adopt
-the chunks as they lie: then the receipt is the record.
+that records what came. The last chunk of a file needs no record of its own where the store can adopt the chunks as they
+lie: then the receipt is the record.
+
+The receipt is durable before the device has it. The record of a chunk outlives a kill, and not a power cut, which may
+also take the chunk: a device that asks learns what is there, and the whole file's hash tells what is not.
 """
 
 from dataclasses import dataclass
@@ -163,7 +166,7 @@ class ChunkedPart:
 
         upload, unwanted = None, upload_id if begun is None else None
         try:
-            upload, forgotten = await cloud.write(record)
+            upload, forgotten = await cloud.write(record, durable=False)
             await self._drop(forgotten)
         finally:
             if upload is None or upload.upload_id != upload_id:
@@ -186,7 +189,7 @@ class ChunkedPart:
             place = (session, self.assignment_id, self.kind, upload_id)
             return part_uploads.record_chunk(*place, offset, chunk.sha256, now)
 
-        return await self.cloud.write(record)
+        return await self.cloud.write(record, durable=False)
 
     async def _completed(self, upload: PartUpload) -> PartUpload:
         """Complete an upload of which all is recorded; return another as it is."""
