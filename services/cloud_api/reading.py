@@ -13,19 +13,25 @@ from typing import Any, cast
 from uvicorn.protocols.http.flow_control import FlowControl
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
+from cloud_api.transfers import Transfers
+
 UNASKED_BYTES = 16 * 1024
 """Read at once until the application asks for the body: the headers, and what of the body comes with them."""
 
-ASKED_BYTES = 128 * 1024
-"""Read at once of a body that the application reads."""
+ASKED_BYTES = 256 * 1024
+"""Read at once of a body that the application reads, at most."""
 
 
-def reading_little() -> type[asyncio.Protocol]:
-    """Return what a server of uvicorn's makes for each connection. It is for the connections of one event loop."""
+def reading_little(transfers: Transfers) -> type[asyncio.Protocol]:
+    """Return what a server of uvicorn's makes for each connection. It is for the connections of one event loop.
+
+    Args:
+        transfers: of the process; the more of them, the less is read at once for each.
+    """
     buffer = memoryview(bytearray(ASKED_BYTES))
 
     def connection(**arguments: Any) -> asyncio.BufferedProtocol:
-        return _Connection(_Requests(**arguments), buffer)
+        return _Connection(_Requests(**arguments), buffer, transfers)
 
     return cast("type[asyncio.Protocol]", connection)
 
@@ -77,10 +83,12 @@ class _Connection(asyncio.BufferedProtocol):
 
     Args:
         buffer: that of all connections: it is filled and parsed before the next is read from.
+        transfers: of the process.
     """
 
-    def __init__(self, requests: _Requests, buffer: memoryview) -> None:
+    def __init__(self, requests: _Requests, buffer: memoryview, transfers: Transfers) -> None:
         self._requests = requests
+        self._transfers = transfers
         self._buffer = buffer
         self._little = buffer[:UNASKED_BYTES]
 
@@ -88,7 +96,7 @@ class _Connection(asyncio.BufferedProtocol):
         self._requests.connection_made(cast("asyncio.Transport", transport))
 
     def get_buffer(self, sizehint: int) -> memoryview:
-        return self._buffer if self._requests.body_is_read else self._little
+        return self._buffer[: self._transfers.block_bytes] if self._requests.body_is_read else self._little
 
     def buffer_updated(self, nbytes: int) -> None:
         self._requests.data_received(cast("bytes", self._buffer[:nbytes]))

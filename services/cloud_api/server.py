@@ -109,7 +109,7 @@ def serve(app: FastAPI, cloud: Cloud, listener: socket.socket, lifeline: int | N
     config = uvicorn.Config(
         app,
         loop="uvloop",
-        http=reading_little(),
+        http=reading_little(cloud.transfers),
         ws="none",
         lifespan="on",
         log_config=None,

@@ -7,9 +7,9 @@ would cost memory. So all transfers of a process share one amount.
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-TOGETHER_BYTES = 2 * 2**20
-SMALLEST_BYTES = 64 * 1024
-LARGEST_BYTES = 512 * 1024
+TOGETHER_BYTES = 8 * 2**20
+SMALLEST_BYTES = 32 * 1024
+LARGEST_BYTES = 2**20
 
 
 class Transfers:

@@ -318,7 +318,7 @@ def running_api(settings: Settings) -> Iterator[RunningApi]:
     config = uvicorn.Config(
         create_app(cloud),
         loop="uvloop",
-        http=reading_little(),
+        http=reading_little(cloud.transfers),
         ws="none",
         log_config=None,
         access_log=False,

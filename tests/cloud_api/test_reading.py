@@ -16,6 +16,7 @@ import pytest
 import uvicorn
 
 from cloud_api.reading import ASKED_BYTES, UNASKED_BYTES, reading_little
+from cloud_api.transfers import Transfers
 from tests.cloud_api.running_api import eventually
 
 LARGE = bytes(range(256)) * 8192
@@ -83,8 +84,8 @@ class Served:
 def serving(certificate: Path | None = None, key: Path | None = None) -> Iterator[Served]:
     app = Small()
     config = uvicorn.Config(
-        app, loop="uvloop", http=reading_little(), ws="none", lifespan="off", log_config=None, access_log=False,
-        port=0, ssl_certfile=certificate, ssl_keyfile=key, timeout_graceful_shutdown=1,
+        app, loop="uvloop", http=reading_little(Transfers()), ws="none", lifespan="off", log_config=None,
+        access_log=False, port=0, ssl_certfile=certificate, ssl_keyfile=key, timeout_graceful_shutdown=1,
     )  # fmt: skip
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run)
