@@ -165,6 +165,7 @@ def test_a_wrong_weight_is_seen() -> None:
 
 def test_work_that_a_paused_run_gives_out_is_named(moved: Moved) -> None:
     world = moved.world
+    world.deliver(moved.first)  # the run that was open already
     run_id = world.start_run(min_updates=2).run_id
     with moved.database.reading() as session:
         before = work_of(session, run_id)

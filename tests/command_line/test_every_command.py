@@ -14,8 +14,8 @@ from command_line.ports import free_port
 from command_line.transport import NEXT_STEPS
 from tests.command_line.conftest import Cotune
 
-ALONE = {"demo", "demo-seed", "pretrain", "up"}
-"""They start an API, or wait for one by themselves."""
+ALONE = {"demo", "demo-seed", "pretrain", "simulate", "up"}
+"""They start an API, wait for one by themselves, or need none."""
 
 ARGUMENTS = {
     "FILE.toml": "{file}",
