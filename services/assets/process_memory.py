@@ -10,15 +10,16 @@ PROCESS = Path("/proc/self")
 def peak_memory(process: Path = PROCESS) -> int:
     """The largest resident size of this process, in bytes, since it started or since `forget_peak`.
 
-    On Linux `VmHWM` and not `getrusage`: the latter's maximum is inherited through fork and exec, so a child would
-    report its parent's.
+    `VmHWM` of Linux where it is told, as not every sandbox does, and not `getrusage`: the latter's maximum is inherited
+    through fork and exec, so a child would report its parent's.
 
     Args:
         process: the process's folder in `/proc`.
     """
     if sys.platform == "linux":
-        status = (process / "status").read_text()
-        return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+        _, _, told = (process / "status").read_text().partition("VmHWM:")
+        if told:
+            return int(told.split()[0]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -7,6 +7,7 @@ be written, a database that does not answer.
 """
 
 import argparse
+import gc
 import os
 import socket
 import sys
@@ -73,7 +74,9 @@ def _serve(settings: "Settings", listener: socket.socket, lifeline: int | None =
     from cloud_api.server import serve
 
     cloud = open_cloud(settings)
-    serve(create_app(cloud), cloud, listener, lifeline)
+    app = create_app(cloud)
+    gc.freeze()  # all of it is needed to the end: the collector need not look through it again and again
+    serve(app, cloud, listener, lifeline)
     tracing.flush()
     return 0
 

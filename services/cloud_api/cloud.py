@@ -7,10 +7,8 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from typing import TypeVar
 
-from fastapi.concurrency import contextmanager_in_threadpool
 from sqlalchemy.orm import Session
 from sqlalchemy.pool import QueuePool
-from starlette.concurrency import run_in_threadpool
 
 from cloud_api.assignments.board import WorkBoard
 from cloud_api.brief_memory import BriefMemory, InProcessMemory, RedisMemory
@@ -21,6 +19,7 @@ from cloud_api.rate_limits import RateLimits
 from cloud_api.recent import Recent
 from cloud_api.request_metrics import RequestMetrics
 from cloud_api.settings import Settings
+from cloud_api.threads import entered_in_thread, in_thread
 from cloud_api.transfers import Transfers
 from persistence import devices, events, open_work
 from persistence.blobs import BlobStore, open_store
@@ -53,7 +52,7 @@ class Transactions:
     def __init__(self, database: Database, told: Callable[[], None] = lambda: None) -> None:
         pool = database.engine.pool
         self._database = database
-        self.told = told
+        self._told = told
         self._turns = asyncio.Semaphore(pool.size() if isinstance(pool, QueuePool) else 1)
         one_writer = database.engine.dialect.name == "sqlite"
         self._to_write: AbstractAsyncContextManager[object] = asyncio.Lock() if one_writer else nullcontext()
@@ -64,16 +63,16 @@ class Transactions:
         async with (
             self._to_write,
             self._turns,
-            contextmanager_in_threadpool(self._database.transaction()) as session,
+            entered_in_thread(self._database.transaction()) as session,
         ):
             yield session
         if events.were_written(session):
-            self.told()
+            self._told()
 
     @asynccontextmanager
     async def reading(self) -> AsyncIterator[Session]:
         """Open a session that only reads."""
-        async with self._turns, contextmanager_in_threadpool(self._database.reading()) as session:
+        async with self._turns, entered_in_thread(self._database.reading()) as session:
             yield session
 
     async def write(self, work: Callable[[Session], Result], *, durable: bool = True) -> Result:
@@ -90,9 +89,9 @@ class Transactions:
             return result, events.were_written(session)
 
         async with self._to_write, self._turns:
-            result, told = await run_in_threadpool(call)
+            result, told = await in_thread(call)
         if told:
-            self.told()
+            self._told()
         return result
 
     async def read(self, work: Callable[[Session], Result]) -> Result:
@@ -103,7 +102,7 @@ class Transactions:
                 return work(session)
 
         async with self._turns:
-            return await run_in_threadpool(call)
+            return await in_thread(call)
 
 
 @dataclass(frozen=True)
@@ -153,7 +152,7 @@ def open_cloud(settings: Settings) -> Cloud:
     blobs = open_store(settings.blobs, settings.home / "scratch")
     dispatcher = Dispatcher(settings.broker_url, settings.queue_prefix)
     database = Database(settings.database_url, dispatch=dispatcher.send, stored=blobs.exists)
-    transactions = Transactions(database)
+    transactions = Transactions(database, told=lambda: feed.nudge())  # noqa: PLW0108 - the feed is made of these
     clock = DatabaseClock(database)
 
     def look(session: Session) -> int:
@@ -173,7 +172,6 @@ def open_cloud(settings: Settings) -> Cloud:
 
     board = WorkBoard(lambda: transactions.read(open_work.look), touch, trusted_seconds=settings.trusted_seconds)
     feed = Feed(newest, after, board=board, interval_seconds=settings.feed_seconds)
-    transactions.told = feed.nudge
     memory = _brief_memory(settings)
     limits = RateLimits(memory, settings.rates)
     counts: Recent[Counts | None] = Recent(settings.probe_seconds)

@@ -1,6 +1,6 @@
 """Wakes whoever waits in this process, when something was committed by any process.
 
-One task looks at what is new in the event table, at once when this process committed something and every
+One task looks at what is new in the event table, at once when this process added something to it and every
 `interval_seconds` in any case, since the worker is another process. So the cost of waiting does not depend on how many
 wait: 10,000 devices in a long poll cost the database four small queries a second. A wake-up is a hint; who is woken
 looks at the database again.
@@ -53,11 +53,17 @@ def topics(event: Event) -> Iterator[str]:
 
 
 class Waiter:
-    """One that waits for a topic. Made by `Feed.subscribe`."""
+    """One that waits for a topic. Made by `Feed.subscribe`.
+
+    Attributes:
+        is_concerned: asked before news wake this one, if it is set: to wake 10,000 devices for a round of 100 took the
+            event loop three seconds.
+    """
 
     def __init__(self, feed: "Feed") -> None:
         self._feed = feed
         self.woken = asyncio.Event()
+        self.is_concerned: Callable[[], bool] | None = None
 
     @property
     def stopping(self) -> bool:
@@ -116,15 +122,16 @@ class Feed:
                 del self._waiters[topic]
 
     def nudge(self) -> None:
-        """Look soon: this process has committed something."""
+        """Look soon: this process has added events."""
         self._nudged.set()
 
     def stop(self) -> None:
         """Wake everybody for good: the process ends."""
         self.stopping = True
         self._nudged.set()
-        for topic in list(self._waiters):
-            self._wake(topic)
+        for waiters in self._waiters.values():
+            for waiter in waiters:
+                waiter.woken.set()
 
     async def follow(self) -> None:
         """Follow the table until `stop`. A database that does not answer is tried again."""
@@ -166,4 +173,5 @@ class Feed:
 
     def _wake(self, topic: str) -> None:
         for waiter in self._waiters.get(topic, ()):
-            waiter.woken.set()
+            if waiter.is_concerned is None or waiter.is_concerned():
+                waiter.woken.set()

@@ -1,13 +1,13 @@
 """Whether the process lives, and whether it can work."""
 
 from fastapi import APIRouter
-from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
 from cloud_api.cloud import Cloud
 from cloud_api.dependencies import CloudHere
 from cloud_api.documentation import answers
 from cloud_api.release import VERSION
+from cloud_api.threads import in_thread
 from persistence import sweeping
 from protocol import PROTOCOL_VERSION
 from protocol.errors import DomainError
@@ -64,10 +64,10 @@ async def ready(cloud: CloudHere, response: Response) -> Readiness:
 
 async def _check(cloud: Cloud) -> dict[str, str]:
     return {
-        "database": await run_in_threadpool(_database, cloud),
-        "blobs": await run_in_threadpool(_blobs, cloud),
-        "queue": await run_in_threadpool(cloud.dispatcher.check),
-        "controller": await run_in_threadpool(_controller, cloud),
+        "database": await in_thread(_database, cloud),
+        "blobs": await in_thread(_blobs, cloud),
+        "queue": await in_thread(cloud.dispatcher.check),
+        "controller": await in_thread(_controller, cloud),
     }
 
 

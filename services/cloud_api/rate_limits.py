@@ -2,12 +2,12 @@
 
 import math
 
-from starlette.concurrency import run_in_threadpool
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from cloud_api.brief_memory import BriefMemory, Rate
 from cloud_api.problems import problem_response
 from cloud_api.security import Rates
+from cloud_api.threads import in_thread
 from protocol.errors import DomainError, ErrorCode
 
 PROBES = frozenset({"/health", "/ready"})
@@ -75,7 +75,7 @@ class AddressLimit:
             address = (scope.get("client") or ("unknown",))[0]
             try:
                 if self._limits.waits:
-                    await run_in_threadpool(self._limits.address, address)
+                    await in_thread(self._limits.address, address)
                 else:
                     self._limits.address(address)
             except RateLimited as error:

@@ -93,7 +93,11 @@ class _Connection(asyncio.BufferedProtocol):
         self._little = buffer[:UNASKED_BYTES]
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._requests.connection_made(cast("asyncio.Transport", transport))
+        writing = cast("asyncio.Transport", transport)
+        self._requests.connection_made(writing)
+        # Blocks are large already. What the socket does not take is held by uvloop: one block, not one and more. With 0
+        # its TLS would never write.
+        writing.set_write_buffer_limits(high=1, low=0)
 
     def get_buffer(self, sizehint: int) -> memoryview:
         return self._buffer[: self._transfers.block_bytes] if self._requests.body_is_read else self._little

@@ -16,18 +16,18 @@ class Transfers:
     """The transfers of this process, of one event loop."""
 
     def __init__(self) -> None:
-        self._running = 0
+        self.running = 0
 
     @contextmanager
     def one(self) -> Iterator[None]:
         """Count a transfer while it runs."""
-        self._running += 1
+        self.running += 1
         try:
             yield
         finally:
-            self._running -= 1
+            self.running -= 1
 
     @property
     def block_bytes(self) -> int:
         """How many bytes each transfer should hold at a time now."""
-        return min(max(TOGETHER_BYTES // max(self._running, 1), SMALLEST_BYTES), LARGEST_BYTES)
+        return min(max(TOGETHER_BYTES // max(self.running, 1), SMALLEST_BYTES), LARGEST_BYTES)

@@ -33,7 +33,7 @@ class Backoff:
         Uniform in [0, min(cap, base * 2^failures)]. With `retry_after_seconds` the draw is added to it: never sooner
         than the server asked for, and not all devices at that same moment.
         """
-        # The exponent is bounded, as 2.0**1024 overflows after a day or two of failures.
+        # The exponent is bounded: 2.0**1024 overflows, after some eight hours of failures at half a minute each.
         bound = min(self._cap_seconds, self._base_seconds * 2.0 ** min(self._failures, 64))
         self._failures += 1
         return (retry_after_seconds or 0.0) + bound * self._random()

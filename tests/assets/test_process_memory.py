@@ -14,6 +14,8 @@ def test_it_is_the_systems_own_figure(tmp_path: Path) -> None:
     (tmp_path / "status").write_text("Name:\tx\nVmHWM:\t   2048 kB\nVmRSS:\t 10 kB\n")
     assert peak_memory(tmp_path) == 2 * MIB
     assert peak_memory() > 10 * MIB
+    (tmp_path / "status").write_text("Name:\tpython\n")
+    assert peak_memory(tmp_path) > 10 * MIB  # a sandbox that does not tell it
 
 
 @linux

@@ -77,6 +77,23 @@ def test_a_waiter_is_woken_by_its_topic_only() -> None:
     follow(table, test)
 
 
+def test_whom_news_does_not_concern_sleeps_on_until_the_process_stops() -> None:
+    table = Table()
+
+    async def test(feed: Feed) -> None:
+        with feed.subscribe(run_topic("run_1")) as mine, feed.subscribe(run_topic("run_1")) as other:
+            assert await mine.wait(1)  # the feed's start
+            assert await other.wait(1)
+            mine.is_concerned, other.is_concerned = lambda: True, lambda: False
+            table.append(run_id="run_1")
+            assert await mine.wait(5)
+            assert not await other.wait(0.1)
+            asyncio.get_running_loop().call_later(0.05, feed.stop)
+            assert await other.wait(5)
+
+    follow(table, test)
+
+
 def test_events_before_the_first_look_wake_who_subscribed_before_it() -> None:
     table = Table()
     table.append()

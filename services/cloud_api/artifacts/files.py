@@ -10,11 +10,11 @@ from typing import BinaryIO
 
 import anyio
 from fastapi import Request, Response
-from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive, Scope, Send
 
 from cloud_api.artifacts.ranges import ByteRange, any_matches, parse_range
 from cloud_api.cloud import Cloud
+from cloud_api.threads import in_thread
 from persistence import traffic
 from persistence.artifacts import Artifact
 from protocol.headers import CONTENT_DIGEST_HEADER, REPR_DIGEST_HEADER, content_digest
@@ -43,7 +43,7 @@ async def file_response(
         RangeNotSatisfiable: 416.
         DomainError: ARTIFACT_NOT_FOUND, the store has lost it.
     """
-    size = await run_in_threadpool(cloud.blobs.size, artifact.sha256)
+    size = await in_thread(cloud.blobs.size, artifact.sha256)
     etag = f'"{artifact.sha256}"'
     digest = content_digest(artifact.sha256)
     headers = {
@@ -102,30 +102,48 @@ class _FileResponse(Response):
         if scope["method"] == "HEAD":
             await super().__call__(scope, receive, send)
             return
-        file = await run_in_threadpool(self._cloud.blobs.open, self._artifact.sha256, self._part.start)
+        try:
+            with self._cloud.transfers.one():
+                await self._stream(receive, send)
+        finally:
+            with anyio.CancelScope(shield=True):
+                await _count(self._cloud, self._artifact, self._device_id, self._sent)
+
+    async def _stream(self, receive: Receive, send: Send) -> None:
+        file, chunk = await in_thread(self._open)
         # One task for the whole file: to ask before each chunk cost more than to send it.
         hung_up = asyncio.ensure_future(_disconnect(receive))
         try:
             await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
-            with self._cloud.transfers.one():
-                while self._sent < self._part.size and not hung_up.done():
-                    await self._send_chunk(file, send)
+            while chunk and not hung_up.done():
+                self._sent += len(chunk)
+                more = self._sent < self._part.size
+                await send({"type": "http.response.body", "body": chunk, "more_body": more})
+                chunk = b""  # or it would be held while the next is read, or this waits for its turn to be counted
+                if more:
+                    chunk = await in_thread(self._read, file)
             if self._part.size == 0:
                 await send({"type": "http.response.body", "body": b""})
         finally:
             hung_up.cancel()
             file.close()
-            with anyio.CancelScope(shield=True):
-                await _count(self._cloud, self._artifact, self._device_id, self._sent)
 
-    async def _send_chunk(self, file: BinaryIO, send: Send) -> None:
-        """Send the next bytes. Nobody holds them after it: those that have sent all wait long for their count."""
+    def _open(self) -> tuple[BinaryIO, bytes]:
+        """Open the file and read its first bytes."""
+        file = self._cloud.blobs.open(self._artifact.sha256, self._part.start)
+        try:
+            return file, self._read(file)
+        except BaseException:
+            file.close()
+            raise
+
+    def _read(self, file: BinaryIO) -> bytes:
+        """Read the next bytes of what is to be sent; none at its end."""
         left = self._part.size - self._sent
-        chunk = await run_in_threadpool(file.read, min(self._cloud.transfers.block_bytes, left))
-        if not chunk:
+        chunk = file.read(min(self._cloud.transfers.block_bytes, left))
+        if left and not chunk:
             raise EOFError(f"a stored file is {left} bytes shorter than it was")
-        self._sent += len(chunk)
-        await send({"type": "http.response.body", "body": chunk, "more_body": self._sent < self._part.size})
+        return chunk
 
 
 async def _disconnect(receive: Receive) -> None:
@@ -136,7 +154,7 @@ async def _disconnect(receive: Receive) -> None:
 
 async def _link(cloud: Cloud, artifact: Artifact) -> str | None:
     seconds = cloud.settings.link_seconds
-    return await run_in_threadpool(cloud.blobs.link, artifact.sha256, seconds) if seconds else None
+    return await in_thread(cloud.blobs.link, artifact.sha256, seconds) if seconds else None
 
 
 async def _count(cloud: Cloud, artifact: Artifact, device_id: str | None, num_bytes: int) -> None:

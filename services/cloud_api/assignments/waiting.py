@@ -5,13 +5,14 @@ While it waits it holds neither a thread nor a database connection; `cloud_api.f
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from functools import partial
 
 from sqlalchemy.orm import Session
-from starlette.concurrency import run_in_threadpool
 
 from cloud_api.authentication import Presented, identify_device, prove_again
 from cloud_api.cloud import Cloud
 from cloud_api.feed import WORK
+from cloud_api.threads import in_thread
 from persistence import assignments, traffic
 from persistence.enrolment import DeviceIdentity
 
@@ -36,6 +37,7 @@ async def wait_for_assignment(
         device_id, assignment = await _recognised(cloud, presented), None
         if device_id is None:
             device_id, assignment = await _asked(cloud, presented)
+        waiter.is_concerned = partial(_may_have_work, cloud, device_id)
         while assignment is None and not waiter.stopping:
             left = deadline - loop.time()
             if left <= 0:
@@ -44,12 +46,16 @@ async def wait_for_assignment(
                 woken = await waiter.wait(left)
             if not woken or await is_gone():
                 return None
-            # Many devices wake for one place: look before locking anything, and at the board before that.
-            if cloud.board.has_nothing_for(device_id):
+            # Many devices may wake for one place: look before locking anything, and at the board before that.
+            if not _may_have_work(cloud, device_id):
                 continue
             if await cloud.read(lambda session: assignments.work_waits(session, device_id, cloud.now())):
                 _, assignment = await _asked(cloud, presented)
         return assignment
+
+
+def _may_have_work(cloud: Cloud, device_id: str) -> bool:
+    return not cloud.board.has_nothing_for(device_id)
 
 
 async def _recognised(cloud: Cloud, presented: Presented) -> str | None:
@@ -58,7 +64,7 @@ async def _recognised(cloud: Cloud, presented: Presented) -> str | None:
     if identity is None or not cloud.board.has_nothing_for(identity.device_id):
         return None
     if cloud.limits.waits:
-        await run_in_threadpool(prove_again, cloud, presented, identity)
+        await in_thread(prove_again, cloud, presented, identity)
     else:
         prove_again(cloud, presented, identity)
     cloud.board.saw(identity.device_id)

@@ -13,11 +13,11 @@ from datetime import datetime
 
 from fastapi import Request
 from sqlalchemy.orm import Session
-from starlette.concurrency import run_in_threadpool
 
 from cloud_api.authentication import Presented, authenticate_device, recognise_device
 from cloud_api.cloud import Cloud
 from cloud_api.settings import LARGEST_CHUNK
+from cloud_api.threads import in_thread
 from cloud_api.updates.admission import HeaderGate
 from cloud_api.updates.admitting import admitted
 from cloud_api.updates.receiving import Announced, adopt, announced, assemble, most_bytes, receive_chunk
@@ -204,7 +204,7 @@ class ChunkedPart:
         """Complete a file that this process took whole, with its last chunk; None: it must be put together."""
         gate = HeaderGate(self.kind, admission, file.size_bytes)
         try:
-            blob = await run_in_threadpool(adopt, self.cloud, upload_id, file, gate)
+            blob = await in_thread(adopt, self.cloud, upload_id, file, gate)
         except DomainError as error:
             if error.code in _WRONG_FILE:
                 await self._forget(upload_id)
@@ -225,7 +225,7 @@ class ChunkedPart:
             return file, False
         gate = HeaderGate(self.kind, admission, file.size_bytes)
         try:
-            blob = await run_in_threadpool(assemble, self.cloud, upload_id, file, gate)
+            blob = await in_thread(assemble, self.cloud, upload_id, file, gate)
         except DomainError as error:
             if error.code in _WRONG_FILE:
                 await self._forget(upload_id)
@@ -262,4 +262,4 @@ class ChunkedPart:
 
     async def _drop(self, upload_id: str | None) -> None:
         if upload_id is not None:
-            await run_in_threadpool(self.cloud.blobs.drop_stage, upload_id)
+            await in_thread(self.cloud.blobs.drop_stage, upload_id)

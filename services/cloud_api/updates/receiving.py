@@ -5,15 +5,16 @@ Memory does not grow with the file. Nothing is kept of a file that is cut, too l
 
 import asyncio
 import io
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from contextlib import aclosing
 from dataclasses import dataclass
+from functools import partial
 
 from fastapi import Request
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import ClientDisconnect
 
 from cloud_api.cloud import Cloud
+from cloud_api.threads import in_thread
 from cloud_api.transfers import Transfers
 from cloud_api.updates.admission import HeaderGate
 from persistence.blobs import BlobWriter, StoredBlob
@@ -75,14 +76,12 @@ async def receive_file(request: Request, cloud: Cloud, body: Announced, gate: He
     Raises:
         DomainError: TRUNCATED_BODY, DIGEST_MISMATCH, UNAVAILABLE (the disk is full), or what the gate refuses.
     """
-    with await run_in_threadpool(cloud.blobs.writer, body.size_bytes) as writer:
 
-        def finish() -> StoredBlob:
-            gate.finish()
-            return writer.commit(body.sha256)
+    def finish(writer: BlobWriter) -> StoredBlob:
+        gate.finish()
+        return writer.commit(body.sha256)
 
-        await _receive(request, cloud, body, gate, writer)
-        return await run_in_threadpool(finish)
+    return await _receive(request, cloud, body, gate, partial(cloud.blobs.writer, body.size_bytes), finish)
 
 
 async def receive_chunk(  # noqa: PLR0917
@@ -93,25 +92,42 @@ async def receive_chunk(  # noqa: PLR0917
     Args:
         gate: looks at the bytes, and need not be passed by their end; None for a chunk that holds nothing of a header.
     """
-    with await run_in_threadpool(cloud.blobs.chunk_writer, upload_id, offset, body.size_bytes) as writer:
-        await _receive(request, cloud, body, gate, writer)
-        return await run_in_threadpool(writer.commit, body.sha256)
+    writer = partial(cloud.blobs.chunk_writer, upload_id, offset, body.size_bytes)
+    return await _receive(request, cloud, body, gate, writer, lambda opened: opened.commit(body.sha256))
 
 
-async def _receive(
-    request: Request, cloud: Cloud, body: Announced, gate: HeaderGate | None, writer: BlobWriter
-) -> None:
-    def take(block: bytes) -> None:
+async def _receive(  # noqa: PLR0917
+    request: Request,
+    cloud: Cloud,
+    body: Announced,
+    gate: HeaderGate | None,
+    writer: Callable[[], BlobWriter],
+    finish: Callable[[BlobWriter], StoredBlob],
+) -> StoredBlob:
+    """Write the body, each block in a thread; the writer is opened with the first, and finished with the last."""
+    opened: BlobWriter | None = None
+
+    def take(block: bytes, *, last: bool) -> StoredBlob | None:
+        nonlocal opened
+        opened = opened or writer()
         if gate is not None:
             gate.take(block)
-        writer.write(block)
+        opened.write(block)
+        return finish(opened) if last else None
 
     seconds = cloud.settings.upload_idle_seconds
-    with cloud.transfers.one():
-        async with aclosing(_blocks(request, body.size_bytes, seconds, cloud.transfers)) as blocks:
-            async for block in blocks:
-                await run_in_threadpool(take, block)
-                del block  # or it would lie here while the next one gathers
+    stored = None
+    try:
+        with cloud.transfers.one():
+            async with aclosing(_blocks(request, body.size_bytes, seconds, cloud.transfers)) as blocks:
+                async for block, last in blocks:
+                    stored = await in_thread(take, block, last=last)
+                    del block  # or it would lie here while the next one gathers
+    finally:
+        if opened is not None:
+            opened.abort()
+    assert stored is not None
+    return stored
 
 
 def adopt(cloud: Cloud, upload_id: str, file: Announced, gate: HeaderGate) -> StoredBlob | None:
@@ -152,8 +168,11 @@ def assemble(cloud: Cloud, upload_id: str, file: ReceivedFile, gate: HeaderGate)
 
 async def _blocks(
     request: Request, size_bytes: int, idle_seconds: float, transfers: Transfers
-) -> AsyncGenerator[bytes]:
-    """Yield the body in blocks of at least `transfers.block_bytes`, but for the last."""
+) -> AsyncGenerator[tuple[bytes, bool]]:
+    """Yield the body in blocks of at least `transfers.block_bytes`, but for the last, and of each whether it is that.
+
+    The last one comes only when all has come.
+    """
     waiting: list[bytes] = []
     size = received = 0
     chunks = request.stream()
@@ -164,7 +183,8 @@ async def _blocks(
             # One for each block and not for each of its pieces; while they come it is put off, now and then.
             put_off = loop.time()
             async with asyncio.timeout_at(put_off + idle_seconds) as limit:
-                while not ended and size < transfers.block_bytes:
+                # All that was announced is here: only what says that it ends is missing.
+                while not ended and (size < transfers.block_bytes or received == size_bytes):
                     chunk = await anext(chunks, b"")
                     ended = not chunk
                     waiting.append(chunk)
@@ -174,7 +194,7 @@ async def _blocks(
                         put_off = loop.time()
                         limit.reschedule(put_off + idle_seconds)
             if not ended:
-                yield _taken(waiting)
+                yield _taken(waiting), False
                 size = 0
     except ClientDisconnect:
         raise _truncated(size_bytes, received, "then the connection was closed") from None
@@ -184,8 +204,7 @@ async def _blocks(
         await chunks.aclose()
     if received < size_bytes:
         raise _truncated(size_bytes, received, "then the body ended")
-    if size:
-        yield _taken(waiting)
+    yield _taken(waiting), True
 
 
 def _taken(pieces: list[bytes]) -> bytes:

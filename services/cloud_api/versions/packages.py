@@ -9,10 +9,10 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from fastapi import Response
-from starlette.concurrency import run_in_threadpool
 from starlette.responses import StreamingResponse
 
 from cloud_api.cloud import Cloud
+from cloud_api.threads import in_thread
 from cloud_api.versions.model_card import CardFacts, folder_name, model_card
 from protocol.errors import DomainError, ErrorCode
 from protocol.headers import PEFT
@@ -56,7 +56,7 @@ def adapter_package(facts: CardFacts, adapter: str) -> Package:
 
 async def package_response(cloud: Cloud, package: Package) -> Response:
     """Return the archive as an answer. Raises DomainError ARTIFACT_NOT_FOUND, the store has lost the adapter."""
-    adapter_size = await run_in_threadpool(cloud.blobs.size, package.adapter_sha256)
+    adapter_size = await in_thread(cloud.blobs.size, package.adapter_sha256)
     sizes = [*(len(content) for content in package.small.values()), adapter_size]
     length = sum(tarfile.BLOCKSIZE + size + _padding(size) for size in sizes) + len(_END)
     headers = {
@@ -71,10 +71,10 @@ async def _archive(cloud: Cloud, package: Package, adapter_size: int) -> AsyncIt
     for name, content in package.small.items():
         yield _header(package, name, len(content)) + content + bytes(_padding(len(content)))
     yield _header(package, "adapter_model.safetensors", adapter_size)
-    file = await run_in_threadpool(cloud.blobs.open, package.adapter_sha256)
+    file = await in_thread(cloud.blobs.open, package.adapter_sha256)
     try:
         with cloud.transfers.one():
-            while chunk := await run_in_threadpool(file.read, cloud.transfers.block_bytes):
+            while chunk := await in_thread(file.read, cloud.transfers.block_bytes):
                 yield chunk
     finally:
         file.close()
