@@ -224,7 +224,10 @@ class Cloud:
             elif name == BROKER and self.redis is not None:
                 self.redis.kill()
             else:
-                os.kill(self._kept[name].pid, signal.SIGKILL)
+                try:
+                    os.kill(self._kept[name].pid, signal.SIGKILL)
+                except ProcessLookupError:  # it ended since it was looked at
+                    return False
         return True
 
     def kill_process(self, pid: int) -> None:

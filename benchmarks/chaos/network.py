@@ -29,7 +29,6 @@ _KINDS = (
     ("part", re.compile(r"PUT /v1/assignments/[^/]+/parts/")),
     ("upload begun", re.compile(r"POST /v1/assignments/[^/]+/parts/[^/]+/uploads$")),
     ("chunk", re.compile(r"PATCH /v1/assignments/[^/]+/parts/[^/]+/uploads/")),
-    ("upload completed", re.compile(r"POST /v1/assignments/[^/]+/parts/[^/]+/uploads/[^/]+/completion$")),
     ("submission", re.compile(r"POST /v1/assignments/[^/]+/submission")),
     ("progress", re.compile(r"POST /v1/assignments/[^/]+/progress")),
     ("download", re.compile(r"GET /v1/artifacts/")),
