@@ -44,6 +44,7 @@ def cross_entropy(
     target_N: Tensor,
     *,
     num_tokens: float | None = None,
+    label_smoothing: float = 0.0,
     chunk_rows: int = DEFAULT_CHUNK_ROWS,
 ) -> tuple[Tensor, Tensor]:
     """The mean cross-entropy of `target_N`, and each token's.
@@ -56,6 +57,8 @@ def cross_entropy(
         target_N: token ids.
         num_tokens: what the sum is divided by, N if not given. Under gradient accumulation give the number of tokens
             of all micro-batches, so that the result does not depend on how the batch is cut.
+        label_smoothing: s of Szegedy et al. (arXiv 1512.00567, section 7): the target's share is 1 - s, and s is dealt
+            evenly to all V ids, the target among them.
         chunk_rows: rows projected at a time; changes memory and speed, not the result.
 
     Returns:
@@ -69,10 +72,14 @@ def cross_entropy(
             rows = slice(start, start + chunk_rows)
             log_probs_NV = side.class_log_probs(rows)
             losses_N = -log_probs_NV.gather(1, target_N[rows, None]).squeeze(1)
+            if label_smoothing:
+                losses_N = (1 - label_smoothing) * losses_N - label_smoothing * log_probs_NV.mean(-1)
             side.add_loss(losses_N, None)
             parts.append(losses_N)
             if side.learns:
                 slope_NV = log_probs_NV.exp()
-                slope_NV[torch.arange(len(losses_N), device=slope_NV.device), target_N[rows]] -= 1.0
+                if label_smoothing:
+                    slope_NV -= label_smoothing / head.num_tokens
+                slope_NV[torch.arange(len(losses_N), device=slope_NV.device), target_N[rows]] -= 1.0 - label_smoothing
                 side.accumulate(rows, slope_NV, log_probs_NV, None)
     return side.loss(), torch.cat(parts) if parts else hidden_ND.new_zeros(0)

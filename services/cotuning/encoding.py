@@ -13,7 +13,7 @@ import hashlib
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -321,6 +321,26 @@ def _guess_content(
         flat.byte_ends_N[start:stop] = 0
 
 
+class _Cut(NamedTuple):
+    """How many tokens of each row stay, in the order in which they stand there; `dropped_B` of its prompt do not."""
+
+    prefix_B: Tensor
+    prompt_B: Tensor
+    content_B: Tensor
+    has_end_B: Tensor
+    dropped_B: Tensor
+
+
+def _truncate(flat: _FlatBatch, prefix_B: Tensor, max_length: int) -> _Cut:
+    """The prompt's head goes first, all but a token where there is no prefix; then END, then the response's tail."""
+    content_B = torch.zeros_like(prefix_B).index_add_(0, flat.row_N, flat.content_N.long())
+    prompt_B = flat.lengths_B - content_B
+    keep_min_B = torch.where(prefix_B > 0, 0, prompt_B.clamp(max=1))
+    kept_B = (max_length - prefix_B - content_B - 1).maximum(keep_min_B).minimum(prompt_B)
+    room_B = max_length - prefix_B - kept_B
+    return _Cut(prefix_B, kept_B, content_B.minimum(room_B).clamp(min=0), content_B < room_B, prompt_B - kept_B)
+
+
 def _lay_out(
     flat: _FlatBatch,
     table: TokenTable,
@@ -330,20 +350,13 @@ def _lay_out(
 ) -> EncodedBatch:
     """Truncate, put prefix and END around each row, and pad on the right."""
     num_rows = len(prefixes)
-    prefix_B = torch.tensor([len(prefix) for prefix in prefixes], dtype=torch.int64)
-    content_B = torch.zeros(num_rows, dtype=torch.int64).index_add_(0, flat.row_N, flat.content_N.long())
-    prompt_B = flat.lengths_B - content_B
-    keep_min_B = torch.where(prefix_B > 0, 0, prompt_B.clamp(max=1))
-    prompt_kept_B = (max_length - prefix_B - content_B - 1).maximum(keep_min_B).minimum(prompt_B)
-    room_B = max_length - prefix_B - prompt_kept_B
-    content_kept_B = content_B.minimum(room_B).clamp(min=0)
-    has_end_B = content_B < room_B
-    total_B = prefix_B + prompt_kept_B + content_kept_B + has_end_B.long()
+    cut = _truncate(flat, torch.tensor([len(prefix) for prefix in prefixes], dtype=torch.int64), max_length)
+    total_B = cut.prefix_B + cut.prompt_B + cut.content_B + cut.has_end_B.long()
     width = int(total_B.max()) if num_rows else 0
-    place_N = torch.arange(len(flat.ids_N)) - flat.first_tokens()[flat.row_N] - (prompt_B - prompt_kept_B)[flat.row_N]
-    kept_N = (place_N >= 0) & (place_N < (prompt_kept_B + content_kept_B)[flat.row_N])
+    place_N = torch.arange(len(flat.ids_N)) - (flat.first_tokens() + cut.dropped_B)[flat.row_N]
+    kept_N = (place_N >= 0) & (place_N < (cut.prompt_B + cut.content_B)[flat.row_N])
     source_M = kept_N.nonzero().flatten()
-    target_M = (flat.row_N * width + place_N + prefix_B[flat.row_N]).index_select(0, source_M)
+    target_M = (flat.row_N * width + place_N + cut.prefix_B[flat.row_N]).index_select(0, source_M)
 
     def spread(values_N: Tensor, fill: int) -> Tensor:
         grid_BT = torch.full((num_rows, width), fill, dtype=values_N.dtype)
@@ -355,7 +368,7 @@ def _lay_out(
         if prefix:
             input_ids_BT[row, : len(prefix)] = torch.tensor(prefix)
     content_mask_BT = spread(flat.content_N, 0)
-    end_position_B = torch.where(has_end_B, total_B - 1, -1)
+    end_position_B = torch.where(cut.has_end_B, total_B - 1, -1)
     attention_BT = torch.arange(width) < total_B[:, None]
     byte_ends_BT = spread(flat.byte_ends_N, 0) * content_mask_BT
     same = torch.equal(flat.byte_reaches_N, flat.byte_ends_N)
@@ -369,7 +382,7 @@ def _lay_out(
         closes_BT=spread(flat.closes_N, 0),
         byte_reaches_BT=byte_ends_BT if same else spread(flat.byte_reaches_N, 0) * content_mask_BT,
         start_reaches_B=flat.start_reaches_B,
-        start_row_B=prefix_B + prompt_kept_B - 1,
+        start_row_B=cut.prefix_B + cut.prompt_B - 1,
         clean_start_B=flat.clean_start_B,
         end_position_B=end_position_B,
         num_bytes_B=flat.num_bytes_B,

@@ -10,7 +10,7 @@ Names: B rows, T tokens, S span starts, D hidden size.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -134,10 +134,8 @@ def learn_mutually(
     learners = {party.name: _learner(party, weight_decay, gradient_clip) for party in (a, b) if party.learns}
     with (
         isolated_generators(derive_seed(seed, "dropout"), a.lm.device),
-        training_mode(a.lm) if a.learns else nullcontext(),
-        training_mode(b.lm) if b.learns else nullcontext(),
-        recomputed_layers(a.lm, enabled=gradient_checkpointing),
-        recomputed_layers(b.lm, enabled=gradient_checkpointing),
+        _in_training(a, recomputed=gradient_checkpointing),
+        _in_training(b, recomputed=gradient_checkpointing),
     ):
         return train(
             learners,
@@ -147,6 +145,13 @@ def learn_mutually(
             on_progress=on_progress,
             checkpoints=checkpoints,
         )
+
+
+@contextmanager
+def _in_training(party: Party, *, recomputed: bool) -> Iterator[None]:
+    mode = training_mode(party.lm) if party.learns else nullcontext()
+    with mode, recomputed_layers(party.lm, enabled=recomputed):
+        yield
 
 
 def _learner(party: Party, weight_decay: float, gradient_clip: float) -> Learner:

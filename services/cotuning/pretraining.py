@@ -164,36 +164,27 @@ def pretrain(
             seed=seed,
         )
     )
-
-    def measure(step: int) -> None:
-        if on_measure is not None and measure_every:
-            stream.advance(step)
-            model.eval()
-            on_measure(step, stream.num_tokens)
-            model.train()
-
-    def step_at(step: int) -> Iterator[Step]:
-        if step and measure_every and step % measure_every == 0:
-            measure(step)
-        batch = stream.at(step)
-        total = float(batch.weights_BT[:, 1:].flatten().sum())
-        for ids_BT, weights_BT in _parts(batch, micro_batch_size):
-            loss = weighted_loss(model, ids_BT, weights_BT, precision) / total
-            yield Step({"model": loss}, {"loss": loss.detach()})
-
+    reading = _Reading(
+        model,
+        stream,
+        precision=precision,
+        micro_batch_size=micro_batch_size,
+        measure_every=measure_every if on_measure else 0,
+        on_measure=on_measure or (lambda *_: None),
+    )
     model.train()
     with isolated_generators(derive_seed(seed, "generators"), model.device):
         learner = Learner(list(model.parameters()), learning_rate, weight_decay, betas=_BETAS)
         report = train(
             {"model": learner},
-            step_at,
+            reading.step,
             steps=steps,
             stage=STAGE,
             on_progress=lambda _, done, of, losses: on_progress(done, of, losses["loss"]),
             schedule=schedule,
             checkpoints=checkpoints,
         )
-        measure(steps)
+        reading.measure(steps)
     model.eval()
     stream.advance(steps)
     return Pretrained(report["loss"], stream.num_tokens)
@@ -249,6 +240,42 @@ class _Stream:
         self._position += 1
         self.num_tokens += batch.num_tokens
         return batch
+
+
+class _Reading:
+    """The micro-batches of each step, and what is measured between steps."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        stream: _Stream,
+        *,
+        precision: Precision,
+        micro_batch_size: int | None,
+        measure_every: int,
+        on_measure: Callable[[int, int], None],
+    ) -> None:
+        self._model, self._stream = model, stream
+        self._precision, self._micro_batch_size = precision, micro_batch_size
+        self._measure_every, self._on_measure = measure_every, on_measure
+
+    def measure(self, step: int) -> None:
+        """After so many steps; the model is in evaluation mode meanwhile."""
+        if self._measure_every:
+            self._stream.advance(step)
+            self._model.eval()
+            self._on_measure(step, self._stream.num_tokens)
+            self._model.train()
+
+    def step(self, step: int) -> Iterator[Step]:
+        """As `training.train` asks for it: the step before is done."""
+        if step and self._measure_every and step % self._measure_every == 0:
+            self.measure(step)
+        batch = self._stream.at(step)
+        total = float(batch.weights_BT[:, 1:].flatten().sum())
+        for ids_BT, weights_BT in _parts(batch, self._micro_batch_size):
+            loss = weighted_loss(self._model, ids_BT, weights_BT, self._precision) / total
+            yield Step({"model": loss}, {"loss": loss.detach()})
 
 
 def _parts(batch: Batch, size: int | None) -> Iterator[tuple[Tensor, Tensor]]:

@@ -10,6 +10,7 @@ Names: S span starts, N response tokens.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Unpack
 
 import torch
 from torch import Tensor
@@ -17,17 +18,15 @@ from torch import Tensor
 from cotuning.alignment import align
 from cotuning.checkpoints import Checkpoints
 from cotuning.cross_entropy import cross_entropy, response_tokens
-from cotuning.divergences import Divergence
 from cotuning.encoded_rows import EncodedRows
 from cotuning.examples import Example
 from cotuning.folding import FoldPair, fold_pair
 from cotuning.gradient_checkpointing import recomputed_layers
 from cotuning.heads import FoldedHead, Head
 from cotuning.language_model import LanguageModel, hidden_states, output_head
-from cotuning.mutual_loss import mutual_loss
-from cotuning.proxy_objective import DistillationObjective, PublicReader, on_policy_steps
+from cotuning.proxy_objective import DistillationObjective, Objective, PublicReader
 from cotuning.seeding import derive_seed, isolated_generators
-from cotuning.training import Learner, OnProgress, Precision, Step, draw_batches, row_sizes, train
+from cotuning.training import Learner, OnProgress, Step, train
 
 STAGE = "distillation"
 AGREEMENT_STAGE = "distillation_agreement"
@@ -60,20 +59,14 @@ def distil_proxy(
     steps: int,
     batch_size: int,
     learning_rate: float,
-    distillation_weight: float,
-    temperature: float,
-    divergence: Divergence = "forward_kl",
-    jsd_beta: float = 0.5,
-    feature_weight: float = 0.0,
-    relation_weight: float = 0.0,
     on_policy_fraction: float = 0.0,
     on_policy_tokens: int = 64,
     max_length: int,
-    precision: Precision = "float32",
     gradient_checkpointing: bool = False,
     seed: int,
     on_progress: OnProgress,
     checkpoints: Checkpoints | None = None,
+    **objective: Unpack[Objective],
 ) -> dict[str, float]:
     """Train all of the proxy's weights, in place.
 
@@ -84,18 +77,13 @@ def distil_proxy(
         llm: the teacher, only read.
         proxy: its tokenizer may be another one.
         examples: public rows.
-        distillation_weight: lambda in [0, 1].
-        temperature: tau.
-        divergence: D, teacher to student.
-        jsd_beta: the teacher's weight in the mixture, for `jsd`.
-        feature_weight: of `hidden_distillation.feature_loss`, all layers; its maps are dropped at the end.
-        relation_weight: of `hidden_distillation.relation_loss`, all layers.
         on_policy_fraction: share of the steps, in [0, 1], on responses that the proxy itself samples to the rows'
             prompts (GKD, arXiv 2306.13649). Such a step has no cross-entropy: a sample is no truth.
         on_policy_tokens: longest sample.
         gradient_checkpointing: see there; of the proxy.
         on_progress: of the training's steps, and of the rows measured before and after it.
         checkpoints: see `training.train`.
+        objective: as for `DistillationObjective`; the maps of its features are dropped at the end.
 
     Returns:
         `kl_before`, `kl_after`, `top1_before`, `top1_after`, `proxy_ce_before`, `proxy_ce_after`, `llm_ce` on held-out
@@ -106,55 +94,37 @@ def distil_proxy(
         ValueError: no rows, a negative weight, a fraction outside [0, 1], or an on-policy fraction when nothing weighs
             what the teacher says.
     """
-    _require_terms(distillation_weight, feature_weight, relation_weight, on_policy_fraction)
     held_out, kept = _hold_out(examples, derive_seed(seed, "held_out"))
     fold = fold_pair(proxy.tokenizer, proxy.table, llm.tokenizer, llm.table).to(llm.device)
+    distillation = DistillationObjective(llm, proxy, fold, seed=seed, **objective)
+    _require_on_policy(on_policy_fraction, distillation)
     measure = partial(
         measure_agreement, llm, proxy, held_out, fold=fold, max_length=max_length, on_progress=on_progress
     )
     before = measure()
-    losses: dict[str, float] = {}
-    if steps:
-        compare = partial(
-            mutual_loss,
-            temperature=temperature,
-            divergence=divergence,
-            jsd_beta=jsd_beta,
-            weight_a=1.0 if distillation_weight else None,
-            weight_b=None,
+    if not steps:
+        return _before_and_after(before, before)
+    reader = PublicReader(
+        llm,
+        proxy,
+        kept,
+        steps=steps,
+        batch_size=batch_size,
+        on_policy_fraction=on_policy_fraction,
+        on_policy_tokens=on_policy_tokens,
+        max_length=max_length,
+        seed=seed,
+    )
+    with recomputed_layers(proxy, enabled=gradient_checkpointing), isolated_generators(seed, proxy.device):
+        losses = _train_whole(
+            distillation,
+            reader,
+            steps=steps,
+            learning_rate=learning_rate,
+            on_progress=on_progress,
+            checkpoints=checkpoints,
         )
-        distillation = DistillationObjective(
-            llm,
-            proxy,
-            fold,
-            compare,
-            divergence_weight=distillation_weight,
-            feature_weight=feature_weight,
-            relation_weight=relation_weight,
-            precision=precision,
-            seed=seed,
-        )
-        reader = PublicReader(
-            EncodedRows(llm, kept, max_length=max_length),
-            EncodedRows(proxy, kept, max_length=max_length),
-            draw_batches(row_sizes(kept), batch_size=batch_size, steps=steps, seed=derive_seed(seed, "order")),
-            student=proxy,
-            on_policy=on_policy_steps(steps, on_policy_fraction, derive_seed(seed, "on_policy")),
-            max_new_tokens=on_policy_tokens,
-            max_length=max_length,
-            seed=seed,
-        )
-        with recomputed_layers(proxy, enabled=gradient_checkpointing), isolated_generators(seed, proxy.device):
-            losses = _train_whole(
-                distillation,
-                reader,
-                steps=steps,
-                learning_rate=learning_rate,
-                on_progress=on_progress,
-                checkpoints=checkpoints,
-            )
-    after = measure() if steps else before
-    return losses | _before_and_after(before, after)
+    return losses | _before_and_after(before, measure())
 
 
 def _before_and_after(before: Agreement, after: Agreement) -> dict[str, float]:
@@ -169,14 +139,11 @@ def _before_and_after(before: Agreement, after: Agreement) -> dict[str, float]:
     }
 
 
-def _require_terms(distillation: float, feature: float, relation: float, on_policy: float) -> None:
-    for name, weight in (("feature_weight", feature), ("relation_weight", relation)):
-        if weight < 0:
-            raise ValueError(f"expected {name} of at least 0, got {weight}")
-    if not 0 <= on_policy <= 1:
-        raise ValueError(f"expected on_policy_fraction from 0 to 1, got {on_policy}")
-    if on_policy and not (distillation or feature or relation):
-        raise ValueError(f"expected a weight above 0 for the teacher's part of on-policy steps ({on_policy}), got none")
+def _require_on_policy(fraction: float, distillation: DistillationObjective) -> None:
+    if not 0 <= fraction <= 1:
+        raise ValueError(f"expected on_policy_fraction from 0 to 1, got {fraction}")
+    if fraction and not distillation.has_teacher:
+        raise ValueError(f"expected a weight above 0 for the teacher's part of on-policy steps ({fraction}), got none")
 
 
 def _train_whole(

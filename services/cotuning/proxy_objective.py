@@ -3,22 +3,27 @@
 Names: S span starts, N response tokens.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
+from typing import TypedDict
 
 import torch
 from torch import Tensor
 
 from cotuning.alignment import align
 from cotuning.cross_entropy import cross_entropy, response_tokens
+from cotuning.divergences import Divergence
 from cotuning.encoded_rows import EncodedRows
 from cotuning.encoding import EncodedBatch
+from cotuning.examples import Example
 from cotuning.folding import FoldPair
 from cotuning.generation import sample
 from cotuning.hidden_distillation import feature_loss, fresh_projections, map_layers, relation_loss
 from cotuning.language_model import LanguageModel, all_hidden_states, hidden_states, output_head
+from cotuning.mutual_loss import mutual_loss
 from cotuning.seeding import derive_seed
-from cotuning.training import Precision, Step, autocast
+from cotuning.training import Precision, Step, autocast, draw_batches, row_sizes
 
 
 def on_policy_steps(steps: int, fraction: float, seed: int) -> frozenset[int]:
@@ -32,25 +37,29 @@ class PublicReader:
 
     def __init__(
         self,
-        llm_rows: EncodedRows,
-        proxy_rows: EncodedRows,
-        batches: Sequence[Sequence[int]],
+        llm: LanguageModel,
+        proxy: LanguageModel,
+        examples: Sequence[Example],
         *,
-        student: LanguageModel,
-        on_policy: frozenset[int],
-        max_new_tokens: int,
+        steps: int,
+        batch_size: int,
+        on_policy_fraction: float,
+        on_policy_tokens: int,
         max_length: int,
         seed: int,
     ) -> None:
-        self._rows = (llm_rows, proxy_rows)
-        self._student = student
-        self._batches = batches
-        self.on_policy = on_policy
-        self._max_new_tokens = max_new_tokens
+        self._rows = tuple(EncodedRows(lm, examples, max_length=max_length) for lm in (llm, proxy))
+        self._student = proxy
+        self._batches = draw_batches(
+            row_sizes(examples), batch_size=batch_size, steps=steps, seed=derive_seed(seed, "order")
+        )
+        self.on_policy = on_policy_steps(steps, on_policy_fraction, derive_seed(seed, "on_policy"))
+        self._max_new_tokens = on_policy_tokens
         self._max_length = max_length
         self._seed = seed
+        given = [batch for step, batch in enumerate(self._batches) if step not in self.on_policy]
         for rows in self._rows:
-            rows.encode(index for step, batch in enumerate(batches) if step not in on_policy for index in batch)
+            rows.encode(index for batch in given for index in batch)
 
     def batches(self, step: int) -> tuple[EncodedBatch, EncodedBatch]:
         """The teacher's and the student's encoding of one step's rows."""
@@ -74,27 +83,71 @@ class PublicReader:
         return llm_batch, proxy_batch
 
 
+class _Required(TypedDict):
+    distillation_weight: float
+    temperature: float
+
+
+class Objective(_Required, total=False):
+    """The arguments that say what is minimised; see `DistillationObjective`."""
+
+    divergence: Divergence
+    jsd_beta: float
+    feature_weight: float
+    relation_weight: float
+    precision: Precision
+
+
 class DistillationObjective:
-    """The objective of a batch; `compare` gives the divergence from teacher (second) to student (first)."""
+    """The objective of a batch.
+
+    Args:
+        llm: the teacher, only read.
+        proxy: the student; its tokenizer may be another one.
+        fold: with the proxy as side A.
+        distillation_weight: lambda in [0, 1].
+        temperature: tau.
+        divergence: D, teacher to student.
+        jsd_beta: the teacher's weight in the mixture, for `jsd`.
+        feature_weight: of `hidden_distillation.feature_loss`, all layers.
+        relation_weight: of `hidden_distillation.relation_loss`, all layers.
+        precision: of the forward passes.
+        seed: of the maps that `feature_loss` learns.
+
+    Raises:
+        ValueError: a negative weight.
+    """
 
     def __init__(
         self,
         llm: LanguageModel,
         proxy: LanguageModel,
         fold: FoldPair,
-        compare: Callable[..., tuple[Tensor, Tensor]],
         *,
-        divergence_weight: float,
-        feature_weight: float,
-        relation_weight: float,
-        precision: Precision,
+        distillation_weight: float,
+        temperature: float,
+        divergence: Divergence = "forward_kl",
+        jsd_beta: float = 0.5,
+        feature_weight: float = 0.0,
+        relation_weight: float = 0.0,
+        precision: Precision = "float32",
         seed: int,
     ) -> None:
+        for name, weight in (("feature_weight", feature_weight), ("relation_weight", relation_weight)):
+            if weight < 0:
+                raise ValueError(f"expected {name} of at least 0, got {weight}")
         self.llm, self.proxy = llm, proxy
         self._heads = output_head(llm), output_head(proxy)
         self._fold = fold
-        self._compare = compare
-        self._weight = divergence_weight
+        self._compare = partial(
+            mutual_loss,
+            temperature=temperature,
+            divergence=divergence,
+            jsd_beta=jsd_beta,
+            weight_a=1.0 if distillation_weight else None,
+            weight_b=None,
+        )
+        self._weight = distillation_weight
         self._weights = {"feature": feature_weight, "relation": relation_weight}
         self._precision = precision
         self._layers = map_layers(proxy.base.config.num_hidden_layers, llm.base.config.num_hidden_layers)
@@ -103,6 +156,11 @@ class DistillationObjective:
             sizes = _sizes(proxy), _sizes(llm)  # of each layer: OPT's last one may be narrower
             pairs = [(sizes[0][mine], sizes[1][theirs]) for mine, theirs in self._layers]
             self.projections = fresh_projections(pairs, seed=seed, device=proxy.device)
+
+    @property
+    def has_teacher(self) -> bool:
+        """Whether anything that the LLM says has weight."""
+        return bool(self._weight) or any(self._weights.values())
 
     def step(self, llm_batch: EncodedBatch, proxy_batch: EncodedBatch, *, on_policy: bool) -> Step:
         """One batch; without cross-entropy if the student itself wrote it."""

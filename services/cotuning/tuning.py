@@ -52,8 +52,12 @@ def cross_entropy_steps(
     *,
     precision: Precision = "float32",
     micro_batch_size: int | None = None,
+    label_smoothing: float = 0.0,
 ) -> StepAt:
-    """Each step's cross-entropy on responses, mean per token, as the objective of the learner `name`."""
+    """Each step's cross-entropy on responses, mean per token, as the objective of the learner `name`.
+
+    `label_smoothing`: see `cross_entropy`; what is reported is then smoothed too.
+    """
     rows.encode(index for batch in batches for index in batch)
     head = output_head(lm)
 
@@ -61,7 +65,9 @@ def cross_entropy_steps(
         with autocast(lm, precision):
             hidden_BTD = hidden_states(lm, batch.input_ids_BT)
             hidden_ND = hidden_BTD[tokens.sample_N, tokens.position_N]
-            loss, _ = cross_entropy(hidden_ND, head, tokens.target_N, num_tokens=num_tokens)
+            loss, _ = cross_entropy(
+                hidden_ND, head, tokens.target_N, num_tokens=num_tokens, label_smoothing=label_smoothing
+            )
         return Step({name: loss}, {"cross_entropy": loss.detach()})
 
     def step_at(step: int) -> Iterator[Step]:

@@ -8,8 +8,6 @@ same local state gives the same bytes; and so does going on from a checkpoint of
 import hashlib
 import json
 import re
-import resource
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -29,6 +27,7 @@ from assets.data import read_examples
 from assets.devices import available_memory
 from assets.errors import AssetError, ModelFolderError
 from assets.models import folder_identity, load_language_model, read_config
+from assets.process_memory import peak_memory
 from assets.tensors import read_tensors, tensors_to_bytes
 from assets.wire_files import update_files
 from cotuning.adapters import AdapterMismatch, adapted, lora_config
@@ -149,7 +148,7 @@ class LocalTrainer:
             losses=result.losses,
             alignment=AlignmentMetrics(**asdict(result.alignment)) if result.alignment else None,
             seconds_by_stage=watch.seconds(),
-            peak_memory_bytes=_peak_memory_bytes(),
+            peak_memory_bytes=peak_memory(),
         )
         return TrainedUpdate(_parts(assignment, result), result.num_examples, metrics, write_state)
 
@@ -327,9 +326,3 @@ def _record(assignment: Assignment, num_examples: int) -> StateRecord:
         adapter_sha256=assignment.adapter.sha256 if assignment.adapter else None,
         num_examples=num_examples,
     )
-
-
-def _peak_memory_bytes() -> int:
-    """Most resident memory of this process so far; Linux counts it in KiB, macOS in bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

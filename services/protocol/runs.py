@@ -59,7 +59,9 @@ class RunCreate(SettingsModel):
     )
     public_data: str | None = Field(default=None, max_length=1024, description="JSONL file of public rows.")
     evaluation_data: str | None = Field(
-        default=None, max_length=1024, description="JSONL file on which the LLM and the proxy are tested; optional."
+        default=None,
+        max_length=1024,
+        description="JSONL file on which the LLM and the proxy are tested; only with `public_data`.",
     )
     llm_loading: ModelLoading = ModelLoading()
     probe_rows: int = Field(default=64, ge=1, le=100_000, description="Public rows that every device receives (Q).")
@@ -119,6 +121,9 @@ class RunCreate(SettingsModel):
         if any(needs and not getattr(self, name) for name, needs in needed.items()):
             names = " and ".join(f"`{name}`" for name, needs in needed.items() if needs)
             raise ValueError(f"strategy `{self.strategy.name}` needs {names}")
+        if self.evaluation_data is not None and self.public_data is None:
+            # Without public rows the server makes no model that it could test.
+            raise ValueError("`evaluation_data` needs `public_data`, got none")
         if self.max_updates is not None and self.max_updates < self.min_updates:
             raise ValueError(f"`max_updates` ({self.max_updates}) is less than `min_updates` ({self.min_updates})")
         sampling = self.sampling_deadline_seconds

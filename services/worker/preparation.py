@@ -16,6 +16,7 @@ from sqlalchemy.orm import Session
 from assets.data import read_examples
 from assets.errors import DataFileError
 from assets.models import folder_identity, list_model_files, save_language_model
+from assets.process_memory import peak_memory
 from cotuning.examples import Example, rows_digest
 from cotuning.language_model import LanguageModel
 from cotuning.model_fingerprint import fingerprint_model
@@ -38,7 +39,7 @@ from worker.memory_check import check_memory
 from worker.model_cache import load_model
 from worker.row_files import ROWS, RowFiles, put_rows
 from worker.scoring import as_json, score
-from worker.stage import Finish, Stopwatch, Work, peak_memory_bytes
+from worker.stage import Finish, Stopwatch, Work
 
 T = TypeVar("T")
 
@@ -117,7 +118,7 @@ def _prepare(work: Work, config: RunCreate, spec: StrategySpec) -> Finish:
         "distillation": distilled,
         **({ROWS: row_files.as_json()} if row_files is not None else {}),
         "seconds_by_stage": {f"preparing.{part}": seconds for part, seconds in watch.seconds.items()},
-        "peak_memory_bytes": {"preparing": peak_memory_bytes()},
+        "peak_memory_bytes": {"preparing": peak_memory()},
     }
     return _finish(work, files, metrics)
 
@@ -201,10 +202,7 @@ def _hash(blob: StoredBlob | None) -> str | None:
 
 def _describe(lm: LanguageModel) -> dict[str, Any]:
     """What operators are told about a model of the run that no device reports."""
-    return {
-        "architecture": lm.model.config.model_type,
-        "parameters": sum(each.numel() for each in lm.model.parameters()),
-    }
+    return {"architecture": lm.architecture, "parameters": lm.num_parameters}
 
 
 def store_model(

@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
+from assets.process_memory import peak_memory
 from persistence.rounds import RoundContext
 from protocol.runs import RoundMetrics
 from protocol.statuses import RoundStatus
-from worker.stage import peak_memory_bytes
 
 
 def grown(context: RoundContext, stage: RoundStatus, seconds: float, **measured: Any) -> dict[str, Any]:
@@ -16,7 +16,7 @@ def grown(context: RoundContext, stage: RoundStatus, seconds: float, **measured:
         update={
             **measured,
             "seconds_by_stage": _with(before.seconds_by_stage, stage, seconds),
-            "peak_memory_bytes": _with(before.peak_memory_bytes, stage, peak_memory_bytes()),
+            "peak_memory_bytes": _with(before.peak_memory_bytes, stage, peak_memory()),
         }
     )
     return after.model_dump(mode="json", exclude_none=True)

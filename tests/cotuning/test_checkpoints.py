@@ -17,16 +17,13 @@ from cotuning.strategies.results import DeviceResult, ServerResult
 from cotuning.training import Learner, Step, draw_batches, row_sizes, train
 from cotuning.tuning import tune_adapter
 from protocol.strategies import CoPlmsSettings, LocalTraining, LoraSettings, ServerTraining
+from tests.cotuning.strategy_inputs import device_inputs, same, server_inputs, silent
 from tests.tiny_models import tiny_examples, tiny_language_model
 
 ROWS = tiny_examples(16)
 
 
 class Killed(Exception):
-    pass
-
-
-def silent(stage: str, step: int, steps: int, losses: Mapping[str, float]) -> None:
     pass
 
 
@@ -55,10 +52,6 @@ def tune(on_progress: Any = silent, checkpoints: Any = None, **changes: Any) -> 
             lent, "slm", rows, batches, on_progress=on_progress, checkpoints=checkpoints, **options | changes
         )
         return adapter_state(lent, "slm"), losses
-
-
-def same(a: Mapping[str, torch.Tensor], b: Mapping[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
 
 
 @pytest.mark.parametrize("killed", [1, 5, 6, 11, 12])
@@ -175,20 +168,17 @@ def device_round(on_progress: Any, checkpoints: Any = None) -> DeviceResult:
     proxy = tiny_language_model("llama_proxy")
     with adapted(proxy, lora_config(proxy, rank=2, alpha=4.0), {"shared": 1}) as lent:
         theta = adapter_state(lent, "shared")
-    return co_plms.device_step(
-        slm=tiny_language_model("qwen2"),
-        proxy=proxy,
-        private=ROWS,
-        probe=tiny_examples(4, start=100),
+    given = device_inputs(
+        tiny_language_model("qwen2"),
+        ROWS,
+        shared_model=proxy,
         shared_adapter=theta,
-        domain_adapter=None,
-        slm_adapter=None,
-        settings=settings,
-        round_number=1,
+        probe=tiny_examples(4, start=100),
         seed=0,
         on_progress=on_progress,
         checkpoints=checkpoints,
     )
+    return co_plms.device_step(given, settings)
 
 
 @pytest.mark.parametrize(("stage", "step"), [("domain_tuning", 3), ("domain_tuning", 4), ("mutual_learning", 4)])
@@ -212,20 +202,17 @@ def server_round(on_progress: Any, checkpoints: Any = None) -> ServerResult:
     lora = LoraSettings(rank=2, alpha=4, dropout=0.2)
     server = ServerTraining(steps=5, batch_size=4, micro_batch_size=3, max_length=64)
     proxy = tiny_language_model("llama_proxy")
-    return co_plms.server_step(
+    given = server_inputs(
         llm=tiny_language_model("llama"),
-        proxy=proxy,
+        shared_model=proxy,
+        shared_adapter=fresh_adapter(proxy, lora_config(proxy, **lora.model_dump()), seed=1),
         public=ROWS,
         probe=tiny_examples(4, start=100),
-        shared_adapter=fresh_adapter(proxy, lora_config(proxy, **lora.model_dump()), seed=1),
-        llm_adapter=None,
-        device_logits=[],
-        settings=CoPlmsSettings(proxy_lora=lora, llm_lora=lora, server=server),
-        round_number=1,
         seed=0,
         on_progress=on_progress,
         checkpoints=checkpoints,
     )
+    return co_plms.server_step(given, CoPlmsSettings(proxy_lora=lora, llm_lora=lora, server=server))
 
 
 @pytest.mark.parametrize("step", [1, 4])

@@ -36,7 +36,7 @@ def test_by_hand() -> None:
 
 
 @pytest.mark.parametrize("chunk_rows", [1, 3, 100])
-@pytest.mark.parametrize("variant", ["plain", "bias", "scale", "soft_cap"])
+@pytest.mark.parametrize("variant", ["plain", "bias", "scale", "soft_cap", "smoothed"])
 def test_value_and_gradients_equal_torch(chunk_rows: int, variant: str) -> None:
     generator = torch.Generator().manual_seed(0)
     hidden_ND, weight_VD, bias_V = (
@@ -46,14 +46,15 @@ def test_value_and_gradients_equal_torch(chunk_rows: int, variant: str) -> None:
     scale, cap = (0.5 if variant == "scale" else 1.0), (3.0 if variant == "soft_cap" else None)
     inputs = [tensor.clone().requires_grad_() for tensor in (hidden_ND, weight_VD, bias_V)]
     head = Head(inputs[1], 9, inputs[2] if variant == "bias" else None, scale, cap)
-    loss, _ = cross_entropy(inputs[0], head, target_N, chunk_rows=chunk_rows)
+    smoothing = 0.2 if variant == "smoothed" else 0.0
+    loss, _ = cross_entropy(inputs[0], head, target_N, label_smoothing=smoothing, chunk_rows=chunk_rows)
     (2 * loss).backward()
 
     slow = [tensor.clone().requires_grad_() for tensor in (hidden_ND, weight_VD, bias_V)]
     logits_NV = slow[0] @ slow[1][:9].T + (slow[2][:9] if variant == "bias" else 0)
     logits_NV = logits_NV * scale
     logits_NV = cap * torch.tanh(logits_NV / cap) if cap else logits_NV
-    expected = functional.cross_entropy(logits_NV, target_N)
+    expected = functional.cross_entropy(logits_NV, target_N, label_smoothing=smoothing)
     (2 * expected).backward()
     torch.testing.assert_close(loss, expected)
     for ours, theirs in zip(inputs, slow, strict=True):

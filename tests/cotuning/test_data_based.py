@@ -1,17 +1,30 @@
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
+from torch import Tensor
 
 from cotuning.adapters import AdapterState
-from cotuning.candidates import Candidate, Tallies
+from cotuning.candidates import Candidate
+from cotuning.examples import Example
 from cotuning.probe_logits import row_losses
-from cotuning.strategies import data_based, standalone
-from cotuning.strategies.data_based import choose_candidates
-from protocol.strategies import DataBasedSettings, LocalTraining, LoraSettings, ServerSteps, StandaloneSettings
+from cotuning.strategies.data_based import DataBased, candidates_message, candidates_of, choose_candidates
+from cotuning.strategies.results import DeviceResult, Message, ServerResult, only_tensor
+from protocol.strategies import DataBasedSettings, LocalTraining, ServerSteps
+from tests.cotuning.strategy_inputs import (
+    LORA,
+    SEED,
+    device_inputs,
+    only_a_message,
+    same,
+    sent,
+    server_inputs,
+    tuned_alone,
+)
 from tests.tiny_models import tiny_examples, tiny_language_model
 
 PRIVATE = tiny_examples(12)
@@ -20,7 +33,6 @@ OFFERED = [
     Candidate(row, group)
     for group, row in enumerate([*tiny_examples(3, start=200), *tiny_examples(3, start=20, kind="sum")])
 ]
-LORA = LoraSettings(rank=2, alpha=4.0)
 TRAINING = LocalTraining(steps=4, batch_size=4, learning_rate=1e-2, max_length=64)
 
 
@@ -36,55 +48,48 @@ def settings(**changes: Any) -> DataBasedSettings:
     return DataBasedSettings(**values | changes)
 
 
-def silent(stage: str, step: int, steps: int, losses: dict[str, float]) -> None:
-    pass
+def device(
+    chosen: DataBasedSettings | None = None,
+    *,
+    candidates: Sequence[Candidate] = OFFERED,
+    num_groups: int = 6,
+    private: Sequence[Example] = PRIVATE,
+    seed: int = SEED,
+) -> DeviceResult:
+    message = candidates_message(candidates, num_groups)
+    given = device_inputs(tiny_language_model("gpt2"), private, message=message, seed=seed)
+    return DataBased(chosen or settings()).device_step(given)
 
 
-def device(**changes: Any) -> data_based.DataDeviceResult:
-    values: dict[str, Any] = {
-        "slm": tiny_language_model("gpt2"),
-        "private": PRIVATE,
-        "candidates": OFFERED,
-        "num_groups": 6,
-        "slm_adapter": None,
-        "settings": settings(),
-        "round_number": 1,
-        "seed": 9,
-        "on_progress": silent,
-    }
-    return data_based.device_step(**values | changes)
-
-
-def server(**changes: Any) -> data_based.DataServerResult:
+def server(
+    chosen: DataBasedSettings | None = None,
+    *,
+    candidates: Sequence[Candidate] = (),
+    num_groups: int = 6,
+    device_counts: Sequence[Tensor] = (),
+    **changes: Any,
+) -> ServerResult:
+    slm = tiny_language_model("gpt2")
     values: dict[str, Any] = {
         "llm": tiny_language_model("llama"),
         "public": PUBLIC,
-        "llm_adapter": None,
-        "candidates": [],
-        "device_counts": [],
-        "tallies": None,
-        "settings": settings(),
-        "round_number": 1,
-        "seed": 9,
-        "on_progress": silent,
+        "message": candidates_message(candidates, num_groups),
+        "device_messages": [sent(Message({"kept": each}), slm, num_examples=12) for each in device_counts],
     }
-    return data_based.server_step(**values | changes)
+    return DataBased(chosen or settings()).server_step(server_inputs(**values | changes))
 
 
-def same(a: AdapterState, b: AdapterState) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+def counts(result: DeviceResult) -> Tensor:
+    return only_tensor(only_a_message(result).tensors, "kept")
+
+
+def omega(result: ServerResult) -> AdapterState:
+    assert result.llm_adapter is not None
+    return result.llm_adapter
 
 
 def alone() -> AdapterState:
-    return standalone.device_step(
-        slm=tiny_language_model("gpt2"),
-        private=PRIVATE,
-        slm_adapter=None,
-        settings=StandaloneSettings(slm_lora=LORA, training=TRAINING),
-        round_number=1,
-        seed=9,
-        on_progress=silent,
-    ).slm_adapter
+    return tuned_alone(device_inputs(tiny_language_model("gpt2"), PRIVATE), TRAINING)
 
 
 def kept(losses: list[float], private: list[float] = [], **rule: Any) -> list[int]:  # noqa: B006 - never changed
@@ -117,28 +122,29 @@ def test_what_a_device_keeps_is_what_the_rule_says_of_its_own_losses() -> None:
     chosen = settings(low_quantile=0.3, high_quantile=0.8)
     losses_N = row_losses(slm, [each.example for each in OFFERED], max_length=64)
     expected = choose_candidates(losses_N, torch.zeros(0), chosen)
-    result = device(settings=chosen)
-    assert result.kept.tolist() == expected.long().tolist()
-    assert 0 < int(result.kept.sum()) < 6
+    kept_G = counts(device(chosen))
+    assert kept_G.tolist() == expected.long().tolist()
+    assert 0 < int(kept_G.sum()) < 6
     private_M = row_losses(slm, PRIVATE, max_length=64)
     below = settings(keep="below_private", margin=0.02)
-    assert device(settings=below).kept.tolist() == choose_candidates(losses_N, private_M, below).long().tolist()
+    assert counts(device(below)).tolist() == choose_candidates(losses_N, private_M, below).long().tolist()
 
 
 def test_what_is_sent_are_counts_only() -> None:
     """One whole number a group, which says how many of its candidates were kept and nothing else."""
     result = device()
-    assert result.kept.dtype == torch.int64
-    assert result.kept.shape == (6,)
-    assert ((result.kept >= 0) & (result.kept <= 1)).all()
+    kept_G = counts(result)  # nothing else leaves with it
+    assert result.message is not None
+    assert result.message.metadata == {}
+    assert kept_G.dtype == torch.int64
+    assert kept_G.shape == (6,)
+    assert ((kept_G >= 0) & (kept_G <= 1)).all()
     # Rows that are kept alike give the same message, whatever the private rows are.
     other = device(private=tiny_examples(12, start=50))
-    assert torch.equal(other.kept, result.kept)
+    assert torch.equal(counts(other), kept_G)
     assert not same(other.slm_adapter, result.slm_adapter)
     by_task = device(candidates=[replace(each, group=each.group // 3) for each in OFFERED], num_groups=2)
-    assert by_task.kept.tolist() == [int(result.kept[:3].sum()), int(result.kept[3:].sum())]
-    # Nothing but that, the number of private rows and the training's mean loss leaves: no other field may.
-    assert set(data_based.DataDeviceResult.__dataclass_fields__) == {"slm_adapter", "kept", "num_examples", "losses"}
+    assert counts(by_task).tolist() == [int(kept_G[:3].sum()), int(kept_G[3:].sum())]
     assert set(result.losses) == {"slm_ce"}
     assert result.num_examples == 12
 
@@ -147,20 +153,22 @@ def test_what_is_sent_are_counts_only() -> None:
 def test_where_nothing_is_added_it_is_the_standalone_baseline_bit_for_bit(reason: str) -> None:
     changes: dict[str, dict[str, Any]] = {
         "no_candidates": {"candidates": []},
-        "none_kept": {"settings": settings(keep="below_private", margin=-100.0)},
-        "no_share": {"settings": settings(candidate_fraction=0.0)},
+        "none_kept": {"chosen": settings(keep="below_private", margin=-100.0)},
+        "no_share": {"chosen": settings(candidate_fraction=0.0)},
     }
-    assert same(device(**changes[reason]).slm_adapter, alone())
+    result = device(**changes[reason])
+    assert same(result.slm_adapter, alone())
+    assert (result.message is None) == (reason == "no_candidates")
     assert not same(device().slm_adapter, alone())
 
 
 def test_only_what_is_kept_is_trained_on() -> None:
     chosen = settings(low_quantile=0.0, high_quantile=0.5)
-    result = device(settings=chosen)
-    left = [each for each, count in zip(OFFERED, result.kept.tolist(), strict=True) if count]
+    result = device(chosen)
+    left = [each for each, count in zip(OFFERED, counts(result).tolist(), strict=True) if count]
     assert len(left) == 3
     everything = settings(low_quantile=0.0, high_quantile=1.0)
-    assert same(device(candidates=left, settings=everything).slm_adapter, result.slm_adapter)
+    assert same(device(everything, candidates=left).slm_adapter, result.slm_adapter)
 
 
 def test_equal_arguments_give_equal_bits() -> None:
@@ -169,28 +177,28 @@ def test_equal_arguments_give_equal_bits() -> None:
     assert first.losses == again.losses
     assert not same(first.slm_adapter, other.slm_adapter)
     served, repeated = server(), server()
-    assert same(served.llm_adapter, repeated.llm_adapter)
-    assert served.candidates == repeated.candidates
+    assert same(omega(served), omega(repeated))
+    assert candidates_of(served.message) == candidates_of(repeated.message)
 
 
 def test_the_server_counts_what_devices_kept_whatever_their_order() -> None:
-    counts = [torch.tensor([1, 0, 1, 0, 0, 0]), torch.tensor([1, 1, 0, 0, 0, 0])]
-    first = server(candidates=OFFERED, device_counts=counts, tallies=Tallies.empty(6))
-    assert first.tallies.offered_G.tolist() == [2] * 6
-    assert first.tallies.kept_G.tolist() == [2, 1, 1, 0, 0, 0]
-    turned = server(candidates=OFFERED, device_counts=counts[::-1], tallies=Tallies.empty(6))
-    assert turned.candidates == first.candidates
-    assert same(turned.llm_adapter, first.llm_adapter)
-    later = server(candidates=OFFERED, device_counts=counts, tallies=first.tallies, llm_adapter=first.llm_adapter)
-    assert later.tallies.kept_G.tolist() == [4, 2, 2, 0, 0, 0]
+    kept = [torch.tensor([1, 0, 1, 0, 0, 0]), torch.tensor([1, 1, 0, 0, 0, 0])]
+    first = server(candidates=OFFERED, device_counts=kept)
+    assert first.state["offered"].tolist() == [2] * 6
+    assert first.state["kept"].tolist() == [2, 1, 1, 0, 0, 0]
+    turned = server(candidates=OFFERED, device_counts=kept[::-1])
+    assert candidates_of(turned.message) == candidates_of(first.message)
+    assert same(omega(turned), omega(first))
+    later = server(candidates=OFFERED, device_counts=kept, state=first.state, llm_adapter=first.llm_adapter)
+    assert later.state["kept"].tolist() == [4, 2, 2, 0, 0, 0]
 
 
 def test_counts_by_task() -> None:
     by_task = settings(count_by="task")
     rows = [replace(each, group=each.group % 3) for each in OFFERED]
-    served = server(candidates=rows, device_counts=[torch.tensor([2, 0, 1])], settings=by_task)
-    assert served.tallies.offered_G.tolist() == [2, 2, 2]
-    assert served.tallies.kept_G.tolist() == [2, 0, 1]
+    served = server(by_task, candidates=rows, num_groups=3, device_counts=[torch.tensor([2, 0, 1])])
+    assert served.state["offered"].tolist() == [2, 2, 2]
+    assert served.state["kept"].tolist() == [2, 0, 1]
 
 
 def test_the_llm_learns_public_rows_before_it_writes() -> None:
@@ -198,9 +206,9 @@ def test_the_llm_learns_public_rows_before_it_writes() -> None:
     served = server(on_progress=lambda stage, *_: stages.append(stage))
     assert stages == ["public_tuning"] * 3
     assert set(served.losses) == {"llm_ce"}
-    still = server(settings=settings(server=ServerSteps(steps=0, max_length=128)))
+    still = server(settings(server=ServerSteps(steps=0, max_length=128)))
     assert still.losses == {}
-    assert not any(tensor.any() for name, tensor in still.llm_adapter.items() if "lora_B" in name)
+    assert not any(tensor.any() for name, tensor in omega(still).items() if "lora_B" in name)
 
 
 def test_bad_input_is_refused() -> None:

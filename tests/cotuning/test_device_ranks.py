@@ -5,7 +5,8 @@ import torch
 
 from cotuning.product_mean import lora_pairs
 from cotuning.strategies.device_ranks import device_start
-from tests.cotuning.test_strategies import LORA, World, same, settings
+from tests.cotuning.strategy_inputs import LORA, same
+from tests.cotuning.test_strategies import World, settings
 
 
 def test_where_devices_cut_theta_it_is_published_with_its_greatest_components_first() -> None:

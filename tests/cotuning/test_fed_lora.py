@@ -8,11 +8,11 @@ import torch
 
 from cotuning.adapters import AdapterMismatch, AdapterState, add, fresh_adapter, lora_config
 from cotuning.evaluation import bits_per_byte
-from cotuning.strategies import standalone
-from cotuning.strategies.interface import DeviceInputs, ServerInputs, StrategySteps
+from cotuning.strategies.interface import DeviceInputs, StrategySteps
 from cotuning.strategies.registry import steps_of
-from protocol.strategies import FedLoraSettings, StandaloneSettings
-from tests.cotuning.test_strategies import LORA, PRIVATE, PROBE, TRAINING, same, silent, tuned_loss
+from protocol.strategies import FedLoraSettings
+from tests.cotuning.strategy_inputs import LORA, device_inputs, same, server_inputs, tuned_alone
+from tests.cotuning.test_strategies import PRIVATE, PROBE, TRAINING, tuned_loss
 from tests.tiny_models import tiny_examples, tiny_language_model
 
 OTHERS = tiny_examples(16, start=40, kind="sum")
@@ -27,9 +27,8 @@ class Homogeneous:
         self.steps: StrategySteps[Any] = steps_of(FedLoraSettings(slm_lora=LORA, training=TRAINING))
 
     def inputs(self, **changes: Any) -> DeviceInputs:
-        values: dict[str, Any] = {"slm": self.slm, "private": PRIVATE, "slm_adapter": None, "seed": 9}
-        values |= {"shared_adapter": self.theta, "round_number": 1, "on_progress": silent}
-        return DeviceInputs(**values | changes)
+        values: dict[str, Any] = {"private": PRIVATE, "shared_adapter": self.theta}
+        return device_inputs(self.slm, **values | changes)
 
 
 def test_a_device_tunes_the_shared_adapter_and_sends_what_changed() -> None:
@@ -46,16 +45,8 @@ def test_a_device_tunes_the_shared_adapter_and_sends_what_changed() -> None:
 
 def test_local_steps_are_those_of_a_device_alone_that_starts_from_the_same_adapter() -> None:
     world = Homogeneous()
-    alone = standalone.device_step(
-        slm=world.slm,
-        private=PRIVATE,
-        slm_adapter=world.theta,
-        settings=StandaloneSettings(slm_lora=LORA, training=TRAINING),
-        round_number=1,
-        seed=9,
-        on_progress=silent,
-    )
-    assert same(world.steps.device_step(world.inputs()).slm_adapter, alone.slm_adapter)
+    alone = tuned_alone(device_inputs(world.slm, PRIVATE, slm_adapter=world.theta), TRAINING)
+    assert same(world.steps.device_step(world.inputs()).slm_adapter, alone)
 
 
 def test_a_device_goes_on_from_the_shared_adapter_and_not_from_its_own() -> None:
@@ -76,7 +67,7 @@ def test_the_server_publishes_the_mean_weighted_by_rows() -> None:
         parts = [result.delta[name].double().numpy() for result in results]
         expected = world.theta[name].double().numpy() + np.average(parts, axis=0, weights=[16, 4])
         np.testing.assert_allclose(tensor.numpy(), expected, rtol=1e-6, atol=1e-8)
-    served = world.steps.server_step(ServerInputs(round_number=1, seed=9, on_progress=silent, shared_adapter=theta))
+    served = world.steps.server_step(server_inputs(shared_adapter=theta))
     assert same(served.shared_adapter or {}, theta)
     assert served.llm_adapter is None
 

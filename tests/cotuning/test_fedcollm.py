@@ -15,16 +15,15 @@ from cotuning.examples import Example
 from cotuning.language_model import LanguageModel
 from cotuning.seeding import derive_seed
 from cotuning.shared_rows import CoverageTooLow
-from cotuning.strategies.interface import DeviceInputs, ServerInputs
 from cotuning.strategies.registry import steps_of
 from cotuning.strategies.results import ServerResult
 from cotuning.training import draw_batches, row_sizes
 from protocol.strategies import FedCoLlmSettings, FedLoraSettings, LoraSettings, MutualDistillation
-from tests.cotuning.test_strategies import LORA, PRIVATE, PUBLIC, TRAINING, same, silent, tuned_loss
+from tests.cotuning.strategy_inputs import LORA, SEED, device_inputs, same, server_inputs
+from tests.cotuning.test_strategies import PRIVATE, PUBLIC, TRAINING, tuned_loss
 from tests.tiny_models import tiny_examples, tiny_language_model
 
 ONE_STEP = MutualDistillation(steps=1, batch_size=4, max_length=64, gradient_clip=1e9)
-SEED = 9
 
 
 def settings(**changes: Any) -> FedCoLlmSettings:
@@ -45,9 +44,7 @@ class Server:
         return fresh_adapter(lm, lora_config(lm, **LORA.model_dump()), seed=seed)
 
     def step(self, public: Sequence[Example] = PUBLIC, chosen: FedCoLlmSettings | None = None) -> ServerResult:
-        given = ServerInputs(
-            round_number=1,
-            seed=SEED,
+        given = server_inputs(
             on_progress=self._keep_gradients,
             llm=self.llm,
             shared_model=self.slm,
@@ -192,15 +189,7 @@ def test_the_aggregate_is_the_mean_and_not_the_sum() -> None:
 
 def test_devices_do_what_fed_loras_do() -> None:
     world = Server()
-    given = DeviceInputs(
-        slm=world.slm,
-        private=PRIVATE,
-        slm_adapter=None,
-        shared_adapter=world.theta,
-        round_number=1,
-        seed=SEED,
-        on_progress=silent,
-    )
+    given = device_inputs(world.slm, PRIVATE, shared_adapter=world.theta)
     plain = FedLoraSettings(slm_lora=LORA, training=TRAINING)
     assert same(steps_of(settings()).device_step(given).delta, steps_of(plain).device_step(given).delta)
 

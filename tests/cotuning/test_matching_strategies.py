@@ -6,7 +6,8 @@ import pytest
 from pydantic import ValidationError
 
 from protocol.strategies import CoPlmsSettings
-from tests.cotuning.test_strategies import World, same, settings
+from tests.cotuning.strategy_inputs import same
+from tests.cotuning.test_strategies import World, settings
 
 TERMS = {
     "fold": {"kl"},

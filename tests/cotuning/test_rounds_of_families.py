@@ -22,14 +22,13 @@ from protocol.strategies import (
     FeatureBasedSettings,
     FedMktSettings,
     LocalTraining,
-    LoraSettings,
     MessageKind,
     ServerSteps,
     StrategySettings,
 )
+from tests.cotuning.strategy_inputs import LORA, device_inputs, same, sent, server_inputs
 from tests.tiny_models import tiny_examples, tiny_language_model
 
-LORA = LoraSettings(rank=2, alpha=4.0)
 COMMON: dict[str, Any] = {
     "slm_lora": LORA,
     "llm_lora": LORA,
@@ -45,10 +44,6 @@ SLMS = ("gpt2", "qwen2")
 PUBLIC, PROBE = tiny_examples(6, start=100), tiny_examples(6, start=200)
 
 
-def silent(stage: str, step: int, steps: int, losses: dict[str, float]) -> None:
-    pass
-
-
 @dataclass
 class Federation:
     """Two devices with unlike SLMs, and a server."""
@@ -62,23 +57,19 @@ class Federation:
 
     def device(self, place: int, round_number: int) -> DeviceInputs:
         private: Sequence[Example] = tiny_examples(8, start=10 * place)
-        return DeviceInputs(
-            slm=tiny_language_model(SLMS[place]),
-            private=private,
+        return device_inputs(
+            tiny_language_model(SLMS[place]),
+            private,
             slm_adapter=self.psi[place],
             round_number=round_number,
-            seed=5,
-            on_progress=silent,
             probe=PROBE,
             message=self.message,
             llm_vocabulary=Vocabulary.of(self.llm.tokenizer),
         )
 
     def server(self, round_number: int, messages: Sequence[DeviceMessage]) -> ServerInputs:
-        return ServerInputs(
+        return server_inputs(
             round_number=round_number,
-            seed=5,
-            on_progress=silent,
             llm=self.llm,
             llm_adapter=self.omega,
             public=PUBLIC,
@@ -94,22 +85,13 @@ class Federation:
         results = [self.steps.device_step(self.device(place, number)) for place in range(2)]
         self.psi = [result.slm_adapter for result in results]
         messages = [
-            DeviceMessage(
-                result.message.tensors,
-                result.message.metadata,
-                result.num_examples,
-                Vocabulary.of(tiny_language_model(SLMS[place]).tokenizer),
-            )
+            sent(result.message, tiny_language_model(SLMS[place]), num_examples=result.num_examples)
             for place, result in enumerate(results)
             if result.message is not None
         ]
         served = self.steps.server_step(self.server(number, messages))
         self.omega, self.message, self.state = served.llm_adapter, served.message, dict(served.state)
         return results, served
-
-
-def same(a: AdapterState, b: AdapterState) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 @pytest.mark.parametrize("settings", FAMILIES, ids=lambda settings: settings.name)

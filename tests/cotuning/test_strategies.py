@@ -13,15 +13,16 @@ from cotuning.language_model import LanguageModel
 from cotuning.probe_logits import probe_payload
 from cotuning.proxy_creation import create_proxy
 from cotuning.shared_rows import CoverageTooLow, measure_alignment, share_rows
-from cotuning.strategies import co_plms, standalone
+from cotuning.strategies import co_plms
+from cotuning.strategies.registry import steps_of
 from cotuning.strategies.results import DeviceResult, ServerResult
-from protocol.strategies import CoPlmsSettings, LocalTraining, LoraSettings, ServerTraining, StandaloneSettings
+from protocol.strategies import CoPlmsSettings, LocalTraining, ServerTraining, StandaloneSettings
+from tests.cotuning.strategy_inputs import LORA, device_inputs, same, server_inputs, tuned_alone
 from tests.tiny_models import tiny_examples, tiny_language_model
 
 PRIVATE = tiny_examples(16)
 PUBLIC = tiny_examples(20, start=100)
 PROBE = tiny_examples(6, start=200)
-LORA = LoraSettings(rank=2, alpha=4.0)
 TRAINING = LocalTraining(steps=6, batch_size=4, learning_rate=1e-2, max_length=64)
 
 
@@ -39,10 +40,6 @@ def settings(**changes: Any) -> CoPlmsSettings:
     return CoPlmsSettings(**values | changes)
 
 
-def silent(stage: str, step: int, steps: int, losses: dict[str, float]) -> None:
-    pass
-
-
 class World:
     """An LLM, its proxy and an SLM, with the shared adapter that a round starts from."""
 
@@ -53,36 +50,16 @@ class World:
         self.theta = fresh_adapter(self.proxy, lora_config(self.proxy, **LORA.model_dump()), seed=1)
 
     def device(self, **changes: Any) -> DeviceResult:
-        values: dict[str, Any] = {
-            "slm": self.slm,
-            "proxy": self.proxy,
-            "private": PRIVATE,
-            "probe": PROBE,
-            "shared_adapter": self.theta,
-            "domain_adapter": None,
-            "slm_adapter": None,
-            "settings": settings(),
-            "round_number": 1,
-            "seed": 9,
-            "on_progress": silent,
-        }
-        return co_plms.device_step(**values | changes)
+        values: dict[str, Any] = {"slm": self.slm, "private": PRIVATE, "probe": PROBE}
+        values |= {"shared_model": self.proxy, "shared_adapter": self.theta}
+        chosen = changes.pop("settings", settings())
+        return co_plms.device_step(device_inputs(**values | changes), chosen)
 
     def server(self, **changes: Any) -> ServerResult:
-        values: dict[str, Any] = {
-            "llm": self.llm,
-            "proxy": self.proxy,
-            "public": PUBLIC,
-            "probe": PROBE,
-            "shared_adapter": self.theta,
-            "llm_adapter": None,
-            "device_logits": [],
-            "settings": settings(),
-            "round_number": 1,
-            "seed": 9,
-            "on_progress": silent,
-        }
-        return co_plms.server_step(**values | changes)
+        values: dict[str, Any] = {"llm": self.llm, "public": PUBLIC, "probe": PROBE}
+        values |= {"shared_model": self.proxy, "shared_adapter": self.theta}
+        chosen = changes.pop("settings", settings())
+        return co_plms.server_step(server_inputs(**values | changes), chosen)
 
     def parse(self, result: DeviceResult) -> Any:
         return co_plms.parse_logits(
@@ -93,10 +70,6 @@ class World:
             places=co_plms.logits_places(self.proxy, PROBE, settings()),
             settings=settings(),
         )
-
-
-def same(a: AdapterState, b: AdapterState) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 def tuned_loss(lm: LanguageModel, state: AdapterState, rows: list[Example]) -> float:
@@ -231,17 +204,8 @@ def test_alpha_and_beta_weigh_what_each_side_learns() -> None:
 def test_without_distillation_the_slm_learns_as_if_alone() -> None:
     """With alpha 0 SAML is cross-entropy on the same rows in the same order: the standalone baseline, bit for bit."""
     world = World()
-    alone = standalone.device_step(
-        slm=world.slm,
-        private=PRIVATE,
-        slm_adapter=None,
-        settings=StandaloneSettings(slm_lora=LORA, training=TRAINING),
-        round_number=1,
-        seed=9,
-        on_progress=silent,
-    )
     together = world.device(settings=settings(alpha=0.0))
-    assert same(alone.slm_adapter, together.slm_adapter)
+    assert same(tuned_alone(device_inputs(world.slm, PRIVATE), TRAINING), together.slm_adapter)
 
 
 def test_public_rows_are_mixed_in() -> None:
@@ -317,20 +281,13 @@ def test_an_adapter_of_other_settings_is_refused() -> None:
 
 def test_standalone_learns_alone_and_sends_nothing() -> None:
     slm = tiny_language_model("bloom")
-    options: dict[str, Any] = {
-        "slm": slm,
-        "private": PRIVATE,
-        "settings": StandaloneSettings(slm_lora=LORA, training=TRAINING),
-        "seed": 2,
-    }
+    steps = steps_of(StandaloneSettings(slm_lora=LORA, training=TRAINING))
     stages: list[str] = []
-    first = standalone.device_step(
-        **options, slm_adapter=None, round_number=1, on_progress=lambda stage, *_: stages.append(stage)
-    )
+    first = steps.device_step(device_inputs(slm, PRIVATE, on_progress=lambda stage, *_: stages.append(stage)))
     assert stages == ["standalone_tuning"] * 6
     assert (first.delta, first.logits, first.logits_metadata, first.domain_adapter) == ({}, {}, {}, None)
     assert set(first.losses) == {"slm_ce"}
-    second = standalone.device_step(**options, slm_adapter=first.slm_adapter, round_number=2, on_progress=silent)
+    second = steps.device_step(device_inputs(slm, PRIVATE, slm_adapter=first.slm_adapter, round_number=2))
     scores = [tuned_loss(slm, state, PRIVATE) for state in (first.slm_adapter, second.slm_adapter)]
     assert scores[1] < scores[0] < bits_per_byte(slm, PRIVATE)
 
@@ -379,16 +336,9 @@ def test_micro_batches_change_every_stage_by_rounding_only() -> None:
 def test_a_standalone_device_takes_micro_batches() -> None:
     losses = []
     for size in (None, 3):
-        result = standalone.device_step(
-            slm=tiny_language_model("gpt2"),
-            private=PRIVATE,
-            slm_adapter=None,
-            settings=StandaloneSettings(slm_lora=LORA, training=TRAINING.model_copy(update={"micro_batch_size": size})),
-            round_number=1,
-            seed=0,
-            on_progress=silent,
-        )
-        losses.append(result.losses["slm_ce"])
+        training = TRAINING.model_copy(update={"micro_batch_size": size})
+        steps = steps_of(StandaloneSettings(slm_lora=LORA, training=training))
+        losses.append(steps.device_step(device_inputs(tiny_language_model("gpt2"), PRIVATE)).losses["slm_ce"])
     assert losses[0] != losses[1]
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 

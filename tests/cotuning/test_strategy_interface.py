@@ -7,18 +7,20 @@ import pytest
 import torch
 
 from cotuning.adapters import add
-from cotuning.strategies import co_plms, interface, registry, standalone
-from cotuning.strategies.interface import DeviceInputs, ServerInputs, StrategySteps
+from cotuning.strategies import co_plms, interface, registry
+from cotuning.strategies.interface import DeviceInputs, StrategySteps
 from cotuning.strategies.registry import StepsNotUsable, steps_of
 from protocol.strategies import STRATEGIES, CentralizedSettings, StandaloneSettings, StrategySettings
 from protocol.strategies.registry import BUILT_IN
-from tests.cotuning.test_strategies import LORA, PRIVATE, PROBE, PUBLIC, TRAINING, World, same, settings, silent
+from tests.cotuning.strategy_inputs import LORA, device_inputs, same, server_inputs, tuned_alone
+from tests.cotuning.test_strategies import PRIVATE, PROBE, PUBLIC, TRAINING, World, settings
 from tests.tiny_models import tiny_examples
 
 
-def device_inputs(world: World, **changes: Any) -> DeviceInputs:
-    values: dict[str, Any] = {"slm": world.slm, "private": PRIVATE, "slm_adapter": None, "round_number": 1, "seed": 9}
-    return DeviceInputs(**values | {"on_progress": silent} | changes)
+def of_proxy(world: World, **changes: Any) -> DeviceInputs:
+    return device_inputs(
+        world.slm, PRIVATE, shared_model=world.proxy, shared_adapter=world.theta, probe=PROBE, **changes
+    )
 
 
 @pytest.mark.parametrize("spec", BUILT_IN, ids=lambda spec: spec.name)
@@ -37,8 +39,7 @@ def test_steps_that_are_none_are_refused(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_co_plms_through_the_interface_gives_the_bits_of_its_functions() -> None:
     world, chosen = World(), settings()
     steps = steps_of(chosen)
-    inputs = device_inputs(world, shared_model=world.proxy, shared_adapter=world.theta, probe=PROBE)
-    result, expected = steps.device_step(inputs), world.device()
+    result, expected = steps.device_step(of_proxy(world)), world.device()
     assert same(result.delta, expected.delta)
     assert same(result.logits, expected.logits)
     assert same(result.slm_adapter, expected.slm_adapter)
@@ -49,10 +50,7 @@ def test_co_plms_through_the_interface_gives_the_bits_of_its_functions() -> None
     aggregator = steps.aggregator(world.theta, None)
     aggregator.add(result.delta, 16.0)
     theta = aggregator.result().adapter
-    given = ServerInputs(
-        round_number=1,
-        seed=9,
-        on_progress=silent,
+    given = server_inputs(
         llm=world.llm,
         shared_model=world.proxy,
         shared_adapter=theta,
@@ -71,25 +69,12 @@ def test_co_plms_through_the_interface_gives_the_bits_of_its_functions() -> None
 def test_a_lower_rank_is_cut_inside_the_step() -> None:
     world = World()
     chosen = settings(device_ranks="declared", aggregation="exact_svd")
-    inputs = device_inputs(world, shared_model=world.proxy, shared_adapter=world.theta, probe=PROBE, adapter_rank=1)
-    delta = steps_of(chosen).device_step(inputs).delta
+    delta = steps_of(chosen).device_step(of_proxy(world, adapter_rank=1)).delta
     assert {tensor.shape[0] for name, tensor in delta.items() if "lora_A" in name} == {1}
 
 
-def test_standalone_through_the_interface_gives_the_bits_of_its_function() -> None:
-    world = World()
-    chosen = StandaloneSettings(slm_lora=LORA, training=TRAINING)
-    expected = standalone.device_step(
-        slm=world.slm,
-        private=PRIVATE,
-        slm_adapter=None,
-        settings=chosen,
-        round_number=1,
-        seed=9,
-        on_progress=silent,
-    )
-    assert same(steps_of(chosen).device_step(device_inputs(world)).slm_adapter, expected.slm_adapter)
-    served = steps_of(chosen).server_step(ServerInputs(round_number=1, seed=9, on_progress=silent))
+def test_the_server_of_devices_by_themselves_has_nothing() -> None:
+    served = steps_of(StandaloneSettings()).server_step(server_inputs())
     assert (served.shared_adapter, served.llm_adapter, served.losses) == (None, None, {})
 
 
@@ -108,11 +93,11 @@ def test_what_a_strategy_does_not_have_is_refused_by_name() -> None:
 def test_the_server_publishes_the_aggregate_where_a_strategy_says_nothing_else() -> None:
     class Echo(StrategySteps[StrategySettings]):
         def device_step(self, given: DeviceInputs) -> Any:
-            raise NotImplementedError
+            raise AssertionError("the server's step asks no device")
 
     world = World()
     theta = add(world.theta, world.theta, scale=0.5)
-    given = ServerInputs(round_number=1, seed=0, on_progress=silent, shared_adapter=theta, llm_adapter=world.theta)
+    given = server_inputs(shared_adapter=theta, llm_adapter=world.theta)
     served = Echo(StandaloneSettings()).server_step(given)
     assert same(served.shared_adapter or {}, theta)
     assert same(served.llm_adapter or {}, world.theta)
@@ -123,10 +108,10 @@ def test_centralized_is_one_device_with_everybodys_rows() -> None:
     world, others = World(), tiny_examples(16, start=40, kind="sum")
     chosen = CentralizedSettings(slm_lora=LORA, training=TRAINING)
     stages: list[str] = []
-    pooled = device_inputs(world, private=[*PRIVATE, *others], on_progress=lambda stage, *_: stages.append(stage))
+    rows = [*PRIVATE, *others]
+    pooled = device_inputs(world.slm, rows, on_progress=lambda stage, *_: stages.append(stage))
     result = steps_of(chosen).device_step(pooled)
     assert (stages, result.num_examples) == (["centralized_tuning"] * TRAINING.steps, 32)
     assert (result.delta, result.logits) == ({}, {})
-    alone = StandaloneSettings(slm_lora=LORA, training=TRAINING)
-    assert same(result.slm_adapter, steps_of(alone).device_step(pooled).slm_adapter)
-    assert not same(result.slm_adapter, steps_of(alone).device_step(device_inputs(world)).slm_adapter)
+    assert same(result.slm_adapter, tuned_alone(pooled, TRAINING))
+    assert not same(result.slm_adapter, tuned_alone(device_inputs(world.slm, PRIVATE), TRAINING))

@@ -12,8 +12,8 @@ from assets.data import read_examples
 from protocol.runs import RunCreate
 from protocol.statuses import RunStatus
 from simulation.base_models import BaseModels
-from simulation.experiment import Player
 from simulation.partition import DeviceRows
+from simulation.player import Player
 from simulation.rounds import Version
 from simulation.settings import settings_of
 from simulation.setup import Device, Experiment

@@ -116,7 +116,7 @@ def test_a_strategy_that_a_distribution_adds_runs_without_touching_anything_else
     # This process has not got it installed, so it speaks JSON and not our client's language.
     headers = {"Authorization": f"Bearer {alike.key}"}
     with httpx.Client(base_url=alike.address, headers=headers, trust_env=False, timeout=30) as operator:
-        config = run_config(alike, "sign_lora", size=0.5) | {"llm": None, "public_data": None}
+        config = run_config(alike, "sign_lora", size=0.5) | dict.fromkeys(("llm", "public_data", "evaluation_data"))
         created = operator.post("/v1/runs", json=config)
         assert created.status_code == 201, created.text
         run_id = created.json()["run_id"]

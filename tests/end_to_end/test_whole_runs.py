@@ -60,7 +60,9 @@ def test_no_private_row_is_anywhere_in_the_cloud(cloud: SmallCloud) -> None:
 
 def test_standalone_tuning_sends_only_numbers(cloud: SmallCloud) -> None:
     strategy = {"name": "standalone", "training": {"steps": 2, "batch_size": 4, "max_length": 64}}
-    config = cloud.run_config("alone", strategy=strategy, rounds=1) | {"llm": None, "public_data": None}
+    config = cloud.run_config("alone", strategy=strategy, rounds=1) | dict.fromkeys(
+        ("llm", "public_data", "evaluation_data")
+    )
     run = cloud.wait_for_run(cloud.client.create_run(config).run_id)
     assert run.status is RunStatus.COMPLETED, run.status_reason
     assert_counted_once(cloud.client.list_rounds(run.run_id), cloud.events(run.run_id), NAMES)

@@ -16,6 +16,7 @@ from cotuning.examples import Example
 from cotuning.language_model import LanguageModel
 from cotuning.probe_logits import probe_payload
 from cotuning.strategies import co_plms
+from cotuning.strategies.interface import DeviceInputs
 from persistence import assignments, enrolment, events, rounds, runs, updates, versions
 from persistence.blobs import BlobStore, FolderBlobStore
 from persistence.clock import utc_now
@@ -184,19 +185,18 @@ class Cloud:
         assignment = self.take(device_id)
         proxy, probe, shared = self.for_device(assignment)
         assert isinstance(assignment.strategy, CoPlmsSettings)
-        result = co_plms.device_step(
+        given = DeviceInputs(
             slm=tiny_language_model(slm),
-            proxy=proxy,
             private=tiny_examples(8, start=100, kind="sum"),
-            probe=probe,
-            shared_adapter=shared,
-            domain_adapter=None,
             slm_adapter=None,
-            settings=assignment.strategy,
             round_number=assignment.round_number,
             seed=assignment.seed,
             on_progress=lambda *_: None,
+            shared_model=proxy,
+            shared_adapter=shared,
+            probe=probe,
         )
+        result = co_plms.device_step(given, assignment.strategy)
         assert result.alignment is not None
         self.logits_metadata = result.logits_metadata
         parts = self.as_parts({PartKind.ADAPTER_DELTA: result.delta, PartKind.LOGITS: result.logits})

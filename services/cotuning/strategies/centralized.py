@@ -17,16 +17,5 @@ class Centralized(StrategySteps[CentralizedSettings]):
 
     def device_step(self, given: DeviceInputs) -> DeviceResult:
         """Go on from the last round's adapter."""
-        tuned, losses = tune_on_private_rows(
-            slm=given.slm,
-            private=given.private,
-            start=given.slm_adapter,
-            lora=self.settings.slm_lora,
-            training=self.settings.training,
-            round_number=given.round_number,
-            seed=given.seed,
-            stage=STAGE,
-            on_progress=given.on_progress,
-            checkpoints=given.checkpoints,
-        )
+        tuned, losses = tune_on_private_rows(given, self.settings, start=given.slm_adapter, stage=STAGE)
         return DeviceResult(slm_adapter=tuned, num_examples=len(given.private), losses=losses)

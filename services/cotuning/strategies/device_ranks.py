@@ -16,7 +16,7 @@ from protocol.strategies import CoPlmsSettings
 
 @dataclass(frozen=True)
 class DeviceStart:
-    """What `co_plms.device_step` takes; the delta that it returns is relative to this theta."""
+    """What `co_plms.device_step` starts from; the delta that it returns is relative to this theta."""
 
     settings: CoPlmsSettings
     shared_adapter: Mapping[str, Tensor]

@@ -22,16 +22,14 @@ Features of public rows travel, nothing else; they do tell how a model that has 
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import chain
 
 import torch
 from torch import Tensor
 
-from cotuning.adapters import AdapterState, adapter_state
-from cotuning.checkpoints import Checkpoints
+from cotuning.adapters import adapter_state
 from cotuning.encoded_rows import EncodedRows
-from cotuning.examples import Example
 from cotuning.hidden_distillation import fresh_projections
 from cotuning.language_model import LanguageModel
 from cotuning.pooled_features import (
@@ -46,8 +44,8 @@ from cotuning.pooled_features import (
 from cotuning.seeding import derive_seed
 from cotuning.strategies.interface import DeviceInputs, ServerInputs, StrategySteps
 from cotuning.strategies.results import DeviceResult, Message, ServerResult, only_tensor
-from cotuning.strategies.tuning import adapter_training, local_steps, public_steps, server_training, with_adapter
-from cotuning.training import OnProgress, Precision, Step, draw_batches, row_sizes
+from cotuning.strategies.tuning import DROPOUT, adapter_training, local_steps, public_steps, with_adapter
+from cotuning.training import Precision, Step, draw_batches, row_sizes
 from cotuning.tuning import StepAt, train_adapter
 from protocol.strategies import FeatureBasedSettings
 
@@ -55,180 +53,107 @@ DEVICE_STAGE = "tuning_with_features"
 SERVER_STAGE = "server_tuning_with_features"
 
 
-@dataclass(frozen=True)
-class FeatureDeviceResult:
-    """One device's share of a round. Only `features` and numbers may leave the device.
+class FeatureBased(StrategySteps[FeatureBasedSettings]):
+    """Features of the probe rows, both ways: messages of one tensor, `features`, float16 [N, E]."""
 
-    Attributes:
-        slm_adapter: psi_i, for the next round; never leaves.
-        features: Z_i, float16 [N, E].
-        num_examples: private rows trained on.
-        losses: means of the last tenth of the steps: `slm_ce` in nats, `slm_feature` as a distance.
-    """
+    def first_message(self, given: ServerInputs) -> Message | None:
+        """F of the LLM as it stands: what the devices' first round starts from."""
+        assert given.llm is not None
+        with with_adapter(given.llm, "llm", given.llm_adapter, self.settings.llm_lora, seed=given.seed) as lent:
+            rows = EncodedRows(lent, given.probe, max_length=self.settings.server.max_length)
+            return self._llm_features(lent, rows, given.seed)
 
-    slm_adapter: AdapterState
-    features: Tensor
-    num_examples: int
-    losses: dict[str, float]
+    def device_step(self, given: DeviceInputs) -> DeviceResult:
+        """One device's round: psi_i learns the private rows, and its features of Q those of the server.
 
+        With a weight of 0 psi_i is that of the standalone baseline, bit for bit.
 
-@dataclass(frozen=True)
-class FeatureServerResult:
-    """The server's share of a round.
+        Raises:
+            FeaturesRefused: F is not what the settings say.
+            AdapterMismatch: the adapter is not of this model and these settings.
+        """
+        assert given.message is not None
+        settings, training = self.settings, self.settings.training
+        target_NE = self._checked(given.message.tensors, len(given.probe))
+        options = adapter_training(training, given, stage=DEVICE_STAGE, drawn_for=DROPOUT)
+        with with_adapter(given.slm, "slm", given.slm_adapter, settings.slm_lora, seed=given.seed) as lent:
+            rows = EncodedRows(lent, given.probe, max_length=settings.server.max_length)
+            before_ND = pooled_rows(lent, rows)
+            centre_D = before_ND.mean(0)
+            view = View(centre_D, fit_map(before_ND - centre_D, target_NE, ridge=settings.ridge))
+            step_at = _with_features(
+                local_steps(lent, given, training),
+                _Student(lent, "slm", rows, view, training.precision, training.micro_batch_size),
+                target_NE,
+                settings,
+                steps=training.steps,
+                seed=derive_seed(given.seed, "probe_rows", given.round_number),
+            )
+            losses = train_adapter(lent, "slm", step_at, steps=training.steps, **options)
+            features = view.to_send(pooled_rows(lent, rows))
+            return DeviceResult(
+                slm_adapter=adapter_state(lent, "slm"),
+                num_examples=len(given.private),
+                losses=_named(losses, "slm"),
+                message=Message({"features": features}),
+            )
 
-    Attributes:
-        llm_adapter: omega.
-        features: F, float16 [N, E], for all devices.
-        losses: means of the last tenth of the steps; empty for no steps.
-    """
+    def server_step(self, given: ServerInputs) -> ServerResult:
+        """The server's round: omega learns public rows, and the LLM's features of Q those of the devices.
 
-    llm_adapter: AdapterState
-    features: Tensor
-    losses: dict[str, float] = field(default_factory=dict)
+        Their order changes rounding only; without any it is cross-entropy alone.
 
+        Raises:
+            FeaturesRefused: a device's features are not what the settings say.
+            ValueError: a device without examples.
+            AdapterMismatch: the adapter is not of this model and these settings.
+        """
+        assert given.llm is not None
+        server = self.settings.server
+        received = [
+            DeviceFeatures(self._checked(each.tensors, len(given.probe)), each.num_examples)
+            for each in given.device_messages
+        ]
+        options = adapter_training(server, given, stage=SERVER_STAGE)
+        with with_adapter(given.llm, "llm", given.llm_adapter, self.settings.llm_lora, seed=given.seed) as lent:
+            rows = EncodedRows(lent, given.probe, max_length=server.max_length)
+            losses: dict[str, float] = {}
+            if server.steps:
+                step_at = self._server_objective(lent, rows, received, given)
+                losses = train_adapter(lent, "llm", step_at, steps=server.steps, **options)
+            return ServerResult(
+                shared_adapter=None,
+                message=self._llm_features(lent, rows, given.seed),
+                llm_adapter=adapter_state(lent, "llm"),
+                losses=_named(losses, "llm"),
+            )
 
-def device_step(
-    *,
-    slm: LanguageModel,
-    private: Sequence[Example],
-    probe: Sequence[Example],
-    server_features: Tensor,
-    slm_adapter: Mapping[str, Tensor] | None,
-    settings: FeatureBasedSettings,
-    round_number: int,
-    seed: int,
-    on_progress: OnProgress,
-    checkpoints: Checkpoints | None = None,
-) -> FeatureDeviceResult:
-    """One device's round: psi_i learns the private rows, and its features of Q those of the server.
-
-    With a weight of 0 psi_i is that of the standalone baseline, bit for bit.
-
-    Args:
-        slm: without adapters; given back so.
-        private: D_i.
-        probe: Q, public.
-        server_features: F of the last round, of `initial_features` in the first.
-        slm_adapter: psi_i after the last round, None in the first.
-        settings: of the strategy.
-        round_number: from 1.
-        seed: the run's; equal arguments give equal bits.
-        on_progress: see `training.OnProgress`.
-        checkpoints: see `training.train`.
-
-    Raises:
-        FeaturesRefused: F is not what the settings say.
-        AdapterMismatch: the adapter is not of this model and these settings.
-    """
-    training = settings.training
-    target_NE = check_features(server_features, num_rows=len(probe), feature_size=settings.feature_size)
-    options = adapter_training(
-        training,
-        seed=derive_seed(seed, "dropout", round_number),
-        stage=DEVICE_STAGE,
-        on_progress=on_progress,
-        checkpoints=checkpoints,
-    )
-    with with_adapter(slm, "slm", slm_adapter, settings.slm_lora, seed=seed) as lent:
-        rows = EncodedRows(lent, probe, max_length=settings.server.max_length)
-        before_ND = pooled_rows(lent, rows)
-        centre_D = before_ND.mean(0)
-        view = View(centre_D, fit_map(before_ND - centre_D, target_NE, ridge=settings.ridge))
-        step_at = _with_features(
-            local_steps(lent, private, training, round_number=round_number, seed=seed),
-            _Student(lent, "slm", rows, view, training.precision, training.micro_batch_size),
-            target_NE,
+    def _server_objective(
+        self, llm: LanguageModel, rows: EncodedRows, received: Sequence[DeviceFeatures], given: ServerInputs
+    ) -> StepAt:
+        settings, server = self.settings, self.settings.server
+        step_at = public_steps(llm, given, server)
+        if not received:
+            return step_at
+        view = _llm_view(pooled_rows(llm, rows), settings, given.seed)
+        return _with_features(
+            step_at,
+            _Student(llm, "llm", rows, view, server.precision, server.micro_batch_size),
+            mean_features(received, max_examples=settings.max_examples),
             settings,
-            steps=training.steps,
-            seed=derive_seed(seed, "probe_rows", round_number),
+            steps=server.steps,
+            seed=derive_seed(given.seed, "server_probe_rows", given.round_number),
         )
-        losses = train_adapter(lent, "slm", step_at, steps=training.steps, **options)
-        features = view.to_send(pooled_rows(lent, rows))
-        return FeatureDeviceResult(adapter_state(lent, "slm"), features, len(private), _named(losses, "slm"))
 
+    def _llm_features(self, llm: LanguageModel, rows: EncodedRows, seed: int) -> Message:
+        """F of the LLM with the adapter that is on."""
+        pooled_ND = pooled_rows(llm, rows)
+        return Message({"features": _llm_view(pooled_ND, self.settings, seed).to_send(pooled_ND)})
 
-def initial_features(
-    *,
-    llm: LanguageModel,
-    probe: Sequence[Example],
-    llm_adapter: Mapping[str, Tensor] | None,
-    settings: FeatureBasedSettings,
-    seed: int,
-) -> Tensor:
-    """F of the LLM as it stands: what the devices' first round starts from; float16 [N, E].
-
-    Args: as for `server_step`.
-    """
-    with with_adapter(llm, "llm", llm_adapter, settings.llm_lora, seed=seed) as lent:
-        rows = EncodedRows(lent, probe, max_length=settings.server.max_length)
-        pooled_ND = pooled_rows(lent, rows)
-        return _llm_view(pooled_ND, settings, seed).to_send(pooled_ND)
-
-
-def server_step(
-    *,
-    llm: LanguageModel,
-    public: Sequence[Example],
-    probe: Sequence[Example],
-    llm_adapter: Mapping[str, Tensor] | None,
-    device_features: Sequence[DeviceFeatures],
-    settings: FeatureBasedSettings,
-    round_number: int,
-    seed: int,
-    on_progress: OnProgress,
-    checkpoints: Checkpoints | None = None,
-) -> FeatureServerResult:
-    """The server's round: omega learns public rows, and the LLM's features of Q those of the devices.
-
-    Args:
-        llm: without adapters; given back so.
-        public: D_pub without the probe rows.
-        probe: Q.
-        llm_adapter: omega after the last round, None in the first.
-        device_features: one a device; their order changes rounding only. None: cross-entropy alone.
-        settings: of the strategy.
-        round_number: from 1.
-        seed: the run's, the same in every round: it is of the common space.
-        on_progress: see `training.OnProgress`.
-        checkpoints: see `training.train`.
-
-    Raises:
-        ValueError: a device without examples.
-        AdapterMismatch: the adapter is not of this model and these settings.
-    """
-    server = settings.server
-    options = server_training(
-        server,
-        seed=derive_seed(seed, SERVER_STAGE, round_number),
-        stage=SERVER_STAGE,
-        on_progress=on_progress,
-        checkpoints=checkpoints,
-    )
-    with with_adapter(llm, "llm", llm_adapter, settings.llm_lora, seed=seed) as lent:
-        rows = EncodedRows(lent, probe, max_length=server.max_length)
-        losses: dict[str, float] = {}
-        if server.steps:
-            step_at = public_steps(lent, public, server, round_number=round_number, seed=seed)
-            if device_features:
-                step_at = _with_features(
-                    step_at,
-                    _Student(
-                        lent,
-                        "llm",
-                        rows,
-                        _llm_view(pooled_rows(lent, rows), settings, seed),
-                        server.precision,
-                        server.micro_batch_size,
-                    ),
-                    mean_features(device_features, max_examples=settings.max_examples),
-                    settings,
-                    steps=server.steps,
-                    seed=derive_seed(seed, "server_probe_rows", round_number),
-                )
-            losses = train_adapter(lent, "llm", step_at, steps=server.steps, **options)
-        pooled_ND = pooled_rows(lent, rows)
-        features = _llm_view(pooled_ND, settings, seed).to_send(pooled_ND)
-        return FeatureServerResult(adapter_state(lent, "llm"), features, _named(losses, "llm"))
+    def _checked(self, tensors: Mapping[str, Tensor], num_rows: int) -> Tensor:
+        """The features of a message, from a device or from the server."""
+        features = only_tensor(tensors, "features")
+        return check_features(features, num_rows=num_rows, feature_size=self.settings.feature_size)
 
 
 @dataclass(frozen=True)
@@ -291,68 +216,3 @@ def _with_features(
 def _named(losses: Mapping[str, float], adapter: str) -> dict[str, float]:
     names = {"cross_entropy": "ce"}
     return {f"{adapter}_{names.get(name, name)}": value for name, value in losses.items()}
-
-
-class FeatureBased(StrategySteps[FeatureBasedSettings]):
-    """Features of the probe rows, both ways."""
-
-    def first_message(self, given: ServerInputs) -> Message | None:
-        """As `initial_features`."""
-        assert given.llm is not None
-        features = initial_features(
-            llm=given.llm,
-            probe=given.probe,
-            llm_adapter=given.llm_adapter,
-            settings=self.settings,
-            seed=given.seed,
-        )
-        return Message({"features": features})
-
-    def device_step(self, given: DeviceInputs) -> DeviceResult:
-        """As the function of this name; the features leave as a message."""
-        assert given.message is not None
-        result = device_step(
-            slm=given.slm,
-            private=given.private,
-            probe=given.probe,
-            server_features=only_tensor(given.message.tensors, "features"),
-            slm_adapter=given.slm_adapter,
-            settings=self.settings,
-            round_number=given.round_number,
-            seed=given.seed,
-            on_progress=given.on_progress,
-            checkpoints=given.checkpoints,
-        )
-        return DeviceResult(
-            slm_adapter=result.slm_adapter,
-            num_examples=result.num_examples,
-            losses=result.losses,
-            message=Message({"features": result.features}),
-        )
-
-    def server_step(self, given: ServerInputs) -> ServerResult:
-        """As the function of this name; the LLM's features leave as a message."""
-        assert given.llm is not None
-        shape = {"num_rows": len(given.probe), "feature_size": self.settings.feature_size}
-        received = [
-            DeviceFeatures(check_features(only_tensor(each.tensors, "features"), **shape), each.num_examples)
-            for each in given.device_messages
-        ]
-        served = server_step(
-            llm=given.llm,
-            public=given.public,
-            probe=given.probe,
-            llm_adapter=given.llm_adapter,
-            device_features=received,
-            settings=self.settings,
-            round_number=given.round_number,
-            seed=given.seed,
-            on_progress=given.on_progress,
-            checkpoints=given.checkpoints,
-        )
-        return ServerResult(
-            shared_adapter=None,
-            llm_adapter=served.llm_adapter,
-            losses=served.losses,
-            message=Message({"features": served.features}),
-        )

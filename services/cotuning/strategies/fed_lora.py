@@ -23,18 +23,7 @@ def tune_shared_adapter(given: DeviceInputs, settings: AveragingSettings) -> Dev
         TrainingDiverged: see `training.train`.
     """
     assert given.shared_adapter is not None
-    tuned, losses = tune_on_private_rows(
-        slm=given.slm,
-        private=given.private,
-        start=given.shared_adapter,
-        lora=settings.slm_lora,
-        training=settings.training,
-        round_number=given.round_number,
-        seed=given.seed,
-        stage=STAGE,
-        on_progress=given.on_progress,
-        checkpoints=given.checkpoints,
-    )
+    tuned, losses = tune_on_private_rows(given, settings, start=given.shared_adapter, stage=STAGE)
     return DeviceResult(
         delta=subtract(tuned, given.shared_adapter),
         slm_adapter=tuned,

@@ -6,161 +6,135 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from cotuning.adapters import activate, adapted, lora_config
-from cotuning.checkpoints import Checkpoints
 from cotuning.encoded_rows import EncodedRows
 from cotuning.examples import Example
 from cotuning.language_model import LanguageModel
 from cotuning.seeding import derive_seed
-from cotuning.training import DEFAULT_BETAS, OnProgress, draw_batches, draw_mixed_batches, row_sizes
+from cotuning.strategies.interface import DeviceInputs, ServerInputs
+from cotuning.training import DEFAULT_BETAS, draw_batches, draw_mixed_batches, row_sizes
 from cotuning.tuning import AdapterTraining, StepAt, cross_entropy_steps, train_adapter
 from protocol.strategies import LocalTraining, LoraSettings, ServerSteps
+
+DROPOUT = "dropout"
+"""An SLM's training on its rows draws for this, whatever its stage is called: so strategies can be compared."""
 
 
 def tune_locally(
     lm: LanguageModel,
-    private: Sequence[Example],
+    given: DeviceInputs,
     training: LocalTraining,
     *,
+    stage: str,
     added: Sequence[Example] = (),
     added_share: float = 0.0,
-    round_number: int,
-    seed: int,
-    stage: str,
-    on_progress: OnProgress,
-    checkpoints: Checkpoints | None = None,
     betas: tuple[float, float] = DEFAULT_BETAS,
 ) -> dict[str, float]:
     """One round's steps on the private rows.
 
     Args:
-        lm: with the adapter `slm` on, which alone learns.
-        private: D_i.
+        lm: the device's, with the adapter `slm` on, which alone learns.
+        given: of the round.
         training: of the strategy.
-        added, added_share: see `local_steps`.
-        round_number: from 1.
-        seed: the run's.
         stage: under which it is reported and checkpointed.
-        on_progress: see `training.OnProgress`.
-        checkpoints: see `training.train`.
+        added, added_share: see `local_steps`.
         betas: AdamW's.
 
     Returns:
         `slm_ce`, nats a token, mean of the last tenth of the steps.
     """
-    options = adapter_training(
-        training,
-        seed=derive_seed(seed, "dropout", round_number),
-        stage=stage,
-        on_progress=on_progress,
-        checkpoints=checkpoints,
-        betas=betas,
-    )
-    step_at = local_steps(
-        lm, private, training, added=added, added_share=added_share, round_number=round_number, seed=seed
-    )
+    options = adapter_training(training, given, stage=stage, drawn_for=DROPOUT, betas=betas)
+    step_at = local_steps(lm, given, training, added=added, added_share=added_share)
     losses = train_adapter(lm, "slm", step_at, steps=training.steps, **options)
     return {"slm_ce": losses["cross_entropy"]}
 
 
 def local_steps(
     lm: LanguageModel,
-    private: Sequence[Example],
+    given: DeviceInputs,
     training: LocalTraining,
     *,
     added: Sequence[Example] = (),
     added_share: float = 0.0,
-    round_number: int,
-    seed: int,
 ) -> StepAt:
     """The objective of those steps: cross-entropy on rows in an order that seed and round alone decide.
 
     Args:
-        lm, private, training, round_number, seed: as for `tune_locally`.
+        lm, given, training: as for `tune_locally`.
         added: other rows, of which each batch holds a share; without any, or a share that makes no row of a batch, it
             is as if there were none, bit for bit.
         added_share: rounded to whole rows, at least one of a batch stays private.
     """
     from_added = min(round(training.batch_size * added_share), training.batch_size - 1) if added else 0
     batches = draw_mixed_batches(
-        row_sizes(private),
+        row_sizes(given.private),
         row_sizes(added),
         batch_size=training.batch_size,
         from_second=from_added,
         steps=training.steps,
-        seed=derive_seed(seed, "rows", round_number),
+        seed=derive_seed(given.seed, "rows", given.round_number),
     )
     return cross_entropy_steps(
         lm,
         "slm",
-        EncodedRows(lm, [*private, *added], max_length=training.max_length),
+        EncodedRows(lm, [*given.private, *added], max_length=training.max_length),
         batches,
         precision=training.precision,
         micro_batch_size=training.micro_batch_size,
+        label_smoothing=training.label_smoothing,
     )
 
 
-def adapter_training(
-    training: LocalTraining,
-    *,
-    seed: int,
-    stage: str,
-    on_progress: OnProgress,
-    checkpoints: Checkpoints | None,
-    betas: tuple[float, float] = DEFAULT_BETAS,
-) -> AdapterTraining:
-    """The arguments of `tuning.train_adapter` that a device's settings give."""
-    return AdapterTraining(
-        learning_rate=training.learning_rate,
-        weight_decay=training.weight_decay,
-        gradient_clip=training.gradient_clip,
-        gradient_checkpointing=training.gradient_checkpointing,
-        betas=betas,
-        seed=seed,
-        stage=stage,
-        on_progress=on_progress,
-        checkpoints=checkpoints,
-    )
-
-
-def server_training(
-    server: ServerSteps,
-    *,
-    seed: int,
-    stage: str,
-    on_progress: OnProgress,
-    checkpoints: Checkpoints | None,
-    betas: tuple[float, float] = DEFAULT_BETAS,
-) -> AdapterTraining:
-    """The same of the LLM's adapter on the server."""
-    return AdapterTraining(
-        learning_rate=server.llm_learning_rate,
-        gradient_clip=server.gradient_clip,
-        gradient_checkpointing=server.gradient_checkpointing,
-        betas=betas,
-        seed=seed,
-        stage=stage,
-        on_progress=on_progress,
-        checkpoints=checkpoints,
-    )
-
-
-def public_steps(
-    llm: LanguageModel, public: Sequence[Example], server: ServerSteps, *, round_number: int, seed: int
-) -> StepAt:
+def public_steps(llm: LanguageModel, given: ServerInputs, server: ServerSteps) -> StepAt:
     """The server's objective for the adapter `llm`: cross-entropy on public rows."""
     batches = draw_batches(
-        row_sizes(public),
+        row_sizes(given.public),
         batch_size=server.batch_size,
         steps=server.steps,
-        seed=derive_seed(seed, "public_rows", round_number),
+        seed=derive_seed(given.seed, "public_rows", given.round_number),
     )
     return cross_entropy_steps(
         llm,
         "llm",
-        EncodedRows(llm, public, max_length=server.max_length),
+        EncodedRows(llm, given.public, max_length=server.max_length),
         batches,
         precision=server.precision,
         micro_batch_size=server.micro_batch_size,
+    )
+
+
+def adapter_training(
+    how: LocalTraining | ServerSteps,
+    given: DeviceInputs | ServerInputs,
+    *,
+    stage: str,
+    drawn_for: str | None = None,
+    learning_rate: float | None = None,
+    betas: tuple[float, float] = DEFAULT_BETAS,
+) -> AdapterTraining:
+    """The arguments of `tuning.train_adapter`, on a device or on the server.
+
+    Args:
+        how: of the strategy; weights decay on devices alone.
+        given: of the round.
+        stage: under which it is reported and checkpointed.
+        drawn_for: names the draws of dropout among those of the round, as the stage does by default.
+        learning_rate: of the adapter that learns, in place of that of `how`.
+        betas: AdamW's.
+    """
+    if isinstance(how, LocalTraining):
+        own_rate, weight_decay = how.learning_rate, how.weight_decay
+    else:
+        own_rate, weight_decay = how.llm_learning_rate, 0.0
+    return AdapterTraining(
+        learning_rate=own_rate if learning_rate is None else learning_rate,
+        weight_decay=weight_decay,
+        gradient_clip=how.gradient_clip,
+        gradient_checkpointing=how.gradient_checkpointing,
+        betas=betas,
+        seed=derive_seed(given.seed, drawn_for or stage, given.round_number),
+        stage=stage,
+        on_progress=given.on_progress,
+        checkpoints=given.checkpoints,
     )
 
 

@@ -7,8 +7,11 @@ adapter, psi_i a device's SLM adapter, omega the LLM's adapter.
 
 from protocol.strategies.centralized import CentralizedSettings
 from protocol.strategies.co_plms import CoPlmsSettings, Matching, ServerTraining
+from protocol.strategies.data_based import DataBasedSettings
+from protocol.strategies.feature_based import FeatureBasedSettings
 from protocol.strategies.fed_lora import FedLoraSettings
 from protocol.strategies.fedcollm import FedCoLlmSettings, MutualDistillation
+from protocol.strategies.fedmkt import FedMktSettings
 from protocol.strategies.settings import (
     AveragingSettings,
     Batches,
@@ -23,9 +26,6 @@ from protocol.strategies.standalone import StandaloneSettings
 
 # isort: split
 # Last: it imports the modules of other distributions' strategies, and these import this package.
-from protocol.strategies.data_based import DataBasedSettings
-from protocol.strategies.feature_based import FeatureBasedSettings
-from protocol.strategies.fedmkt import FedMktSettings
 from protocol.strategies.registry import STRATEGIES, Strategy, spec_of
 
 __all__ = [

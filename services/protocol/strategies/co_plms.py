@@ -69,6 +69,11 @@ class CoPlmsSettings(AveragingSettings):
         description="Rank at which a device trains the shared adapter: the run's, `proxy_lora.rank`; or `declared`, at "
         "most what its profile says (`max_adapter_rank`), which needs `aggregation` exact_svd.",
     )
+    freeze_proxy: bool = Field(
+        default=False,
+        description="Theta stays as round 1 found it, on devices and on the server: the proxy teaches and learns "
+        "nothing but the domain. A control: what remains is not of mutual learning.",
+    )
     server: ServerTraining = ServerTraining()
 
     @property
@@ -114,6 +119,21 @@ class CoPlmsSettings(AveragingSettings):
         """`rank_for`, None where that is the run's."""
         rank = self.rank_for(declared)
         return rank if rank != self.proxy_lora.rank else None
+
+    @model_validator(mode="after")
+    def _a_frozen_proxy_is_not_factored_anew(self) -> Self:
+        # Singular values give other factors of the same product: theta would not stay what it was.
+        if self.freeze_proxy and self.aggregation != "fedavg":
+            raise ValueError(f"`freeze_proxy` goes with `aggregation` fedavg, got {self.aggregation}")
+        return self
+
+    @model_validator(mode="after")
+    def _mutual_learning_has_a_teacher_in_place_of_smoothing(self) -> Self:
+        if self.training.label_smoothing:
+            raise ValueError(
+                f"expected `training.label_smoothing` 0 in mutual learning, got {self.training.label_smoothing:g}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _one_likelihood_term(self) -> Self:

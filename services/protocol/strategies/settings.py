@@ -46,6 +46,9 @@ class LocalTraining(Batches):
         default=5e-3, gt=0, description="AdamW, started anew each round: linear warm-up over a tenth of its steps."
     )
     weight_decay: float = Field(default=0.0, ge=0)
+    label_smoothing: float = Field(
+        default=0.0, ge=0, lt=1, description="Share of each target that is dealt evenly to all tokens; not in SAML."
+    )
     max_length: int = Field(
         default=256, ge=16, le=131_072, description="Tokens a row; longer rows lose their prompt's head."
     )

@@ -1,21 +1,17 @@
 """A device's round: DST trains the domain adapter, SAML the shared one and the SLM's."""
 
-from collections.abc import Mapping, Sequence
-
-from torch import Tensor
-
 from cotuning.adapters import activate, adapted, adapter_state, lora_config, subtract
-from cotuning.checkpoints import Checkpoints
 from cotuning.encoded_rows import EncodedRows
-from cotuning.examples import Example
 from cotuning.language_model import LanguageModel
 from cotuning.mutual_learning import Party, learn_mutually
 from cotuning.probe_logits import probe_payload
 from cotuning.seeding import derive_seed
 from cotuning.shared_rows import SharedRows, share_rows
 from cotuning.strategies.co_plms.comparison import compared
+from cotuning.strategies.interface import DeviceInputs
 from cotuning.strategies.results import DeviceResult
-from cotuning.training import OnProgress, draw_batches, draw_mixed_batches, row_sizes
+from cotuning.strategies.tuning import adapter_training
+from cotuning.training import draw_batches, draw_mixed_batches, row_sizes
 from cotuning.tuning import tune_adapter
 from protocol.strategies import CoPlmsSettings
 
@@ -23,167 +19,107 @@ DOMAIN_STAGE = "domain_tuning"
 MUTUAL_STAGE = "mutual_learning"
 
 
-def device_step(
-    *,
-    slm: LanguageModel,
-    proxy: LanguageModel,
-    private: Sequence[Example],
-    probe: Sequence[Example],
-    shared_adapter: Mapping[str, Tensor],
-    domain_adapter: Mapping[str, Tensor] | None,
-    slm_adapter: Mapping[str, Tensor] | None,
-    settings: CoPlmsSettings,
-    round_number: int,
-    seed: int,
-    on_progress: OnProgress,
-    checkpoints: Checkpoints | None = None,
-) -> DeviceResult:
+def device_step(given: DeviceInputs, settings: CoPlmsSettings) -> DeviceResult:
     """One device's round: DST (phi_i), SAML (theta and psi_i), the delta of theta, and logits on the probe set.
 
     Args:
-        slm: without adapters; given back so.
-        proxy: without adapters; given back so.
-        private: D_i.
-        probe: Q, public.
-        shared_adapter: theta_t.
-        domain_adapter: phi_i after the last round, None in the first.
-        slm_adapter: psi_i after the last round, None in the first.
+        given: its theta and phi_i have the rank that the settings say (`device_ranks.device_start`).
         settings: of the strategy.
-        round_number: from 1.
-        seed: the run's; equal arguments give equal bits.
-        on_progress: see `training.OnProgress`.
-        checkpoints: see `training.train`; each stage has its own.
 
     Raises:
         CoverageTooLow: the tokenizers cannot be aligned on this data; no adapter was trained by SAML.
         AdapterMismatch: an adapter is not of this model and these settings.
     """
-    proxy_config = lora_config(proxy, **settings.proxy_lora.model_dump())
-    slm_config = lora_config(slm, **settings.slm_lora.model_dump())
-    phi = derive_seed(seed, "domain_adapter") if domain_adapter is None else domain_adapter
-    psi = derive_seed(seed, "slm_adapter") if slm_adapter is None else slm_adapter
-    row_seed = derive_seed(seed, "rows", round_number)
+    assert given.shared_model is not None
+    assert given.shared_adapter is not None
+    proxy_config = lora_config(given.shared_model, **settings.proxy_lora.model_dump())
+    slm_config = lora_config(given.slm, **settings.slm_lora.model_dump())
+    phi = derive_seed(given.seed, "domain_adapter") if given.domain_adapter is None else given.domain_adapter
+    psi = derive_seed(given.seed, "slm_adapter") if given.slm_adapter is None else given.slm_adapter
     with (
-        adapted(proxy, proxy_config, {"shared": shared_adapter, "domain": phi}) as lent_proxy,
-        adapted(slm, slm_config, {"slm": psi}) as lent_slm,
+        adapted(given.shared_model, proxy_config, {"shared": given.shared_adapter, "domain": phi}) as proxy,
+        adapted(given.slm, slm_config, {"slm": psi}) as slm,
     ):
         # Aligned before any training: a pair of tokenizers that does not fit is refused with nothing spent.
-        shared = _shared_rows(lent_slm, lent_proxy, private=private, probe=probe, settings=settings, seed=row_seed)
-        losses = _tune_domain(
-            lent_proxy,
-            shared.rows_b,
-            num_private=len(private),
-            settings=settings,
-            seed=derive_seed(seed, DOMAIN_STAGE, round_number),
-            on_progress=on_progress,
-            checkpoints=checkpoints,
-        )
-        losses |= _learn_on_device(
-            lent_slm,
-            lent_proxy,
-            shared,
-            settings=settings,
-            seed=derive_seed(seed, MUTUAL_STAGE, round_number),
-            on_progress=on_progress,
-            checkpoints=checkpoints,
-        )
+        shared = _shared_rows(slm, proxy, given, settings)
+        losses = _tune_domain(proxy, shared.rows_b, given, settings)
+        losses |= _learn_on_device(slm, proxy, shared, given, settings)
         logits, metadata = probe_payload(
-            lent_proxy,
-            probe,
+            proxy,
+            given.probe,
             top_k=settings.top_k,
             temperature=settings.temperature,
             values=settings.logits_values,
             max_length=settings.server.max_length,
         )
         return DeviceResult(
-            delta=subtract(adapter_state(lent_proxy, "shared"), shared_adapter),
+            delta=subtract(adapter_state(proxy, "shared"), given.shared_adapter),
             logits=logits,
             logits_metadata=metadata,
-            domain_adapter=adapter_state(lent_proxy, "domain"),
-            slm_adapter=adapter_state(lent_slm, "slm"),
-            num_examples=len(private),
+            domain_adapter=adapter_state(proxy, "domain"),
+            slm_adapter=adapter_state(slm, "slm"),
+            num_examples=len(given.private),
             losses=losses,
             alignment=shared.alignment,
         )
 
 
-def _shared_rows(
-    slm: LanguageModel,
-    proxy: LanguageModel,
-    *,
-    private: Sequence[Example],
-    probe: Sequence[Example],
-    settings: CoPlmsSettings,
-    seed: int,
-) -> SharedRows:
+def _shared_rows(slm: LanguageModel, proxy: LanguageModel, given: DeviceInputs, settings: CoPlmsSettings) -> SharedRows:
     """Rows of each SAML step: private ones, and a set share of public ones."""
     training = settings.training
-    examples = [*private, *probe]
-    from_probe = min(round(training.batch_size * settings.public_fraction), training.batch_size - 1) if probe else 0
-    sizes = row_sizes(private), row_sizes(probe)
+    examples = [*given.private, *given.probe]
+    wanted = min(round(training.batch_size * settings.public_fraction), training.batch_size - 1)
+    batches = draw_mixed_batches(
+        row_sizes(given.private),
+        row_sizes(given.probe),
+        batch_size=training.batch_size,
+        from_second=wanted if given.probe else 0,
+        steps=training.steps,
+        seed=derive_seed(given.seed, "rows", given.round_number),
+    )
     return share_rows(
         EncodedRows(slm, examples, max_length=training.max_length),
         EncodedRows(proxy, examples, max_length=training.max_length),
-        draw_mixed_batches(
-            *sizes, batch_size=training.batch_size, from_second=from_probe, steps=training.steps, seed=seed
-        ),
+        batches,
         min_coverage=settings.min_coverage,
     )
 
 
 def _tune_domain(
-    proxy: LanguageModel,
-    rows: EncodedRows,
-    *,
-    num_private: int,
-    settings: CoPlmsSettings,
-    seed: int,
-    on_progress: OnProgress,
-    checkpoints: Checkpoints | None,
+    proxy: LanguageModel, rows: EncodedRows, given: DeviceInputs, settings: CoPlmsSettings
 ) -> dict[str, float]:
-    """DST: phi_i learns D_i, the first `num_private` of `rows`, by cross-entropy, with theta active and frozen."""
+    """DST: phi_i learns D_i, of which `rows` has the private ones first, by cross-entropy; theta is active, frozen."""
     training = settings.training
     activate(proxy, ["shared", "domain"], trainable=["domain"])
-    sizes = row_sizes(rows.examples[:num_private])
     batches = draw_batches(
-        sizes, batch_size=training.batch_size, steps=settings.domain_steps, seed=derive_seed(seed, "rows")
+        row_sizes(given.private),
+        batch_size=training.batch_size,
+        steps=settings.domain_steps,
+        seed=derive_seed(derive_seed(given.seed, DOMAIN_STAGE, given.round_number), "rows"),
     )
     losses = tune_adapter(
         proxy,
         "domain",
         rows,
         batches,
-        learning_rate=settings.proxy_learning_rate,
-        weight_decay=training.weight_decay,
-        gradient_clip=training.gradient_clip,
         precision=training.precision,
-        gradient_checkpointing=training.gradient_checkpointing,
         micro_batch_size=training.micro_batch_size,
-        seed=seed,
-        stage=DOMAIN_STAGE,
-        on_progress=on_progress,
-        checkpoints=checkpoints,
+        **adapter_training(training, given, stage=DOMAIN_STAGE, learning_rate=settings.proxy_learning_rate),
     )
     return {"domain_ce": losses["cross_entropy"]} if losses else {}
 
 
 def _learn_on_device(
-    slm: LanguageModel,
-    proxy: LanguageModel,
-    shared: SharedRows,
-    *,
-    settings: CoPlmsSettings,
-    seed: int,
-    on_progress: OnProgress,
-    checkpoints: Checkpoints | None,
+    slm: LanguageModel, proxy: LanguageModel, shared: SharedRows, given: DeviceInputs, settings: CoPlmsSettings
 ) -> dict[str, float]:
     """SAML: theta and psi_i learn, phi_i speaks and is frozen."""
     training = settings.training
-    activate(proxy, ["shared", "domain"], trainable=["shared"])
+    learns = not settings.freeze_proxy
+    activate(proxy, ["shared", "domain"], trainable=["shared"] if learns else [])
     activate(slm, ["slm"], trainable=["slm"])
     return learn_mutually(
         Party("slm", slm, "slm", training.learning_rate, settings.alpha),
-        Party("proxy", proxy, "shared", settings.proxy_learning_rate, settings.beta),
+        Party("proxy", proxy, "shared", settings.proxy_learning_rate, settings.beta, learns=learns),
         shared,
         weight_decay=training.weight_decay,
         gradient_clip=training.gradient_clip,
@@ -191,8 +127,8 @@ def _learn_on_device(
         precision=training.precision,
         gradient_checkpointing=training.gradient_checkpointing,
         micro_batch_size=training.micro_batch_size,
-        seed=seed,
+        seed=derive_seed(given.seed, MUTUAL_STAGE, given.round_number),
         stage=MUTUAL_STAGE,
-        on_progress=on_progress,
-        checkpoints=checkpoints,
+        on_progress=given.on_progress,
+        checkpoints=given.checkpoints,
     )

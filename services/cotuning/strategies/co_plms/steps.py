@@ -1,6 +1,7 @@
-"""Co-PLMs as a strategy: what of a round's inputs its two steps take."""
+"""Co-PLMs as a strategy."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 
 from cotuning.examples import Example
@@ -18,25 +19,12 @@ class CoPlms(StrategySteps[CoPlmsSettings]):
 
     def device_step(self, given: DeviceInputs) -> DeviceResult:
         """As `device.device_step`, on theta cut to the device's rank."""
-        assert given.shared_model is not None
         assert given.shared_adapter is not None
         start = device_start(
             self.settings, given.adapter_rank, given.shared_adapter, given.domain_adapter, seed=given.seed
         )
-        return device_step(
-            slm=given.slm,
-            proxy=given.shared_model,
-            private=given.private,
-            probe=given.probe,
-            shared_adapter=start.shared_adapter,
-            domain_adapter=start.domain_adapter,
-            slm_adapter=given.slm_adapter,
-            settings=start.settings,
-            round_number=given.round_number,
-            seed=given.seed,
-            on_progress=given.on_progress,
-            checkpoints=given.checkpoints,
-        )
+        cut = replace(given, shared_adapter=start.shared_adapter, domain_adapter=start.domain_adapter)
+        return device_step(cut, start.settings)
 
     def logits_reader(self, shared_model: LanguageModel | None, probe: Sequence[Example]) -> LogitsReader:
         """Compares each device's logits with where the proxy's stand on Q."""
@@ -51,20 +39,4 @@ class CoPlms(StrategySteps[CoPlmsSettings]):
 
     def server_step(self, given: ServerInputs) -> ServerResult:
         """As `server.server_step`."""
-        assert given.llm is not None
-        assert given.shared_model is not None
-        assert given.shared_adapter is not None
-        return server_step(
-            llm=given.llm,
-            proxy=given.shared_model,
-            public=given.public,
-            probe=given.probe,
-            shared_adapter=given.shared_adapter,
-            llm_adapter=given.llm_adapter,
-            device_logits=given.device_logits,
-            settings=self.settings,
-            round_number=given.round_number,
-            seed=given.seed,
-            on_progress=given.on_progress,
-            checkpoints=given.checkpoints,
-        )
+        return server_step(given, self.settings)

@@ -25,9 +25,7 @@ Chosen here, where the paper leaves it open or differs:
 * Optimizer steps are the budget, not epochs; the paper's 10 rounds are a matter of the run.
 """
 
-from cotuning.strategies.fedmkt.device import device_step, last_transfer
-from cotuning.strategies.fedmkt.server import ServerResult, server_step
 from cotuning.strategies.fedmkt.steps import FedMkt
 from cotuning.strategies.fedmkt.student import parse_logits, select_rows
 
-__all__ = ["FedMkt", "ServerResult", "device_step", "last_transfer", "parse_logits", "select_rows", "server_step"]
+__all__ = ["FedMkt", "parse_logits", "select_rows"]

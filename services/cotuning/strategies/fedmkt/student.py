@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -23,11 +22,11 @@ from cotuning.probe_logits import (
 )
 from cotuning.received_logits import Received, make_lessons, require_alignment
 from cotuning.shared_rows import AlignmentStats
-from cotuning.training import Precision, draw_batches, row_sizes
+from cotuning.training import draw_batches, row_sizes
 from cotuning.transfer import transfer_steps
 from cotuning.tuning import AdapterTraining, train_adapter
 from cotuning.vocabulary import Reads
-from protocol.strategies import FedMktSettings
+from protocol.strategies import FedMktSettings, LocalTraining, ServerSteps
 
 _TOLERATED_NATS = 0.25
 
@@ -104,16 +103,6 @@ def select_rows(losses_DN: Tensor, own_losses_N: Tensor) -> dict[int, int]:
     return {row: int(weights_DN[:, row].argmax()) for row in weights_DN.any(0).nonzero().flatten().tolist()}
 
 
-@dataclass(frozen=True)
-class Steps:
-    """How a student goes through the probe rows."""
-
-    steps: int
-    batch_size: int
-    micro_batch_size: int | None
-    precision: Precision
-
-
 class Student:
     """A model that learns from others' logits on the probe set, on a device or on the server."""
 
@@ -167,17 +156,18 @@ class Student:
         self,
         received: Sequence[Received],
         teacher_of_row: Mapping[int, int],
-        how: Steps,
+        how: LocalTraining | ServerSteps,
         *,
+        steps: int,
         row_seed: int,
         options: AdapterTraining,
     ) -> dict[str, float]:
         """Train on the rows kept; their losses, empty where there are none."""
         kept = sorted(teacher_of_row) if self.settings.transfer_rows == "kept" else list(range(len(self._probe)))
-        if not kept or not how.steps:
+        if not kept or not steps:
             return {}
         places = draw_batches(
-            row_sizes([self._probe[row] for row in kept]), batch_size=how.batch_size, steps=how.steps, seed=row_seed
+            row_sizes([self._probe[row] for row in kept]), batch_size=how.batch_size, steps=steps, seed=row_seed
         )
         step_at = transfer_steps(
             self.lm,
@@ -191,7 +181,7 @@ class Student:
             precision=how.precision,
             micro_batch_size=how.micro_batch_size,
         )
-        losses = train_adapter(self.lm, self._adapter, step_at, steps=how.steps, **options)
+        losses = train_adapter(self.lm, self._adapter, step_at, steps=steps, **options)
         names = {"cross_entropy": "ce"}
         return {f"{self._adapter}_transfer_{names.get(name, name)}": value for name, value in losses.items()}
 
