@@ -5,18 +5,17 @@ of its steps), a string is a note for a person, and `READY` says that text and t
 the line `GO`. When nobody reads any more, because the parent is gone, writing fails and the process ends.
 """
 
-import fcntl
 import json
 import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from assets.errors import DataFileError
+from assets.file_lock import locked
 from command_line.base_model_texts import Texts, UnfitText, read_texts
 from command_line.base_models import GO, READY, SUMMARY_FILE
 from command_line.exit_codes import ExitCode
@@ -50,7 +49,7 @@ def make_tokenizers(job: dict[str, Any], texts: Texts) -> None:
     for folder, entry in job["models"].items():
         tokenizer = Path(entry["tokenizer"])
         tokenizer.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(Path(f"{tokenizer}.lock")):
+        with locked(Path(f"{tokenizer}.lock")):
             if tokenizer.exists() or Path(folder).exists():
                 continue
             from command_line.base_model_training import train_recipes_tokenizer
@@ -72,7 +71,7 @@ def build_models(job: dict[str, Any], texts: Texts) -> None:
         recipe = entry["recipe"]
         progress = _Progress(recipe["name"])
         progress(0, recipe["steps"])
-        with _locked(Path(f"{folder}.lock")):
+        with locked(Path(f"{folder}.lock")):
             if not Path(folder).exists():
                 _build(Path(folder), entry, job, texts, progress=progress)
 
@@ -135,14 +134,6 @@ def save(folder: Path, parts: Sequence[Any], texts: Mapping[str, str] | None = N
         finally:
             os.close(handle)
     unfinished.rename(folder)
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold a lock that the system takes back when this process ends, however it ends."""
-    with open(path, "a", encoding="ascii") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 if __name__ == "__main__":

@@ -163,7 +163,9 @@ def _known_fields() -> str:
 
 
 def fast_precision(processor: str | None = None) -> Precision:
-    """bfloat16 where the processor multiplies it in hardware (4 times as fast there, 4 times as slow elsewhere).
+    """bfloat16 where the processor has AMX, which multiplies matrices of it; else float32.
+
+    Without AMX its speed depends on processor and model: `docs/pretraining.md` has one where it is faster too.
 
     Args:
         processor: Text of `/proc/cpuinfo`; default: this machine's, float32 if it cannot be read.

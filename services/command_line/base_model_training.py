@@ -104,15 +104,7 @@ def train_recipe(
     logging.disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     device = chosen_devices(shared["device"])[0]
-    model = make_model(
-        recipe["architecture"],
-        tokenizer,
-        hidden_size=recipe["hidden_size"],
-        layers=recipe["layers"],
-        heads=recipe["heads"],
-        max_length=shared["positions"],
-        seed=derive_seed(shared["seed"], recipe["name"], "weights"),
-    ).to(device)
+    model = _fresh_model(recipe, shared, tokenizer).to(device)
     every = shared["checkpoint_every"]
     measured = _Measured(state_folder / "measurements.json")
 
@@ -145,6 +137,18 @@ def train_recipe(
         else None,
     )
     return Trained(model.cpu(), tokenizer, done.loss, done.num_tokens, measured.all, device)
+
+
+def _fresh_model(recipe: dict[str, Any], shared: dict[str, Any], tokenizer: Any) -> Any:
+    return make_model(
+        recipe["architecture"],
+        tokenizer,
+        hidden_size=recipe["hidden_size"],
+        layers=recipe["layers"],
+        heads=recipe["heads"],
+        max_length=shared["positions"],
+        seed=derive_seed(shared["seed"], recipe["name"], "weights"),
+    )
 
 
 def _asked(row: Example) -> TrainingText:

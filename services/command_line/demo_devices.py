@@ -12,7 +12,6 @@ from command_line.supervisor import ProcessSpec, Supervisor, tail
 from protocol.devices import EnrolmentTokenCreate
 
 NAMES = ("phone", "tablet", "laptop", "kiosk", "gateway", "car", "camera", "watch")
-ENROL_SECONDS = 120.0
 AGENT = [sys.executable, "-m", "edge_agent"]
 
 

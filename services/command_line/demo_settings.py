@@ -1,7 +1,7 @@
 """Every tuned number of the demo: base models, steps, learning rates, rows. Measured values: `docs/`.
 
 Two sets: `FACTS` for the domains that the project generates (at most 4 minutes on 2 cores), `GIVEN` for a folder of the
-user's in the format of the project's own (at most 10 minutes).
+user's in the format of the project's own (at most 10 minutes). `settings` gives one in this machine's precision.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -42,8 +42,6 @@ class DemoSettings:
     round_deadline_seconds: float
 
 
-_PRECISION = fast_precision()
-
 _LLM = ModelRecipe(
     name="llm",
     architecture="llama",
@@ -83,14 +81,14 @@ FACTS = DemoSettings(
         positions=256,
         prompt_weight=0.02,
         corpus_bytes=1_000_000,
-        precision=_PRECISION,
+        precision="float32",
         least_vocab_share=0.0,
     ),
-    slm=LocalTraining(steps=60, batch_size=16, learning_rate=5e-3, max_length=128, precision=_PRECISION),
+    slm=LocalTraining(steps=60, batch_size=16, learning_rate=5e-3, max_length=128),
     slm_lora=LoraSettings(rank=8, alpha=16.0),
     co_plms=CoPlmsSettings(
         domain_steps=15,
-        server=ServerTraining(steps=40, batch_size=16, llm_learning_rate=1e-3, max_length=128, precision=_PRECISION),
+        server=ServerTraining(steps=40, batch_size=16, llm_learning_rate=1e-3, max_length=128),
     ),
     distillation=Distillation(steps=100, batch_size=16, learning_rate=1e-3, max_length=128),
     evaluation=EvaluationSettings(validation_rows=64, test_rows=3 * TEST_ROWS, max_new_tokens=16),
@@ -112,10 +110,10 @@ GIVEN = DemoSettings(
         positions=512,
         prompt_weight=0.3,
         corpus_bytes=3_000_000,
-        precision=_PRECISION,
+        precision="float32",
         least_vocab_share=0.0,
     ),
-    slm=LocalTraining(steps=40, batch_size=12, learning_rate=4e-3, max_length=192, precision=_PRECISION),
+    slm=LocalTraining(steps=40, batch_size=12, learning_rate=4e-3, max_length=192),
     slm_lora=FACTS.slm_lora,
     co_plms=FACTS.co_plms.model_copy(
         update={
@@ -134,8 +132,16 @@ GIVEN = DemoSettings(
 
 
 def settings(*, given: bool) -> DemoSettings:
-    """`GIVEN` for data that the user gave, else `FACTS`."""
-    return GIVEN if given else FACTS
+    """`GIVEN` for data that the user gave, else `FACTS`; in the precision that is fast on this machine."""
+    chosen = GIVEN if given else FACTS
+    precision = fast_precision()
+    server = chosen.co_plms.server.model_copy(update={"precision": precision})
+    return replace(
+        chosen,
+        base_models=replace(chosen.base_models, precision=precision),
+        slm=chosen.slm.model_copy(update={"precision": precision}),
+        co_plms=chosen.co_plms.model_copy(update={"server": server}),
+    )
 
 
 def base_models_recipe(*, given: bool) -> BaseModelsRecipe:

@@ -3,7 +3,8 @@
 import shlex
 import sys
 import time
-import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -32,6 +33,9 @@ def simulate(
     seeds: Annotated[
         int, typer.Option(min=1, max=1000, help="Runs of each strategy, each with a seed of its own.")
     ] = 1,
+    processes: Annotated[
+        int, typer.Option(min=1, max=256, help="Runs played at the same time, each on the experiment's threads.")
+    ] = 1,
     cache: Annotated[
         Path | None, typer.Option(help="Where results are kept; default: simulations under $COTUNE_CACHE.")
     ] = None,
@@ -51,33 +55,29 @@ def simulate(
             raise BadInput(f"expected --out to name a file, got the folder {out}")
         # Progress goes to standard error: standard output is the table.
         with view(Console(stderr=True, highlight=False, emoji=False)) as shown:
-            report = _report(config, data, seeds, folder, shown)
+            report = _report(config, data, seeds, folder, shown, processes)
         _write(report, out)
         _print(console(), report, out)
 
 
-def _report(config: Path, data: Path, seeds: int, folder: Path, shown: View) -> "QualityReport":
+def _report(  # noqa: PLR0917
+    config: Path, data: Path, seeds: int, folder: Path, shown: View, processes: int
+) -> "QualityReport":
     # Late: they import torch.
-    from transformers.utils.logging import disable_progress_bar
-
-    from assets.errors import AssetError
-    from simulation.base_models import BaseModels
-    from simulation.errors import RoundFailed, SimulationError
+    from simulation.base_models import BaseModels, hush_transformers
     from simulation.reporting import report_of
     from simulation.settings import read_settings
     from simulation.setup import set_up
 
-    disable_progress_bar()
-    # Of names that the library itself will change; they would tear the picture of the progress.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
-    try:
+    hush_transformers()
+    with told_as_command_errors():
         settings = read_settings(config)
         shown.step(f"Looking at the data in {data}")
         experiment = set_up(settings, data, range(settings.first_seed, settings.first_seed + seeds))
         start = time.monotonic()
         models = BaseModels(settings.llm_loading)
-        gates = _gates(experiment, folder, models, shown)
-        runs = _play(experiment, folder, models, shown)
+        gates = told_gates(experiment, folder, models, shown)
+        runs = play(experiment, folder, models, shown, processes)
         shown.step("Intervals of the differences")
         return report_of(
             experiment,
@@ -86,6 +86,21 @@ def _report(config: Path, data: Path, seeds: int, folder: Path, shown: View) -> 
             gates=gates,
             seconds=time.monotonic() - start,
         )
+
+
+@contextmanager
+def told_as_command_errors() -> Iterator[None]:
+    """Tell what an experiment raises as a command does.
+
+    Raises:
+        RunFailed: a run could not be played; the results of the others are kept.
+        BadInput: something cannot be used.
+    """
+    from assets.errors import AssetError
+    from simulation.errors import RoundFailed, SimulationError
+
+    try:
+        yield
     except RoundFailed as error:
         raise RunFailed(
             str(error), next_step="results of the other runs are kept; correct it and start again"
@@ -94,14 +109,14 @@ def _report(config: Path, data: Path, seeds: int, folder: Path, shown: View) -> 
         raise BadInput(str(error)) from None
 
 
-def _gates(experiment: "Experiment", folder: Path, models: "BaseModels", shown: View) -> list["Gate"]:
+def told_gates(experiment: "Experiment", folder: Path, models: "BaseModels", shown: View) -> list["Gate"]:
     """What is checked before anything trains; what fails is told at once, and in the report."""
-    from simulation.experiment import Listener
     from simulation.gate_checks import check_gates
+    from simulation.player import Listener
     from simulation.reporting import public_gate
 
-    if experiment.left_out:
-        shown.say(f"left out: {experiment.left_out} public rows that hold a private, validation or test row")
+    for why, count in experiment.left_out.items():
+        shown.say(f"left out: {count} public rows {why}")
     public = public_gate(experiment)
     gates = [public] if public is not None else []
     if experiment.settings.gates:
@@ -112,20 +127,34 @@ def _gates(experiment: "Experiment", folder: Path, models: "BaseModels", shown: 
     return gates
 
 
-def _play(experiment: "Experiment", folder: Path, models: "BaseModels", shown: View) -> list["RunResult"]:
-    from simulation.experiment import Listener, missing_runs, run_experiment
+def play(
+    experiment: "Experiment", folder: Path, models: "BaseModels", shown: View, processes: int
+) -> list["RunResult"]:
+    """Play what is missing, and tell how far it is; see `simulation.experiment.run_experiment`."""
+    from simulation.experiment import run_experiment
+    from simulation.planned import missing_runs
+    from simulation.player import Listener
 
     total = len(experiment.devices) * (1 + len(experiment.settings.strategies))
     missing = len(missing_runs(experiment, folder))
     shown.say(f"{total} runs, {missing} to play, {total - missing} there already, in {folder}")
-    started = 0
+    started, side_by_side = 0, processes > 1
 
     def on_run(key: "RunKey", found: bool) -> None:
         nonlocal started
         started += 1
         shown.step(f"Run {started} of {total}: {key}{' (there already)' if found else ''}")
 
-    return run_experiment(experiment, folder, Listener(on_run, shown.progress), models)
+    def on_end(key: "RunKey") -> None:
+        if side_by_side:
+            shown.say(f"{key}: done")
+
+    def on_progress(what: str, done: int, total: int) -> None:
+        # Lines of every part of every run would be thousands; a picture has room for what is under way.
+        if not side_by_side or shown.console.is_terminal:
+            shown.progress(what, done, total)
+
+    return run_experiment(experiment, folder, Listener(on_run, on_end, on_progress), models, processes=processes)
 
 
 def _write(report: "QualityReport", out: Path) -> None:

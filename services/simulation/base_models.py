@@ -1,18 +1,26 @@
 """The base models of an experiment: each loaded once, lent to whoever trains on it, and given back as it was."""
 
 import hashlib
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging
 
 from assets.errors import DeviceError, ModelFolderError
 from assets.models import list_model_files, load_language_model, read_config, read_tokenizer
 from cotuning.language_model import LanguageModel
 from protocol.runs import ModelLoading
 from simulation.errors import SetupError
+
+
+def hush_transformers() -> None:
+    """No progress bars and no warnings of names that the library itself will change: they tear what a person reads."""
+    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"transformers\.")
 
 
 class BaseModels:

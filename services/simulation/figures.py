@@ -35,7 +35,9 @@ class NoFigures(SimulationError):
     """matplotlib is not installed."""
 
 
-def write_figures(report: QualityReport, folder: Path, *, metrics: Sequence[Metric] = METRICS) -> list[Path]:
+def write_figures(
+    report: QualityReport, folder: Path, *, metrics: Sequence[Metric] = METRICS, formats: Sequence[str] = FORMATS
+) -> list[Path]:
     """Draw everything that the report has data for.
 
     Files: `bars_<metric>`, `rounds_<metric>`, `bytes_<metric>`, `transfer_<strategy>_<metric>` for the method.
@@ -44,6 +46,7 @@ def write_figures(report: QualityReport, folder: Path, *, metrics: Sequence[Metr
         report: what to draw.
         folder: made if need be; files of these names are replaced.
         metrics: which to draw.
+        formats: some of `FORMATS`.
 
     Returns:
         The files, in the order in which they were written.
@@ -65,7 +68,7 @@ def write_figures(report: QualityReport, folder: Path, *, metrics: Sequence[Metr
     for name, draw in drawn.items():
         with _drawing():
             figure = draw()
-            for kind in FORMATS:
+            for kind in formats:
                 path = folder / f"{name}.{kind}"
                 metadata = {"Date": None} if kind == "svg" else {"Software": None}
                 content = BytesIO()

@@ -13,8 +13,8 @@ from pydantic import TypeAdapter, ValidationError
 
 from assets.atomic import write_atomically
 from cotuning.language_model import LanguageModel
-from cotuning.seeding import derive_seed
-from cotuning.strategies.tuning import public_steps, server_training, with_adapter
+from cotuning.strategies.interface import ServerInputs
+from cotuning.strategies.tuning import adapter_training, public_steps, with_adapter
 from cotuning.training import TrainingDiverged
 from cotuning.tuning import train_adapter
 from protocol.strategies import SmallModel, spec_of
@@ -22,9 +22,9 @@ from simulation.base_models import BaseModels
 from simulation.budget import Crossing, Meter
 from simulation.cache import configuration_hash
 from simulation.errors import CacheError, RoundFailed
-from simulation.experiment import Listener
 from simulation.gates import Gate, exact_match_gate, lead_gate, proxy_gate
 from simulation.measuring import measure
+from simulation.player import Listener
 from simulation.prepared import Prepared, prepare
 from simulation.scores import RowScores
 from simulation.settings import Entry, SimulationSettings
@@ -117,14 +117,9 @@ def _tuned_llm(prepared: Prepared, entry: Entry, seed: int, rounds: int, listene
 
     with with_adapter(prepared.llm, "llm", None, lora, seed=seed) as lent:
         for number in range(1, rounds + 1):
-            options = server_training(
-                server,
-                seed=derive_seed(seed, STAGE, number),
-                stage=STAGE,
-                on_progress=tell,
-                checkpoints=None,
-            )
-            step_at = public_steps(lent, prepared.rows.training, server, round_number=number, seed=seed)
+            given = ServerInputs(round_number=number, seed=seed, on_progress=tell, public=prepared.rows.training)
+            options = adapter_training(server, given, stage=STAGE)
+            step_at = public_steps(lent, given, server)
             train_adapter(lent, "llm", step_at, steps=server.steps, **options)
         lent.model.eval()
         yield lent

@@ -184,7 +184,11 @@ def _transfer(report: QualityReport, summary: Summary) -> str:
 
 
 def _notes(report: QualityReport) -> str:
-    lines = [f"- {each.entry.name}: {note}" for each in report.strategies for note in each.notes]
+    of: dict[str, list[str]] = {}
+    for each in report.strategies:
+        for note in each.notes:
+            of.setdefault(note, []).append(each.entry.name)
+    lines = [f"- {', '.join(names)}: {note}" for note, names in of.items()]
     return "\n".join(["## Notes", "", *lines]) if lines else ""
 
 

@@ -7,13 +7,13 @@ from cotuning.adapters import AdapterState, adapted
 from cotuning.examples import Example
 from cotuning.language_model import LanguageModel
 from cotuning.strategies.preparation import peft_config
-from cotuning.strategies.promotion import LLM, candidates
+from cotuning.strategies.promotion import candidates
 from protocol.strategies import LoraSettings
 from simulation.base_models import BaseModels
 from simulation.rounds import Run
 from simulation.run_results import RoundScores
 from simulation.scores import METRICS, Metric, RowScores, score
-from simulation.settings import SimulationSettings
+from simulation.settings import BEFORE, SimulationSettings
 from simulation.setup import Device
 
 OnMeasured = Callable[[str, int, int], None]
@@ -23,19 +23,20 @@ ModelScores = dict[str, dict[str, RowScores]]
 """Model -> set of rows -> scores."""
 
 
-def measure_run(run: Run, settings: SimulationSettings, on_measured: OnMeasured) -> ModelScores:
+def measure_run(run: Run, settings: SimulationSettings, on_measured: OnMeasured, *, transfer: bool) -> ModelScores:
     """Test scores after the run's newest promoted version.
 
     Args:
         run: played.
         settings: of the experiment.
+        transfer: measure each device's model on every device's rows, not on its own alone.
         on_measured: told how far it is.
     """
     sets = test_sets(run.devices)
     scores: ModelScores = {}
     for device in run.devices:
         adapter = run.local[device.name].slm_adapter
-        wanted = sets if settings.transfer else {device.rows.test_set: device.rows.test}
+        wanted = sets if transfer else {device.rows.test_set: device.rows.test}
         with with_adapter(run.models.slm(device.slm), run.settings.slm_lora, adapter) as lm:
             scores[device.name] = measure(lm, device.name, wanted, settings, on_measured)
     with candidates(
@@ -53,23 +54,29 @@ def measure_run(run: Run, settings: SimulationSettings, on_measured: OnMeasured)
 def measure_base(
     devices: Sequence[Device],
     models: BaseModels,
-    llm: LanguageModel | None,
+    cloud: Mapping[str, LanguageModel],
     settings: SimulationSettings,
     on_measured: OnMeasured,
 ) -> ModelScores:
-    """Test scores of the base models, before any training."""
+    """Test scores before any device trains.
+
+    Args:
+        devices: with their rows and models.
+        models: the base models.
+        cloud: the LLM and the proxy as round 1 finds them, as far as there are any.
+        settings: of the experiment.
+        on_measured: told how far it is.
+    """
     sets = test_sets(devices)
     scores: ModelScores = {}
     found: ModelScores = {}
     for device in devices:
         known = found.setdefault(device.slm, {})  # devices with the same model have the same scores
-        wanted = sets if settings.transfer else {device.rows.test_set: device.rows.test}
+        wanted = sets if settings.measures_transfer(BEFORE) else {device.rows.test_set: device.rows.test}
         missing = {name: rows for name, rows in wanted.items() if name not in known}
         known |= measure(models.slm(device.slm), device.name, missing, settings, on_measured)
         scores[device.name] = {name: known[name] for name in wanted}
-    if llm is not None:
-        scores[LLM] = measure(llm, LLM, sets, settings, on_measured)
-    return scores
+    return scores | {name: measure(lm, name, sets, settings, on_measured) for name, lm in cloud.items()}
 
 
 def measure_round(run: Run, number: int, settings: SimulationSettings, on_measured: OnMeasured) -> RoundScores:

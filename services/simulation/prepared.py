@@ -16,6 +16,7 @@ from typing import Any
 
 from assets.atomic import write_atomically
 from assets.data import examples_to_jsonl
+from assets.file_lock import locked
 from assets.models import list_model_files, load_language_model, save_language_model
 from cotuning.evaluation import bits_per_byte
 from cotuning.examples import Example, rows_digest
@@ -122,8 +123,10 @@ def prepare(
         assert rows is not None
         with meter.stage("distillation"):
             place = _place(experiment, wanted, rows.training, seed, folder)
-            if not (place / MEASURED_FILE).is_file():
-                _distil(wanted, llm, models, rows.training, seed=seed, place=place, on_progress=on_progress)
+            folder.mkdir(parents=True, exist_ok=True)
+            with locked(place.with_suffix(".lock")):  # another process may be making the same
+                if not (place / MEASURED_FILE).is_file():
+                    _distil(wanted, llm, models, rows.training, seed=seed, place=place, on_progress=on_progress)
             small = _small_model(load_language_model(place), place)
             small.lm.model.to(llm.device)
             distilled = json.loads((place / MEASURED_FILE).read_bytes())
@@ -172,7 +175,6 @@ def _distil(
     start = time.perf_counter()
     measured = distil(llm, proxy, training, settings, seed=seed, on_progress=on_progress)
     measured |= {"seconds": round(time.perf_counter() - start, 3)}
-    place.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place.parent, prefix=".proxy-") as name:
         made = Path(name) / "proxy"
         save_language_model(proxy, made)

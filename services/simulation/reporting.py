@@ -12,9 +12,11 @@ from simulation.gates import Gate, contamination_gate
 from simulation.report import DeviceFacts, Entry, QualityReport, build_report
 from simulation.run_results import RunResult
 from simulation.settings import BEFORE, SimulationSettings
+from simulation.settings import Entry as Played
 from simulation.setup import Experiment
 from simulation.targets import Wanted
 
+_FLOAT32_BYTES = 4
 _VERSIONS = ("cotune", "torch", "transformers", "peft")
 
 
@@ -44,38 +46,56 @@ def report_of(
         seconds: that it took this time, without what was kept from before.
     """
     settings = experiment.settings
-    seed = next(iter(experiment.devices))
+    devices = _devices(experiment, next(iter(experiment.devices)))
     return build_report(
         title=settings.name,
         command=command,
         configuration={"settings": settings.model_dump(mode="json"), "digests": dict(experiment.digests)},
-        facts=_facts(seconds) | {"public rows left out": experiment.left_out},
-        devices=_devices(experiment, seed),
+        facts=_facts(seconds) | {"public rows left out": dict(experiment.left_out)},
+        devices=devices,
         entries=_entries(settings),
         runs=runs,
         gates=gates,
-        wanted=_wanted(settings),
+        wanted=_wanted(experiment, devices),
     )
 
 
 def _entries(settings: SimulationSettings) -> list[Entry]:
-    played = [
-        Entry(name=each.label, kind=each.kind, about=each.about or each.settings.name) for each in settings.strategies
-    ]
+    played = [Entry(name=each.label, kind=each.kind, about=each.about or _about(each)) for each in settings.strategies]
     return [Entry(name=BEFORE, kind="before", about="the base models, before any training"), *played]
 
 
-def _wanted(settings: SimulationSettings) -> Wanted:
+def _about(entry: Played) -> str:
+    name = entry.settings.name
+    return f"{name}, the processor time of {entry.equal_cpu_to}" if entry.equal_cpu_to is not None else name
+
+
+def _wanted(experiment: Experiment, devices: Sequence[DeviceFacts]) -> Wanted:
     """Targets are about the method of the experiment, if it has one, against its baselines and controls."""
     named: dict[str, list[str]] = {}
-    for each in settings.strategies:
+    for each in experiment.settings.strategies:
         named.setdefault(each.kind, []).append(each.label)
     usual = Wanted()
     return Wanted(
         method=next(iter(named.get("method", [])), usual.method),
         baselines=tuple(named.get("baseline", usual.baselines)),
         controls=tuple(named.get("control", usual.controls)),
+        hidden_sets=_hidden_sets(experiment),
+        full_model_bytes=_full_model_bytes(devices),
     )
+
+
+def _hidden_sets(experiment: Experiment) -> tuple[str, ...]:
+    """Test rows of devices that hold nothing but domains that the server's rows leave out."""
+    hidden = set(experiment.settings.public.leave_out_domains)
+    first = experiment.devices[next(iter(experiment.devices))]
+    return tuple(dict.fromkeys(each.rows.test_set for each in first if set(each.rows.mixture) <= hidden))
+
+
+def _full_model_bytes(devices: Sequence[DeviceFacts]) -> float | None:
+    """What FedAvg of whole SLMs in float32 sends for a device in a round, both ways, the mean of the devices."""
+    total = sum(each.parameters for each in devices)
+    return 2 * _FLOAT32_BYTES * total / len(devices) if total else None
 
 
 def _devices(experiment: Experiment, seed: int) -> list[DeviceFacts]:

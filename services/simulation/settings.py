@@ -10,13 +10,13 @@ from pydantic import Field, ValidationError, model_validator
 from protocol.base import Name, SettingsModel
 from protocol.proxy_settings import ProxySettings
 from protocol.runs import EvaluationSettings, ModelLoading
-from protocol.strategies import STRATEGIES, Strategy
+from protocol.strategies import STRATEGIES, SmallModel, Strategy, spec_of
 from simulation.errors import SetupError
 
 BEFORE = "before"
 """The strategy that trains nothing: how the base models are."""
 
-_OF_AN_ENTRY = ("label", "kind", "about", "proxy")
+_OF_AN_ENTRY = ("label", "kind", "about", "proxy", "equal_cpu_to")
 
 
 class Devices(SettingsModel):
@@ -51,6 +51,14 @@ class Devices(SettingsModel):
         return self
 
 
+class Public(SettingsModel):
+    """Which rows of `public.jsonl` the server has."""
+
+    leave_out_domains: list[str] = Field(
+        default=[], description="Public rows of these domains' tasks are left out: only devices know such rows."
+    )
+
+
 class Entry(SettingsModel):
     """A strategy of the experiment.
 
@@ -63,6 +71,11 @@ class Entry(SettingsModel):
     )
     about: str = Field(default="", max_length=200, description="What it is, in a few words.")
     proxy: ProxySettings | None = Field(default=None, description="In place of the experiment's, for controls of it.")
+    equal_cpu_to: str | None = Field(
+        default=None,
+        description="For a control by `standalone`: the label of a strategy. `training.steps` are then as many as "
+        "devices can take in the processor time that they spend on that one.",
+    )
     settings: Strategy
 
 
@@ -81,18 +94,27 @@ class SimulationSettings(SettingsModel):
     llm_loading: ModelLoading = ModelLoading()
     probe_rows: int = Field(default=64, ge=1, le=100_000, description="Public rows that every device receives (Q).")
     devices: Devices = Devices()
+    public: Public = Public()
     proxy: ProxySettings = ProxySettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     measured_length: int = Field(
         default=256, ge=16, le=131_072, description="Tokens of a row that is measured; longer ones lose their head."
     )
-    transfer: bool = Field(default=True, description="Whether each device's model is measured on every device's rows.")
+    transfer: bool | Literal["method"] = Field(
+        default=True,
+        description="Whether each device's model is measured on every device's rows; `method`: only of strategies of "
+        "that kind, and before.",
+    )
     measure_rounds: bool = Field(default=False, description="Whether devices are measured after each round.")
     drop_contaminated: bool = Field(
         default=False, description="Leave out public rows that hold a private, validation or test row."
     )
     gates: bool = Field(default=True, description="Whether LLM and proxy are measured before any device trains.")
     strategies: list[Entry] = Field(min_length=1)
+
+    def measures_transfer(self, kind: str) -> bool:
+        """Whether each device's model is measured on every device's rows after a strategy of this kind."""
+        return self.transfer is True or (self.transfer == "method" and kind in ("method", BEFORE))
 
     @property
     def longest_row(self) -> int:
@@ -111,6 +133,36 @@ class SimulationSettings(SettingsModel):
         if BEFORE in labels:
             raise ValueError(f"expected other labels than {BEFORE!r}: it names the base models")
         return self
+
+    @model_validator(mode="after")
+    def _equal_cpu_to_what_is_measured(self) -> Self:
+        played = {each.label: each for each in self.strategies if each.equal_cpu_to is None}
+        for each in self.strategies:
+            if each.equal_cpu_to is None:
+                continue
+            if (each.kind, each.settings.name) != ("control", "standalone"):
+                raise ValueError(
+                    f"expected `equal_cpu_to` of a control by standalone, got it of {each.label}, a {each.kind} by "
+                    f"{each.settings.name}"
+                )
+            if each.equal_cpu_to not in played or self.cpu_measure is None:
+                raise ValueError(
+                    f"expected `equal_cpu_to` of {each.label} to name a strategy that is played, beside a standalone "
+                    f"of kind baseline that is; got {each.equal_cpu_to!r} with {', '.join(played) or 'none'}"
+                )
+        return self
+
+    @property
+    def with_the_proxy(self) -> Entry | None:
+        """The first strategy with the experiment's own proxy, which stands beside the base models before training."""
+        able = (each for each in self.strategies if spec_of(each.settings).small_model is SmallModel.DISTILLED_PROXY)
+        return next((each for each in able if each.proxy is None), None)
+
+    @property
+    def cpu_measure(self) -> Entry | None:
+        """The plain standalone, which tells what a step of it costs."""
+        plain = (each for each in self.strategies if each.settings.name == "standalone" and each.kind == "baseline")
+        return next(plain, None)
 
     @model_validator(mode="after")
     def _equal_budgets(self) -> Self:
@@ -172,14 +224,15 @@ def _entry(given: Any, common: Mapping[str, Any]) -> Any:
     own = {key: value for key, value in given.items() if key not in _OF_AN_ENTRY}
     dealt = {key: value for key, value in common.items() if spec is not None and key in spec.settings.model_fields}
     about = {key: given[key] for key in _OF_AN_ENTRY if key in given}
-    return {"label": name, **about, "settings": _merged(dealt, own)}
+    return {"label": name, **about, "settings": merged(dealt, own)}
 
 
-def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Both tables in one; where both have a value that is no table, the one of `above`."""
     both = dict(below)
     for key, value in above.items():
         known = both.get(key)
-        both[key] = _merged(known, value) if isinstance(known, dict) and isinstance(value, dict) else value
+        both[key] = merged(known, value) if isinstance(known, dict) and isinstance(value, dict) else value
     return both
 
 

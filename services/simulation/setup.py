@@ -4,14 +4,14 @@ Nothing trains, and no weights are read, before all of this holds.
 """
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from assets.data import examples_to_jsonl, read_examples
-from assets.data_folders import PUBLIC_FILE, protected_rows
+from assets.data_folders import PUBLIC_FILE, SPLITS, domains_of, protected_rows
 from assets.errors import DataFileError
 from cotuning.examples import Example
 from cotuning.public_rows import PublicRows, TooFewRows, split_public_rows
@@ -49,6 +49,11 @@ class Device:
         return self.rows.name
 
 
+CONTAMINATED = "hold a private, validation or test row"
+DEVICES_ALONE = "of domains that only devices hold"
+"""Why public rows are left out."""
+
+
 @dataclass(frozen=True)
 class Experiment:
     """Settings that fit their data.
@@ -57,7 +62,7 @@ class Experiment:
         settings: as read.
         folder: of the data.
         public: rows of `public.jsonl`, without those that are left out; none where there is no such file.
-        left_out: public rows that hold a protected one, where the settings leave them out.
+        left_out: why public rows are left out -> how many.
         devices: seed -> the devices of its runs.
         digests: of base models and public rows, by what it is.
     """
@@ -65,7 +70,7 @@ class Experiment:
     settings: SimulationSettings
     folder: Path
     public: tuple[Example, ...]
-    left_out: int
+    left_out: Mapping[str, int]
     devices: Mapping[int, Sequence[Device]]
     digests: Mapping[str, str]
 
@@ -83,10 +88,12 @@ class Experiment:
         Other strategies of the experiment are no part of it, nor how they are called in reports.
         """
         own = None if entry is None else entry.model_dump(mode="json", include={"settings", "proxy"})
-        common = self.settings.model_dump(
-            mode="json", exclude={"name", "strategies", "first_seed", "llm", "slms", "gates"}
-        )
+        kind = "before" if entry is None else entry.kind
+        common = self.settings.model_dump(mode="json", exclude=_NO_PART_OF_RESULTS)
+        common["transfer"] = self.settings.measures_transfer(kind)
         digests = {**self.digests, "devices": _rows_digest(self.devices[seed])}
+        if entry is None:
+            common["proxy"] = common["proxy"] if self.settings.with_the_proxy is not None else None
         return {"common": common, "strategy": own, "digests": digests}
 
 
@@ -96,29 +103,65 @@ def set_up(settings: SimulationSettings, folder: Path, seeds: Sequence[int]) -> 
     Raises:
         SetupError: it cannot; names everything that was found.
     """
-    problems: list[str] = []
-    proxies = [settings.proxy, *(entry.proxy for entry in settings.strategies if entry.proxy is not None)]
-    paths = sorted({each.path for each in proxies if each.path is not None})
+    paths = proxy_paths(settings)
     models = [*([settings.llm] if settings.llm is not None else []), *paths, *settings.slms]
-    problems += model_problems(models, longest_row=settings.longest_row)
-    public_file = folder / PUBLIC_FILE
-    public, left_out = _noted(problems, lambda: _public(settings, folder)) or ((), 0)
-    devices = _noted(problems, lambda: [_devices(settings, folder, seed) for seed in seeds])
-    problems += [each for entry in settings.strategies for each in _strategy_problems(settings, entry, public_file)]
-    for spec in {spec_of(entry.settings).public_set: spec_of(entry.settings) for entry in settings.strategies}.values():
-        if public:
-            _noted(problems, partial(_public_rows, settings, spec, public, folder, seeds[0]))
-    if devices:
-        problems += _device_problems(settings, devices[0])
-    if problems:
-        listed = "\n".join(f"- {each}" for each in dict.fromkeys(problems))
-        raise SetupError(f"{len(dict.fromkeys(problems))} thing(s) to correct before anything can be played:\n{listed}")
+    problems = model_problems(models, longest_row=settings.longest_row)
+    found = _look_at_data(settings, folder, seeds, problems)
+    _raise(problems)
+    assert found is not None
+    public, left_out, devices = found
     digests = {"llm": model_digest(settings.llm)} if settings.llm is not None else {}
     digests |= {f"proxy {each}": model_digest(each) for each in paths}
     digests |= {f"slm {place}": model_digest(each) for place, each in enumerate(settings.slms, start=1)}
     digests["public"] = hashlib.sha256(examples_to_jsonl(public)).hexdigest()
-    assert devices is not None
     return Experiment(settings, folder, public, left_out, dict(zip(seeds, devices, strict=True)), digests)
+
+
+def check_data(settings: SimulationSettings, folder: Path, seeds: Sequence[int]) -> None:
+    """Check all of it but the models, which need not be there yet. Raises SetupError as `set_up`."""
+    problems: list[str] = []
+    _look_at_data(settings, folder, seeds, problems)
+    _raise(problems)
+
+
+def proxy_paths(settings: SimulationSettings) -> list[str]:
+    """Models that proxies are made of."""
+    proxies = [settings.proxy, *(entry.proxy for entry in settings.strategies if entry.proxy is not None)]
+    return sorted({each.path for each in proxies if each.path is not None})
+
+
+_Found = tuple[tuple[Example, ...], dict[str, int], list[list[Device]]]
+"""Public rows, why others are left out, and the devices of each seed."""
+
+
+def _look_at_data(
+    settings: SimulationSettings, folder: Path, seeds: Sequence[int], problems: list[str]
+) -> _Found | None:
+    """Read and deal the rows; adds what is wrong to `problems`. None where there are no devices."""
+    public_file = folder / PUBLIC_FILE
+    read = _noted(problems, lambda: _public(settings, folder))
+    public, left_out = read or ((), {})
+    devices = _noted(problems, lambda: [_devices(settings, folder, seed) for seed in seeds])
+    problems += [each for entry in settings.strategies for each in _strategy_problems(settings, entry, public_file)]
+    if read is not None and public_file.is_file() and not public and _need_public_rows(settings):
+        problems.append(f"{public_file}: expected public rows, got none that is not left out")
+    for spec in {spec_of(entry.settings).public_set: spec_of(entry.settings) for entry in settings.strategies}.values():
+        if public:
+            _noted(problems, partial(_public_rows, settings, spec, public, folder, seeds[0]))
+    if not devices:
+        return None
+    problems += _device_problems(settings, devices[0])
+    return public, left_out, devices
+
+
+def _need_public_rows(settings: SimulationSettings) -> bool:
+    return any(spec_of(each.settings).public_set is not PublicSet.NOWHERE for each in settings.strategies)
+
+
+def _raise(problems: Sequence[str]) -> None:
+    if problems:
+        listed = "\n".join(f"- {each}" for each in dict.fromkeys(problems))
+        raise SetupError(f"{len(dict.fromkeys(problems))} thing(s) to correct before anything can be played:\n{listed}")
 
 
 def _devices(settings: SimulationSettings, folder: Path, seed: int) -> list[Device]:
@@ -150,14 +193,56 @@ def _devices(settings: SimulationSettings, folder: Path, seed: int) -> list[Devi
     ]
 
 
-def _public(settings: SimulationSettings, folder: Path) -> tuple[tuple[Example, ...], int]:
-    """The public rows, and how many are left out."""
+def _public(settings: SimulationSettings, folder: Path) -> tuple[tuple[Example, ...], dict[str, int]]:
+    """The public rows, and why others are left out, with how many."""
     file = folder / PUBLIC_FILE
     rows = read_examples(file) if file.is_file() else []
-    if not settings.drop_contaminated:
-        return tuple(rows), 0
-    kept, found = without_protected(protected_rows(folder), rows)
-    return tuple(kept), len(found)
+    left_out = {}
+    if hidden := settings.public.leave_out_domains:
+        kept = without_tasks(rows, tasks_of(folder, _held(settings, folder), hidden), file)
+        left_out[DEVICES_ALONE] = len(rows) - len(kept)
+        rows = kept
+    if settings.drop_contaminated:
+        rows, found = without_protected(protected_rows(folder), rows)
+        left_out[CONTAMINATED] = len(found)
+    return tuple(rows), left_out
+
+
+def _held(settings: SimulationSettings, folder: Path) -> Sequence[str]:
+    """Domains whose rows devices hold."""
+    return settings.devices.domains or domains_of(folder)
+
+
+def tasks_of(folder: Path, held: Sequence[str], domains: Sequence[str]) -> set[str]:
+    """The tasks of all rows of `domains`.
+
+    Args:
+        folder: of the data.
+        held: domains of the devices.
+        domains: some of them.
+
+    Raises:
+        SetupError: one is not among `held`, or a row of it names no task.
+        DataFileError: a split is missing, or a row cannot be read.
+    """
+    if unknown := [name for name in domains if name not in held]:
+        raise SetupError(
+            f"expected `public.leave_out_domains` among the devices' domains, {', '.join(held)}; got "
+            f"{', '.join(unknown)}"
+        )
+    found = {
+        row.task for name in domains for split in SPLITS for row in read_examples(folder / name / f"{split}.jsonl")
+    }
+    if "" in found:
+        raise SetupError(f"expected a `task` in every row of {', '.join(domains)}, by which public rows are left out")
+    return found
+
+
+def without_tasks(rows: Sequence[Example], tasks: Set[str], file: Path) -> list[Example]:
+    """Rows of other tasks. Raises SetupError where one names no task: it could be of any."""
+    if nameless := [row.id for row in rows if not row.task]:
+        raise SetupError(f"{file}: expected a `task` in every row, to leave some out; got none in {nameless[0]}")
+    return [row for row in rows if row.task not in tasks]
 
 
 def _public_rows(

@@ -22,6 +22,9 @@ from simulation.prepared import Prepared
 Part = tuple[dict[str, Tensor], dict[str, str]]
 """Tensors and their header."""
 
+_UNDECLARED = frozenset({"message"})
+"""What a message counts as where the strategy declares none: the meter refuses it."""
+
 
 def crossing(spec: StrategySpec) -> Crossing:
     """What a strategy declares to cross the network."""
@@ -75,9 +78,13 @@ class Wire:
         self.download_message(device, round_number, published)
 
     def download_message(self, device: str, round_number: int, published: "Published") -> None:
-        """Count the server's message, where there is one."""
+        """Count the server's message, where there is one.
+
+        Raises:
+            UndeclaredTraffic: the strategy declares none.
+        """
         if published.message is not None:
-            for kind in self.spec.messages_down:
+            for kind in self.spec.messages_down or _UNDECLARED:
                 self.meter.count_bytes(round_number, device, "down", kind, published.message_bytes)
 
     def upload(self, device: str, round_number: int, result: DeviceResult) -> dict[PartKind, Part]:
@@ -97,13 +104,13 @@ class Wire:
         """What the server reads of a device's message.
 
         Raises:
-            UndeclaredTraffic: there are rows in it: no text leaves a device.
+            UndeclaredTraffic: the strategy declares none; or there are rows in it: no text leaves a device.
         """
         received, num_bytes = self._message(result.message)
         if received is not None:
             if received.rows:
                 raise UndeclaredTraffic(f"expected a message without rows from {device}, got {len(received.rows)}")
-            for kind in self.spec.messages_up:
+            for kind in self.spec.messages_up or _UNDECLARED:
                 self.meter.count_bytes(round_number, device, "up", kind, num_bytes)
         return received
 

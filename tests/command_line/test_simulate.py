@@ -1,8 +1,13 @@
 """`cotune simulate`: a report from a file and a folder, and errors that say what to correct."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from command_line.exit_codes import ExitCode
@@ -83,3 +88,52 @@ def test_a_folder_is_no_report(world: World, tmp_path: Path, run_cotune: Cotune)
     ended = run_cotune("simulate", str(config), "--data", str(world.data), "--out", str(tmp_path))
     assert ended.code == ExitCode.BAD_INPUT
     assert "expected --out to name a file, got the folder" in ended.err
+
+
+def test_several_processes_write_the_same_report(world: World, tmp_path: Path, run_cotune: Cotune) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text(experiment(world))
+    reports = []
+    for processes in ("1", "2"):
+        out = tmp_path / f"{processes}.json"
+        arguments = ("simulate", str(config), "--data", str(world.data), "--out", str(out), "--seeds", "2")
+        ended = run_cotune(*arguments, "--cache", str(tmp_path / processes), "--processes", processes)
+        assert ended.code == ExitCode.OK, ended.err
+        reports.append(json.loads(out.read_text()))
+        assert ("co_plms, seed 1, checkpoint 0: done" in ended.err) == (processes == "2")
+    one, two = reports
+    measured = ("devices", "by_device", "cloud", "transfer", "runs")
+    for ours, theirs in zip(one["strategies"], two["strategies"], strict=True):
+        assert {name: ours[name] for name in measured} == {name: theirs[name] for name in measured}
+    assert one["gates"] == two["gates"]
+
+
+def test_ctrl_c_ends_every_process(world: World, tmp_path: Path) -> None:
+    config = tmp_path / "config.toml"
+    config.write_text(experiment(world, steps=100_000))
+    program = [sys.executable, "-c", "from command_line.main import main; main()", "simulate", str(config)]
+    options = ["--data", str(world.data), "--out", str(tmp_path / "r.json"), "--seeds", "2", "--processes", "2"]
+    started = subprocess.Popen(
+        [*program, *options, "--cache", str(tmp_path / "c")],
+        stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        assert started.stderr is not None
+        told = []
+        for line in started.stderr:
+            told.append(line)
+            if "standalone, seed 0" in line or "co_plms, seed 1" in line:
+                break  # the runs of the base models are over: both processes play
+        children = psutil.Process(started.pid).children(recursive=True)
+        assert len(children) >= 2, told
+        os.killpg(started.pid, signal.SIGINT)  # as a terminal does: to all of them
+        rest = started.stderr.read()
+        assert started.wait(60) == ExitCode.INTERRUPTED, rest
+        assert "Traceback" not in rest
+        assert [each for each in psutil.wait_procs(children, timeout=10)[1] if each.is_running()] == []
+    finally:
+        if started.poll() is None:
+            os.killpg(started.pid, signal.SIGKILL)
+            started.wait()
+        assert started.stderr is not None
+        started.stderr.close()

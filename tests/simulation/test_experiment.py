@@ -11,8 +11,10 @@ from cotuning.model_fingerprint import fingerprint_model
 from protocol.strategies import STRATEGIES
 from simulation.base_models import BaseModels
 from simulation.errors import CacheError, RoundFailed
-from simulation.experiment import Listener, Player, missing_runs, run_experiment
+from simulation.experiment import run_experiment
 from simulation.participation import RoundPlan
+from simulation.planned import missing_runs
+from simulation.player import Listener, Player
 from simulation.rounds import Version
 from simulation.run_results import RunKey
 from simulation.settings import SimulationSettings
@@ -68,10 +70,11 @@ def test_every_strategy_is_played_and_measured(world: World, tmp_path: Path) -> 
         assert all(set(result.scores[device]) == {"colour", "sum"} for device in result.own)
         assert all(scores.num_rows == 3 for sets in result.scores.values() for scores in sets.values())
     served = {each.key.strategy: set(each.scores) - {"colour", "sum"} for each in results}
-    assert served["before"] == {"llm"}
+    assert served["before"] == {"llm", "proxy"}
     assert served["co_plms"] == served["fedcollm"] == {"llm", "proxy"}
     assert (served["standalone"], served["fed_lora"], served["fedmkt"]) == (set(), {"proxy"}, {"llm"})
     before, co_plms = results[:2]
+    assert before.scores["proxy"]["sum"].bits != before.scores["llm"]["sum"].bits
     assert co_plms.scores["sum"]["sum"].bits != before.scores["sum"]["sum"].bits
     assert [each.round for each in co_plms.rounds] == [0, 1, 2]
     assert co_plms.cost.steps["sum: mutual_learning"] == 4
@@ -146,7 +149,7 @@ def test_a_proxy_is_distilled_once_for_all_that_need_the_same(world: World, tmp_
     experiment = set_up(world.settings(CO_PLMS, other), world.data, [0])
     results = run_experiment(experiment, tmp_path, Listener(on_progress=lambda what, done, total: told.add(what)))
     assert "proxy: distillation" in told
-    assert len(list((tmp_path / "proxies").iterdir())) == 1
+    assert len(list((tmp_path / "proxies").glob("*/cotune_distillation.json"))) == 1
     assert all("is shared by all strategies" in each.notes[0] for each in results[1:])
 
 
@@ -159,7 +162,7 @@ def test_a_control_has_a_proxy_of_its_own(world: World, tmp_path: Path) -> None:
     assert informed is not None
     assert other is not None
     assert (informed.base.config.hidden_size, other.base.config.hidden_size) == (16, 8)
-    assert len(list((tmp_path / "proxies").iterdir())) == 2
+    assert len(list((tmp_path / "proxies").glob("*/cotune_distillation.json"))) == 2
 
 
 @pytest.mark.parametrize(
@@ -185,3 +188,13 @@ def test_devices_with_ranks_of_their_own(world: World, tmp_path: Path) -> None:
     domain = {name: local.domain_adapter for name, local in run.local.items()}
     ranks = {name: {min(each.shape) for each in (state or {}).values()} for name, state in domain.items()}
     assert ranks == {"colour": {1}, "sum": {2}}
+
+
+def test_only_the_method_may_be_measured_on_every_devices_rows(world: World, tmp_path: Path) -> None:
+    settings = world.settings(CO_PLMS | {"kind": "method"}, STANDALONE, transfer="method")
+    found = {each.key.strategy: each for each in run_experiment(set_up(settings, world.data, [0]), tmp_path)}
+    sets = {name: set(each.scores["sum"]) for name, each in found.items()}
+    assert sets == {"before": {"colour", "sum"}, "co_plms": {"colour", "sum"}, "standalone": {"sum"}}
+    # What another kind has measured is no part of what this one has.
+    other = set_up(world.settings(CO_PLMS, STANDALONE, transfer="method"), world.data, [0])
+    assert missing_runs(other, tmp_path) == [RunKey(strategy="co_plms", seed=0)]

@@ -7,8 +7,8 @@ import pytest
 
 from simulation.base_models import BaseModels
 from simulation.errors import CacheError
-from simulation.experiment import Listener
 from simulation.gate_checks import check_gates, judged_entry
+from simulation.player import Listener
 from simulation.setup import Experiment, set_up
 from tests.simulation.tiny_world import CO_PLMS, SERVER, World
 

@@ -1,14 +1,18 @@
 """What cannot be played is told before anything trains, all of it at once."""
 
+import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from simulation.errors import SetupError
-from simulation.reporting import public_gate
+from simulation.experiment import run_experiment
+from simulation.reporting import public_gate, report_of
 from simulation.setup import set_up
 from tests.simulation.tiny_world import CO_PLMS, World
+from tests.tiny_models import tiny_examples
 
 STANDALONE = {"name": "standalone"}
 FED_LORA = {"name": "fed_lora"}
@@ -118,13 +122,13 @@ def test_public_rows_that_hold_a_private_one_are_left_out_where_that_is_asked_fo
     private = (copied.data / "sum" / "test.jsonl").read_bytes().splitlines(keepends=True)[0]
     path.write_bytes(path.read_bytes() + private)
     kept = set_up(copied.settings(), copied.data, [0])
-    assert (len(kept.public), kept.left_out) == (21, 0)
+    assert (len(kept.public), kept.left_out) == (21, {})
     gate = public_gate(kept)
     assert gate is not None
     assert not gate.passed
     without = set_up(copied.settings(drop_contaminated=True), copied.data, [0])
-    assert without.left_out >= 1
-    assert len(without.public) + without.left_out == 21
+    assert without.left_out["hold a private, validation or test row"] >= 1
+    assert len(without.public) + sum(without.left_out.values()) == 21
     gate = public_gate(without)
     assert gate is not None
     assert gate.passed
@@ -141,3 +145,49 @@ def test_what_results_depend_on(world: World) -> None:
     assert hashed(rounds=3) != same
     assert hashed(slms=[world.model("qwen2")]) != same
     assert hashed(devices={"sizes": 4}) != same
+
+
+def name_tasks(world: World) -> None:
+    """Give every row the task of its kind; the public rows are all sums."""
+    for path in world.data.rglob("*.jsonl"):
+        task = "sums" if path.parent.name in ("sum", "data") else "colours"
+        rows = [json.loads(line) | {"task": task} for line in path.read_text().splitlines()]
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_public_rows_of_domains_that_only_devices_hold_are_left_out(copied: World) -> None:
+    name_tasks(copied)
+    with (copied.data / "public.jsonl").open("a") as file:
+        for number in range(16):
+            file.write(json.dumps(asdict(tiny_examples(1, start=900 + number)[0]) | {"task": "colours"}) + "\n")
+    experiment = set_up(copied.settings(public={"leave_out_domains": ["sum"]}), copied.data, [0])
+    assert {row.task for row in experiment.public} == {"colours"}
+    assert (len(experiment.public), experiment.left_out) == (16, {"of domains that only devices hold": 20})
+    public_alone = CO_PLMS | {"label": "llm_public", "kind": "control", "matching": "ce_only"}
+    settings = copied.settings(CO_PLMS | {"kind": "method"}, public_alone, public={"leave_out_domains": ["sum"]})
+    experiment = set_up(settings, copied.data, [0])
+    report = report_of(experiment, run_experiment(experiment, copied.folder), command="", gates=[], seconds=0.0)
+    found = {each.measure: each for each in report.targets if "device-only" in each.measure}
+    assert [each.metric for each in report.cloud_comparisons] == ["rouge_l", "exact_match", "bits_per_byte"]
+    assert all(each.value is not None for each in found.values())
+    own = report.summary("co_plms").cloud["llm"]["sum"]["bits_per_byte"]
+    assert next(each for each in report.cloud_comparisons if each.metric == "bits_per_byte").our_score == own
+
+
+@pytest.mark.parametrize(
+    ("domain", "said"),
+    [
+        ("nowhere", "expected `public.leave_out_domains` among the devices' domains, colour, sum; got nowhere"),
+        ("sum", "expected a `task` in every row of sum, by which public rows are left out"),
+    ],
+)
+def test_domains_that_cannot_be_left_out(world: World, domain: str, said: str) -> None:
+    assert said in problems(world, public={"leave_out_domains": [domain]})
+
+
+def test_public_rows_without_a_task_cannot_be_told_apart(copied: World) -> None:
+    name_tasks(copied)
+    shutil.copy(copied.data / "public.jsonl", copied.data / "named.jsonl")
+    rows = [json.loads(line) | {"task": ""} for line in (copied.data / "named.jsonl").read_text().splitlines()]
+    (copied.data / "public.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert "public.jsonl: expected a `task` in every row" in problems(copied, public={"leave_out_domains": ["sum"]})
