@@ -1,7 +1,7 @@
 # make demo | make test | make check - each makes the environment (.venv) first, once.
 .DELETE_ON_ERROR:
 .PHONY: help demo test test-slow fuzz chaos compose-test check format clean environment \
-	bench-alignment bench-saml bench-aggregation bench-large bench-service bench-waiting
+	bench-alignment bench-saml bench-aggregation bench-large bench-quality bench-service bench-waiting
 
 BIN := .venv/bin
 STAMP := .venv/.installed
@@ -16,6 +16,7 @@ help:
 	@echo "make check                           ruff, mypy, import-linter"
 	@echo "make bench-alignment, bench-saml, bench-aggregation   speed, memory and bytes of the method (benchmarks/)"
 	@echo "make bench-large                     models of real size on a graphics card; says what it needs where there is none"
+	@echo "make bench-quality PRESET=tiny DATA=<folder>   co_plms against other strategies and controls, into docs/results"
 	@echo "make bench-service, bench-waiting    uploads and whole rounds, against a bare server and Flower; 10,000 devices that wait"
 	@echo "make clean                           remove .venv and every cache in this folder"
 
@@ -69,6 +70,12 @@ bench-service: $(STAMP) .venv-flower/.installed
 # As many threads as PyTorch likes: the card does the work.
 bench-large: $(STAMP) .venv/.bench
 	$(BIN)/python -m benchmarks.large_models $(BENCH_ARGS)
+
+# PRESET=tiny|small|medium; one process a core, each with the threads of the experiment. An interrupted one goes on.
+PRESET ?= tiny
+bench-quality: $(STAMP) .venv/.bench
+	@if [ -z "$(DATA)" ]; then echo "expected DATA=<folder of domains, with public.jsonl and a corpus>" >&2; exit 4; fi
+	@exec $(BIN)/python -m benchmarks.quality "$(PRESET)" --data "$(DATA)" $(BENCH_ARGS)
 
 .venv/.bench: $(STAMP)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]' $(PIP_ARGS)

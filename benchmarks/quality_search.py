@@ -1,0 +1,168 @@
+"""Hyper-parameters by validation rows: the method and every baseline with the same values, as many for each.
+
+Seeds are others than the benchmark's, and where a run would be measured on test rows it is on its devices' validation
+rows: no test row is read. Prints what each came to and writes `results/bench_quality_search_<preset>_<setting>.json`;
+what is chosen goes into the preset by hand, with how.
+"""
+
+import argparse
+import itertools
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from assets.errors import AssetError
+from benchmarks.measuring import print_table, write_results
+from benchmarks.quality import Places, at_once, checked
+from benchmarks.quality_base_models import build
+from benchmarks.quality_settings import SETTINGS, Preset, read_preset, sizes
+from command_line import folders
+from command_line.errors import BadInput, CommandError, RunFailed
+from command_line.interruption import interruption
+from command_line.live_view import View, view
+from command_line.output import print_error
+from command_line.simulate_command import play
+from simulation.base_models import BaseModels, hush_transformers
+from simulation.errors import RoundFailed, SimulationError
+from simulation.run_results import RunResult, device_observations
+from simulation.scores import METRICS, Metric
+from simulation.settings import Entry, SimulationSettings, merged
+from simulation.setup import Experiment, set_up
+
+OTHER_SEEDS = 1000
+"""Between the benchmark's first seed and the search's."""
+
+
+def main() -> None:
+    """Search, and print what was found."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("preset", help=f"{', '.join(sizes())}, or a TOML file")
+    parser.add_argument("--data", required=True, type=Path, help="a data folder")
+    parser.add_argument("--setting", choices=SETTINGS, default=SETTINGS[0])
+    parser.add_argument("--cache", type=Path, help="of base models and results; default: $COTUNE_CACHE")
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each combination of values")
+    given = parser.parse_args()
+    try:
+        with interruption(), view(Console(stderr=True, highlight=False, emoji=False)) as shown:
+            cache = folders.prepare(given.cache or folders.cache_folder(), what="the cache", variable="--cache")
+            preset = read_preset(given.preset)
+            found = search(preset, given.setting, Places(given.data, cache, cache), shown, seeds=given.seeds)
+    except CommandError as error:
+        print_error(error)
+        sys.exit(error.exit_code)
+    rows = [(each["strategy"], str(each["values"]), *(each[metric] for metric in METRICS)) for each in found]
+    print_table(f"{preset.name}, {given.setting}: validation rows", ("strategy", "values", *METRICS), rows)
+    write_results(f"quality_search_{preset.name}_{given.setting}", {"found": found})
+
+
+def search(preset: Preset, setting: str, places: Places, shown: View, *, seeds: int) -> list[dict[str, Any]]:
+    """Each strategy with each combination of values, the best Rouge-L of a strategy first.
+
+    Args:
+        preset: whose `search` says which values.
+        setting: one of `SETTINGS`.
+        places: where things are; nothing is written to `out`.
+        shown: told how far it is.
+        seeds: runs of each combination.
+
+    Raises:
+        BadInput: something cannot be used.
+        RunFailed: a run failed; the results of the others are kept.
+    """
+    hush_transformers()
+    try:
+        text = checked(preset, places, shown)
+        base_seed = preset.size.base_seeds[0]
+        models = build(preset.recipe_of(base_seed), text, places.base_models, shown, command="")
+        tried = grid(preset.settings(setting, base_seed, models), preset.size.search)
+        settings = tried.settings
+        experiment = on_validation_rows(
+            set_up(settings, places.data, range(settings.first_seed, settings.first_seed + seeds))
+        )
+        processes = preset.size.processes or at_once(settings)
+        runs = play(experiment, places.results, BaseModels(settings.llm_loading), shown, processes)
+    except RoundFailed as error:
+        raise RunFailed(str(error), next_step="results of the other runs are kept") from None
+    except (SimulationError, AssetError) as error:
+        raise BadInput(str(error)) from None
+    found: list[dict[str, Any]] = [
+        {"strategy": name, "values": values} | {metric: _mean(runs, label, metric) for metric in METRICS}
+        for label, (name, values) in tried.points.items()
+    ]
+    return sorted(found, key=lambda each: (each["strategy"], -each["rouge_l"], each["bits_per_byte"]))
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is tried.
+
+    Attributes:
+        settings: with an entry for each strategy and combination, and no other.
+        points: label of an entry -> the strategy's label, and the values.
+    """
+
+    settings: SimulationSettings
+    points: Mapping[str, tuple[str, dict[str, Any]]]
+
+
+def grid(settings: SimulationSettings, values: Mapping[str, Sequence[Any]]) -> Grid:
+    """The method and the baselines with every combination of values.
+
+    Args:
+        settings: of the benchmark.
+        values: field of a strategy's settings, inner ones after a point -> what is tried.
+
+    Raises:
+        BadInput: no values.
+    """
+    if not values:
+        raise BadInput("expected the preset to say in `search` which values to try, got none")
+    combinations = [dict(zip(values, each, strict=True)) for each in itertools.product(*values.values())]
+    entries: list[Entry] = []
+    points: dict[str, tuple[str, dict[str, Any]]] = {}
+    for entry in settings.strategies:
+        if entry.kind not in ("method", "baseline"):
+            continue
+        for number, combination in enumerate(combinations):
+            label = f"{entry.label}.{number}"
+            points[label] = (entry.label, combination)
+            table = entry.settings.model_dump(mode="json")
+            for field, value in combination.items():
+                table = merged(table, _nested(field, value))
+            own = type(entry.settings).model_validate(table)
+            entries.append(entry.model_copy(update={"label": label, "kind": "baseline", "settings": own}))
+    changes = {
+        "name": f"{settings.name} search",
+        "first_seed": settings.first_seed + OTHER_SEEDS,
+        "transfer": False,
+        "measure_rounds": False,
+        "strategies": entries,
+    }
+    return Grid(settings.model_copy(update=changes), points)
+
+
+def _nested(field: str, value: Any) -> dict[str, Any]:
+    first, _, rest = field.partition(".")
+    return {first: _nested(rest, value) if rest else value}
+
+
+def on_validation_rows(experiment: Experiment) -> Experiment:
+    """The experiment with validation rows wherever test rows would be read."""
+    devices = {
+        seed: [replace(each, rows=replace(each.rows, test=each.rows.validation)) for each in found]
+        for seed, found in experiment.devices.items()
+    }
+    return replace(experiment, devices=devices)
+
+
+def _mean(runs: Sequence[RunResult], label: str, metric: Metric) -> float:
+    values = [scores.mean(metric) for scores in device_observations(runs, label).values()]
+    return sum(values) / len(values)
+
+
+if __name__ == "__main__":
+    main()
