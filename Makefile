@@ -74,8 +74,7 @@ bench-large: $(STAMP) .venv/.bench
 # PRESET=tiny|small|medium; one process a core, each with the threads of the experiment. An interrupted one goes on.
 PRESET ?= tiny
 bench-quality: $(STAMP) .venv/.bench
-	@if [ -z "$(DATA)" ]; then echo "expected DATA=<folder of domains, with public.jsonl and a corpus>" >&2; exit 4; fi
-	@exec $(BIN)/python -m benchmarks.quality "$(PRESET)" --data "$(DATA)" $(BENCH_ARGS)
+	@exec $(BIN)/python -m benchmarks.quality "$(PRESET)" $(if $(DATA),--data "$(DATA)") $(BENCH_ARGS)
 
 .venv/.bench: $(STAMP)
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[bench]' $(PIP_ARGS)

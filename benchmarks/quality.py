@@ -11,10 +11,12 @@ import os
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from rich.console import Console
@@ -25,6 +27,7 @@ from benchmarks.quality_page import Built, Made, page
 from benchmarks.quality_settings import SETTINGS, Preset, read_preset, sizes
 from command_line import folders
 from command_line.base_models import SUMMARY_FILE, PretrainingText
+from command_line.demo_data import generated_data
 from command_line.errors import BadInput, CommandError
 from command_line.exit_codes import ExitCode
 from command_line.interruption import Interrupted, interruption
@@ -72,17 +75,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the benchmark; exits as `cotune` does."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("preset", help=f"{', '.join(sizes())}, or a TOML file")
-    parser.add_argument("--data", required=True, type=Path, help="a data folder (shared/data, or your own)")
+    parser.add_argument("--data", type=Path, help="a data folder; not for a preset that makes its data itself")
     parser.add_argument("--cache", type=Path, help="of base models and results; default: $COTUNE_CACHE")
     parser.add_argument("--out", type=Path, default=PAGES, help="default: docs/results")
     parser.add_argument("--processes", type=int, help="runs at a time; default: one a core, as the preset says")
     given = parser.parse_args(arguments)
     try:
-        with interruption(), view(Console(stderr=True, highlight=False, emoji=False)) as shown:
-            cache = given.cache or folders.cache_folder()
-            places = Places(given.data, folders.prepare(cache, what="the cache", variable="--cache"), given.out)
-            command = f"make bench-quality PRESET={given.preset} DATA={given.data}"
-            written = measure(read_preset(given.preset), places, shown, command=command, processes=given.processes)
+        preset = read_preset(given.preset)
+        with (
+            interruption(),
+            view(Console(stderr=True, highlight=False, emoji=False)) as shown,
+            data_of(preset, given.data) as data,
+        ):
+            cache = folders.prepare(given.cache or folders.cache_folder(), what="the cache", variable="--cache")
+            command = f"make bench-quality PRESET={given.preset}" + (f" DATA={given.data}" if given.data else "")
+            places = Places(data, cache, given.out)
+            written = measure(preset, places, shown, command=command, processes=given.processes)
         print(f"written: {written}")
     except CommandError as error:
         print_error(error)
@@ -90,6 +98,23 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Interrupted:
         print("interrupted; the same command goes on where it was", file=sys.stderr)
         sys.exit(ExitCode.INTERRUPTED)
+
+
+@contextmanager
+def data_of(preset: Preset, given: Path | None) -> Iterator[Path]:
+    """The data folder of a preset: what was given, or one that is made and, with the `with`, removed.
+
+    Raises:
+        BadInput: a folder was given to a preset that makes its own, or none to another.
+    """
+    if preset.size.generated is (given is not None):
+        wanted = "no data folder: this preset makes its data" if preset.size.generated else "a data folder"
+        raise BadInput(f"{preset.name}: expected {wanted}; got {given or 'none'}")
+    if given is not None:
+        yield given
+        return
+    with TemporaryDirectory(prefix="cotune-facts-") as made:
+        yield generated_data(Path(made)).folder
 
 
 def measure(preset: Preset, places: Places, shown: View, *, command: str, processes: int | None = None) -> Path:

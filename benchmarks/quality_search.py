@@ -17,7 +17,7 @@ from rich.console import Console
 
 from assets.errors import AssetError
 from benchmarks.measuring import print_table, write_results
-from benchmarks.quality import Places, at_once, checked
+from benchmarks.quality import Places, at_once, checked, data_of
 from benchmarks.quality_base_models import build
 from benchmarks.quality_settings import SETTINGS, Preset, read_preset, sizes
 from command_line import folders
@@ -41,16 +41,20 @@ def main() -> None:
     """Search, and print what was found."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("preset", help=f"{', '.join(sizes())}, or a TOML file")
-    parser.add_argument("--data", required=True, type=Path, help="a data folder")
+    parser.add_argument("--data", type=Path, help="a data folder; not for a preset that makes its data itself")
     parser.add_argument("--setting", choices=SETTINGS, default=SETTINGS[0])
     parser.add_argument("--cache", type=Path, help="of base models and results; default: $COTUNE_CACHE")
     parser.add_argument("--seeds", type=int, default=1, help="runs of each combination of values")
     given = parser.parse_args()
     try:
-        with interruption(), view(Console(stderr=True, highlight=False, emoji=False)) as shown:
+        preset = read_preset(given.preset)
+        with (
+            interruption(),
+            view(Console(stderr=True, highlight=False, emoji=False)) as shown,
+            data_of(preset, given.data) as data,
+        ):
             cache = folders.prepare(given.cache or folders.cache_folder(), what="the cache", variable="--cache")
-            preset = read_preset(given.preset)
-            found = search(preset, given.setting, Places(given.data, cache, cache), shown, seeds=given.seeds)
+            found = search(preset, given.setting, Places(data, cache, cache), shown, seeds=given.seeds)
     except CommandError as error:
         print_error(error)
         sys.exit(error.exit_code)

@@ -2,8 +2,8 @@
 
 `quality_presets/heterogeneous.toml` and `homogeneous.toml` say which strategies are compared, and what each takes away;
 they are the same at every size. `tiny.toml`, `small.toml` and `medium.toml` say how large: rows, rounds, steps, seeds,
-the recipe of the base models, and the hyper-parameters of each strategy. `llm`, `slms` and the `path` of a proxy name
-models of the recipe.
+the recipe of the base models, and the hyper-parameters of each strategy; so does `facts.toml`, of the demo's domains,
+which the project makes for itself. `llm`, `slms` and the `path` of a proxy name models of the recipe.
 """
 
 import tomllib
@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError
 
 from command_line.base_model_recipes import PRESETS as RECIPES
 from command_line.base_model_recipes import BaseModelsRecipe, preset, read_recipe
+from command_line.demo_settings import base_models_recipe
 from command_line.errors import BadInput
 from protocol.base import SettingsModel
 from simulation.settings import SimulationSettings, merged, settings_of
@@ -39,7 +40,7 @@ class Size(SettingsModel):
 
     seeds: int = Field(ge=1, le=1000)
     recipe: str
-    """Of the base models: a preset of `cotune pretrain`, or a file beside this one."""
+    """Of the base models: a preset of `cotune pretrain`, `demo` for those of the demo, or a file beside this one."""
     corpus: str
     """In the data folder: what the base models read beside the pool of public rows."""
     chosen: str
@@ -48,6 +49,8 @@ class Size(SettingsModel):
     """Fields of both experiments (docs/simulation.md)."""
     heterogeneous: Setting
     homogeneous: Setting
+    generated: bool = False
+    """Whether the data are the domains that the project makes for itself; else a data folder is given."""
     processes: int | None = Field(default=None, ge=1)
     """Runs at the same time; by default one for each core, as far as each has the threads of the experiment."""
     base_seeds: list[int] = Field(default=[0], min_length=1)
@@ -126,7 +129,7 @@ def read_preset(source: str) -> Preset:
     except ValidationError as error:
         told = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
         raise BadInput(f"{path}: expected a size of the benchmark, got {told}") from None
-    recipe = preset(size.recipe) if size.recipe in RECIPES else read_recipe(path.parent / size.recipe)
+    recipe = _recipe(size.recipe, path.parent)
     tables = {name: _table(size, getattr(size, name), _read(FOLDER / f"{name}.toml"), recipe) for name in SETTINGS}
     made = Preset(path.stem, size, recipe, tables)
     for name in SETTINGS:
@@ -137,6 +140,12 @@ def read_preset(source: str) -> Preset:
 def sizes() -> list[str]:
     """Names of the sizes that there are."""
     return sorted(path.stem for path in FOLDER.glob("*.toml") if path.stem not in SETTINGS)
+
+
+def _recipe(name: str, folder: Path) -> BaseModelsRecipe:
+    if name == "demo":
+        return base_models_recipe(given=False)
+    return preset(name) if name in RECIPES else read_recipe(folder / name)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -8,15 +8,16 @@ from typing import Any
 
 import pytest
 
-from assets.data_folders import PUBLIC_FILE
+from assets.data_folders import PUBLIC_FILE, domains_of, pool_of
 from benchmarks import quality, quality_settings
-from benchmarks.quality import Places, main, measure
+from benchmarks.quality import Places, data_of, main, measure
 from benchmarks.quality_base_models import documents_of
 from benchmarks.quality_settings import SETTINGS, read_preset, sizes
 from command_line.errors import BadInput
 from command_line.exit_codes import ExitCode
 from cotuning.examples import Example
 from simulation.report import QualityReport
+from simulation.setup import check_data
 from tests.benchmarks.quality_miniature import made_data, preset_file, quiet
 
 
@@ -25,7 +26,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return made_data(tmp_path_factory.mktemp("quality"))
 
 
-@pytest.mark.parametrize("name", ["tiny", "small", "medium"])
+@pytest.mark.parametrize("name", ["facts", "tiny", "small", "medium"])
 def test_a_size_fits_together(name: str) -> None:
     preset = read_preset(name)
     for setting in SETTINGS:
@@ -40,12 +41,12 @@ def test_a_size_fits_together(name: str) -> None:
     assert {"fed_lora", "fedcollm", "fedcollm_sequential"} <= set(kinds)
     controls = {each.label for each in preset.settings("heterogeneous", 0).strategies if each.kind == "control"}
     assert controls >= {"uninformed_proxy", "frozen_proxy", "llm_public", "standalone_smoothed"}
-    assert preset.size.seeds >= (5 if name == "tiny" else 3)
-    assert preset.settings("heterogeneous", 0).public.leave_out_domains
+    assert preset.size.seeds >= (5 if name in {"facts", "tiny"} else 3)
+    assert preset.size.generated or preset.settings("heterogeneous", 0).public.leave_out_domains
 
 
 def test_there_are_no_other_sizes() -> None:
-    assert sizes() == ["medium", "small", "tiny"]
+    assert sizes() == ["facts", "medium", "small", "tiny"]
 
 
 def test_the_largest_size_leaves_no_strategy_out() -> None:
@@ -91,7 +92,7 @@ def test_a_size_that_cannot_be_used(tmp_path: Path, changes: dict[str, str], sai
 
 
 def test_a_size_that_is_not_there() -> None:
-    with pytest.raises(BadInput, match=r"expected PRESET to be one of medium, small, tiny, or a TOML file; got huge"):
+    with pytest.raises(BadInput, match=r"expected PRESET to be one of facts, .*, tiny, or a TOML file; got huge"):
         read_preset("huge")
 
 
@@ -117,6 +118,20 @@ def test_what_is_wrong_is_told_before_anything_trains(data: Path, tmp_path: Path
     with quiet() as (shown, _), pytest.raises(BadInput, match=said):
         measure(read_preset(preset_file(tmp_path)), Places(spoilt, cache, tmp_path / "out"), shown, command="")
     assert list(cache.iterdir()) == []
+
+
+def test_a_size_that_makes_its_data_takes_none_and_any_other_needs_some(tmp_path: Path) -> None:
+    facts, tiny = read_preset("facts"), read_preset("tiny")
+    with data_of(facts, None) as made:
+        assert domains_of(made) == ["calendar", "units", "web"]
+        check_data(facts.settings("homogeneous", 0), made, range(facts.size.seeds))
+        assert pool_of(made).is_file()
+        assert (made / facts.size.corpus).is_file()
+    assert not made.exists()
+    with pytest.raises(BadInput, match=f"facts: expected no data folder: .* got {tmp_path}"), data_of(facts, tmp_path):
+        pass
+    with pytest.raises(BadInput, match="tiny: expected a data folder; got none"), data_of(tiny, None):
+        pass
 
 
 def test_documents_that_are_of_hidden_tasks() -> None:
