@@ -11,23 +11,21 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from rich.console import Console
 
 from assets.atomic import write_atomically
 from benchmarks.quality_base_models import build, check_built, text_of
+from benchmarks.quality_data import data_of
 from benchmarks.quality_page import Built, Made, page
 from benchmarks.quality_settings import SETTINGS, Preset, read_preset, sizes
 from command_line import folders
 from command_line.base_models import SUMMARY_FILE, PretrainingText
-from command_line.demo_data import generated_data
 from command_line.errors import BadInput, CommandError
 from command_line.exit_codes import ExitCode
 from command_line.interruption import Interrupted, interruption
@@ -98,23 +96,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except Interrupted:
         print("interrupted; the same command goes on where it was", file=sys.stderr)
         sys.exit(ExitCode.INTERRUPTED)
-
-
-@contextmanager
-def data_of(preset: Preset, given: Path | None) -> Iterator[Path]:
-    """The data folder of a preset: what was given, or one that is made and, with the `with`, removed.
-
-    Raises:
-        BadInput: a folder was given to a preset that makes its own, or none to another.
-    """
-    if preset.size.generated is (given is not None):
-        wanted = "no data folder: this preset makes its data" if preset.size.generated else "a data folder"
-        raise BadInput(f"{preset.name}: expected {wanted}; got {given or 'none'}")
-    if given is not None:
-        yield given
-        return
-    with TemporaryDirectory(prefix="cotune-facts-") as made:
-        yield generated_data(Path(made)).folder
 
 
 def measure(preset: Preset, places: Places, shown: View, *, command: str, processes: int | None = None) -> Path:

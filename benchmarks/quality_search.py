@@ -17,8 +17,9 @@ from rich.console import Console
 
 from assets.errors import AssetError
 from benchmarks.measuring import print_table, write_results
-from benchmarks.quality import Places, at_once, checked, data_of
+from benchmarks.quality import Places, at_once, checked
 from benchmarks.quality_base_models import build
+from benchmarks.quality_data import data_of
 from benchmarks.quality_settings import SETTINGS, Preset, read_preset, sizes
 from command_line import folders
 from command_line.errors import BadInput, CommandError, RunFailed

@@ -51,6 +51,8 @@ class Size(SettingsModel):
     homogeneous: Setting
     generated: bool = False
     """Whether the data are the domains that the project makes for itself; else a data folder is given."""
+    tasks: list[str] = Field(default=[])
+    """Where given: each of these tasks of the data folder is a domain, and there are no other rows."""
     processes: int | None = Field(default=None, ge=1)
     """Runs at the same time; by default one for each core, as far as each has the threads of the experiment."""
     base_seeds: list[int] = Field(default=[0], min_length=1)

@@ -1,5 +1,6 @@
 """The benchmark of quality: its sizes fit together, what is wrong is told first, and a whole one at a few rows."""
 
+import gzip
 import json
 import re
 import tomllib
@@ -8,10 +9,12 @@ from typing import Any
 
 import pytest
 
-from assets.data_folders import PUBLIC_FILE, domains_of, pool_of
+from assets.data import read_examples
+from assets.data_folders import LARGE_POOL_FILE, PUBLIC_FILE, SPLITS, domains_of, pool_of
 from benchmarks import quality, quality_settings
-from benchmarks.quality import Places, data_of, main, measure
+from benchmarks.quality import Places, main, measure
 from benchmarks.quality_base_models import documents_of
+from benchmarks.quality_data import data_of
 from benchmarks.quality_settings import SETTINGS, read_preset, sizes
 from command_line.errors import BadInput
 from command_line.exit_codes import ExitCode
@@ -132,6 +135,42 @@ def test_a_size_that_makes_its_data_takes_none_and_any_other_needs_some(tmp_path
         pass
     with pytest.raises(BadInput, match="tiny: expected a data folder; got none"), data_of(tiny, None):
         pass
+
+
+def test_a_size_that_names_tasks_has_them_for_domains_and_no_other_rows(data: Path, tmp_path: Path) -> None:
+    mixed = tmp_path / "mixed"
+    for split in SPLITS:
+        (mixed / "all").mkdir(parents=True, exist_ok=True)
+        lines = [line for name in domains_of(data) for line in _lines(data / name / f"{split}.jsonl")]
+        (mixed / "all" / f"{split}.jsonl").write_text("".join(lines))
+    (mixed / PUBLIC_FILE).write_text("".join(_lines(data / PUBLIC_FILE)))
+    with gzip.open(mixed / LARGE_POOL_FILE, "wt") as file:
+        file.writelines(_lines(data / PUBLIC_FILE))
+    (mixed / "corpus.txt").write_bytes((data / "corpus.txt").read_bytes())
+    named = {"seeds = 2": 'seeds = 2\ntasks = ["sums"]'}
+    with data_of(read_preset(preset_file(tmp_path, **named)), mixed) as narrowed:
+        assert domains_of(narrowed) == ["sums"]
+        for split in SPLITS:
+            assert _lines(narrowed / "sums" / f"{split}.jsonl") == _lines(data / "sum" / f"{split}.jsonl")
+        rows = [read_examples(narrowed / name) for name in (PUBLIC_FILE, LARGE_POOL_FILE)]
+        assert rows[0] == rows[1] == [row for row in read_examples(data / PUBLIC_FILE) if row.task == "sums"] != []
+        assert (narrowed / "corpus.txt").read_bytes() == (data / "corpus.txt").read_bytes()
+    (mixed / "all" / "test.jsonl").write_text("[]\n")
+    with (
+        pytest.raises(BadInput, match=r"all/test.jsonl, line 1: expected a JSON object, got '\[\]"),
+        data_of(read_preset(preset_file(tmp_path, **named)), mixed),
+    ):
+        pass
+    other = {"seeds = 2": 'seeds = 2\ntasks = ["sums", "plots"]'}
+    with (
+        pytest.raises(BadInput, match="rows of every task that miniature names; got none of plots: train, plots: val"),
+        data_of(read_preset(preset_file(tmp_path, **other)), data),
+    ):
+        pass
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines(keepends=True)
 
 
 def test_documents_that_are_of_hidden_tasks() -> None:
