@@ -1,4 +1,4 @@
-"""Hyper-parameters by validation rows: the method and every baseline with the same values, as many for each.
+"""Hyper-parameters by validation rows: the method and every baseline, as many points for each.
 
 Seeds are others than the benchmark's, and where a run would be measured on test rows it is on its devices' validation
 rows: no test row is read. Prints what each came to and writes `results/bench_quality_search_<preset>_<setting>.json`;
@@ -6,13 +6,13 @@ what is chosen goes into the preset by hand, with how.
 """
 
 import argparse
-import itertools
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
 from rich.console import Console
 
 from assets.errors import AssetError
@@ -20,7 +20,7 @@ from benchmarks.measuring import print_table, write_results
 from benchmarks.quality import Places, at_once, checked
 from benchmarks.quality_base_models import build
 from benchmarks.quality_data import data_of
-from benchmarks.quality_settings import SETTINGS, Preset, read_preset, sizes
+from benchmarks.quality_settings import OTHERS, SETTINGS, Preset, read_preset, sizes
 from command_line import folders
 from command_line.errors import BadInput, CommandError, RunFailed
 from command_line.interruption import interruption
@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="a data folder; not for a preset that makes its data itself")
     parser.add_argument("--setting", choices=SETTINGS, default=SETTINGS[0])
     parser.add_argument("--cache", type=Path, help="of base models and results; default: $COTUNE_CACHE")
-    parser.add_argument("--seeds", type=int, default=1, help="runs of each combination of values")
+    parser.add_argument("--seeds", type=int, default=1, help="runs of each point")
     given = parser.parse_args()
     try:
         preset = read_preset(given.preset)
@@ -65,14 +65,14 @@ def main() -> None:
 
 
 def search(preset: Preset, setting: str, places: Places, shown: View, *, seeds: int) -> list[dict[str, Any]]:
-    """Each strategy with each combination of values, the best Rouge-L of a strategy first.
+    """Each strategy at each of its points, the best Rouge-L of a strategy first.
 
     Args:
         preset: whose `search` says which values.
         setting: one of `SETTINGS`.
         places: where things are; nothing is written to `out`.
         shown: told how far it is.
-        seeds: runs of each combination.
+        seeds: runs of each point.
 
     Raises:
         BadInput: something cannot be used.
@@ -106,7 +106,7 @@ class Grid:
     """What is tried.
 
     Attributes:
-        settings: with an entry for each strategy and combination, and no other.
+        settings: with an entry for each strategy and point, and no other.
         points: label of an entry -> the strategy's label, and the values.
     """
 
@@ -114,32 +114,33 @@ class Grid:
     points: Mapping[str, tuple[str, dict[str, Any]]]
 
 
-def grid(settings: SimulationSettings, values: Mapping[str, Sequence[Any]]) -> Grid:
-    """The method and the baselines with every combination of values.
+def grid(settings: SimulationSettings, search: Mapping[str, Sequence[Mapping[str, Any]]]) -> Grid:
+    """The method and the baselines at every point of theirs.
 
     Args:
         settings: of the benchmark.
-        values: field of a strategy's settings, inner ones after a point -> what is tried.
+        search: see `Size.search`.
 
     Raises:
-        BadInput: no values.
+        BadInput: a strategy has no points, or a field of one cannot be used.
     """
-    if not values:
-        raise BadInput("expected the preset to say in `search` which values to try, got none")
-    combinations = [dict(zip(values, each, strict=True)) for each in itertools.product(*values.values())]
     entries: list[Entry] = []
     points: dict[str, tuple[str, dict[str, Any]]] = {}
     for entry in settings.strategies:
         if entry.kind not in ("method", "baseline"):
             continue
-        for number, combination in enumerate(combinations):
+        own = search.get(entry.settings.name, search.get(OTHERS, ()))
+        if not own:
+            raise BadInput(f"expected the preset to say in `search` what to try of {entry.settings.name}, got nothing")
+        for number, point in enumerate(own):
             label = f"{entry.label}.{number}"
-            points[label] = (entry.label, combination)
-            table = entry.settings.model_dump(mode="json")
-            for field, value in combination.items():
-                table = merged(table, _nested(field, value))
-            own = type(entry.settings).model_validate(table)
-            entries.append(entry.model_copy(update={"label": label, "kind": "baseline", "settings": own}))
+            points[label] = (entry.label, dict(point))
+            try:
+                tried = type(entry.settings).model_validate(merged(entry.settings.model_dump(mode="json"), point))
+            except ValidationError as error:
+                told = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
+                raise BadInput(f"search, {entry.settings.name}: expected its settings, got {told}") from None
+            entries.append(entry.model_copy(update={"label": label, "kind": "baseline", "settings": tried}))
     changes = {
         "name": f"{settings.name} search",
         "first_seed": settings.first_seed + OTHER_SEEDS,
@@ -148,11 +149,6 @@ def grid(settings: SimulationSettings, values: Mapping[str, Sequence[Any]]) -> G
         "strategies": entries,
     }
     return Grid(settings.model_copy(update=changes), points)
-
-
-def _nested(field: str, value: Any) -> dict[str, Any]:
-    first, _, rest = field.partition(".")
-    return {first: _nested(rest, value) if rest else value}
 
 
 def on_validation_rows(experiment: Experiment) -> Experiment:

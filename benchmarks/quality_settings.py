@@ -10,9 +10,9 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from command_line.base_model_recipes import PRESETS as RECIPES
 from command_line.base_model_recipes import BaseModelsRecipe, preset, read_recipe
@@ -24,6 +24,9 @@ from simulation.settings import SimulationSettings, merged, settings_of
 FOLDER = Path(__file__).parent / "quality_presets"
 SETTINGS = ("heterogeneous", "homogeneous")
 """Small models of several architectures and tokenizers; one small model everywhere."""
+
+OTHERS = "others"
+"""In a search: strategies that it does not name."""
 
 
 class Setting(SettingsModel):
@@ -61,8 +64,15 @@ class Size(SettingsModel):
     """Hyper-parameters by the strategy's name, its ablations and controls among them."""
     labels: dict[str, dict[str, Any]] = Field(default={})
     """Those of one entry alone."""
-    search: dict[str, list[Any]] = Field(default={})
-    """For `benchmarks.quality_search`: a field, as `training.learning_rate` -> values that are tried."""
+    search: dict[str, list[dict[str, Any]]] = Field(default={})
+    """For `benchmarks.quality_search`: a strategy's name, or `OTHERS`, -> settings that are tried; as many for each."""
+
+    @model_validator(mode="after")
+    def _equal_searches(self) -> Self:
+        if len({len(points) for points in self.search.values()}) > 1:
+            told = ", ".join(f"{name} {len(points)}" for name, points in self.search.items())
+            raise ValueError(f"expected `search` to try each strategy as often, got {told}")
+        return self
 
 
 @dataclass(frozen=True)

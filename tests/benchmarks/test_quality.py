@@ -86,6 +86,7 @@ def test_controls_differ_from_the_method_by_one_thing() -> None:
         ({"seeds = 2": "seedz = 2"}, "seedz: Extra inputs are not permitted"),
         ({'slms = ["slm"]': 'slms = ["nobody"]'}, "expected models of the recipe, llm, proxy, slm, other; got nobody"),
         ({"training = { steps = 2": "training = { steps = 0"}, "training.steps: Input should be greater than or equal"),
+        ({"seeds = 2": "seeds = 2\nsearch = { others = [{}], fedmkt = [] }"}, "as often, got others 1, fedmkt 0"),
         ({'skip = ["uninformed_proxy"]': 'skip = ["nothing"]'}, "expected `skip` among co_plms, .*; got nothing"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The search for hyper-parameters: the same values for all, and no test row is read."""
+"""The search for hyper-parameters: as many points for all, and no test row is read."""
 
 from pathlib import Path
 
@@ -12,7 +12,12 @@ from simulation.setup import set_up
 from tests.benchmarks.quality_miniature import made_data, preset_file, quiet
 from tests.simulation.tiny_world import CO_PLMS, World, build
 
-VALUES = {"training.learning_rate": [1e-3, 1e-2], "training.weight_decay": [0.0, 0.1]}
+SEARCH = {
+    "others": [{"training": {"learning_rate": 1e-3}}, {"training": {"learning_rate": 1e-2}}],
+    "co_plms": [{"alpha": 0.5}, {"alpha": 0.5, "training": {"learning_rate": 1e-2}}],
+}
+
+POINTS = "others = [{ training.learning_rate = 1e-3 }, { training.learning_rate = 1e-2 }]"
 
 
 @pytest.fixture(scope="module")
@@ -20,19 +25,34 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     return build(tmp_path_factory.mktemp("world"))
 
 
-def test_each_strategy_is_tried_as_often_with_the_same_values(world: World) -> None:
+def test_each_strategy_is_tried_at_its_points(world: World) -> None:
     control = {"name": "standalone", "label": "control", "kind": "control"}
     settings = world.settings(CO_PLMS | {"kind": "method"}, {"name": "standalone"}, control)
-    tried = grid(settings, VALUES)
-    assert list(tried.points) == [f"{name}.{number}" for name in ("co_plms", "standalone") for number in range(4)]
-    for entry in tried.settings.strategies:
-        values = tried.points[entry.label][1]
-        training = entry.settings.training
-        assert {f"training.{name}": getattr(training, name) for name in ("learning_rate", "weight_decay")} == values
-        assert training.steps == 2
+    tried = grid(settings, SEARCH)
+    assert [tried.points[each.label] for each in tried.settings.strategies] == [
+        ("co_plms", SEARCH["co_plms"][0]),
+        ("co_plms", SEARCH["co_plms"][1]),
+        ("standalone", SEARCH["others"][0]),
+        ("standalone", SEARCH["others"][1]),
+    ]
+    rates = [each.settings.training.learning_rate for each in tried.settings.strategies]
+    assert rates == [settings.strategies[0].settings.training.learning_rate, 1e-2, 1e-3, 1e-2]
+    assert [each.settings.model_dump().get("alpha") for each in tried.settings.strategies] == [0.5, 0.5, None, None]
+    assert {each.settings.training.steps for each in tried.settings.strategies} == {2}
     assert tried.settings.first_seed == OTHER_SEEDS
-    with pytest.raises(BadInput, match="which values to try, got none"):
-        grid(settings, {})
+
+
+@pytest.mark.parametrize(
+    ("search", "said"),
+    [
+        ({}, "say in `search` what to try of co_plms, got nothing"),
+        ({"co_plms": [{"alpha": 1.0}]}, "what to try of standalone, got nothing"),
+        ({"others": [{"beta": 1.0}]}, "search, standalone: expected its settings, got beta: Extra inputs"),
+    ],
+)
+def test_a_search_that_cannot_be_made(world: World, search: dict[str, list[dict[str, float]]], said: str) -> None:
+    with pytest.raises(BadInput, match=said):
+        grid(world.settings(CO_PLMS | {"kind": "method"}, {"name": "standalone"}), search)
 
 
 def test_validation_rows_stand_where_test_rows_would(world: World) -> None:
@@ -45,11 +65,11 @@ def test_validation_rows_stand_where_test_rows_would(world: World) -> None:
 def test_a_whole_search(tmp_path: Path) -> None:
     skipped = '"uninformed_proxy", "llm_public", "fed_lora", "fedcollm", "fedcollm_sequential", "fedmkt"'
     file = preset_file(tmp_path, **{'"uninformed_proxy"]': f"{skipped}]"})
-    Path(file).write_text(Path(file).read_text() + '\n[search]\n"training.learning_rate" = [1e-3, 1e-2]\n')
+    Path(file).write_text(Path(file).read_text() + f"\n[search]\n{POINTS}\n")
     places = Places(made_data(tmp_path / "data"), tmp_path, tmp_path / "out")
     with quiet() as (shown, _):
         found = search(read_preset(file), "homogeneous", places, shown, seeds=1)
     assert [each["strategy"] for each in found] == ["co_plms", "co_plms", "standalone", "standalone"]
-    assert {each["values"]["training.learning_rate"] for each in found} == {1e-3, 1e-2}
+    assert {each["values"]["training"]["learning_rate"] for each in found} == {1e-3, 1e-2}
     assert found[0]["rouge_l"] >= found[1]["rouge_l"]
     assert found[0]["bits_per_byte"] != found[1]["bits_per_byte"]
