@@ -17,6 +17,7 @@ help:
 	@echo "make bench-alignment, bench-saml, bench-aggregation   speed, memory and bytes of the method (benchmarks/)"
 	@echo "make bench-large                     models of real size on a graphics card; says what it needs where there is none"
 	@echo "make bench-quality PRESET=tiny DATA=<folder>   co_plms against other strategies and controls, into docs/results"
+	@echo "make bench-quality PRESET=facts       the same on the project's own questions, without a data folder"
 	@echo "make bench-service, bench-waiting    uploads and whole rounds, against a bare server and Flower; 10,000 devices that wait"
 	@echo "make clean                           remove .venv and every cache in this folder"
 
@@ -71,7 +72,7 @@ bench-service: $(STAMP) .venv-flower/.installed
 bench-large: $(STAMP) .venv/.bench
 	$(BIN)/python -m benchmarks.large_models $(BENCH_ARGS)
 
-# PRESET=tiny|small|medium; one process a core, each with the threads of the experiment. An interrupted one goes on.
+# PRESET=tiny|small|medium|facts; one process a core, each with the threads of the experiment. An interrupted one goes on.
 PRESET ?= tiny
 bench-quality: $(STAMP) .venv/.bench
 	@exec $(BIN)/python -m benchmarks.quality "$(PRESET)" $(if $(DATA),--data "$(DATA)") $(BENCH_ARGS)

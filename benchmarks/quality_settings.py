@@ -16,7 +16,6 @@ from pydantic import Field, ValidationError, model_validator
 
 from command_line.base_model_recipes import PRESETS as RECIPES
 from command_line.base_model_recipes import BaseModelsRecipe, preset, read_recipe
-from command_line.demo_settings import base_models_recipe
 from command_line.errors import BadInput
 from protocol.base import SettingsModel
 from simulation.settings import SimulationSettings, merged, settings_of
@@ -43,7 +42,7 @@ class Size(SettingsModel):
 
     seeds: int = Field(ge=1, le=1000)
     recipe: str
-    """Of the base models: a preset of `cotune pretrain`, `demo` for those of the demo, or a file beside this one."""
+    """Of the base models: a preset of `cotune pretrain`, or a file by its path from this one."""
     corpus: str
     """In the data folder: what the base models read beside the pool of public rows."""
     chosen: str
@@ -141,7 +140,7 @@ def read_preset(source: str) -> Preset:
     except ValidationError as error:
         told = "; ".join(f"{'.'.join(map(str, each['loc']))}: {each['msg']}" for each in error.errors())
         raise BadInput(f"{path}: expected a size of the benchmark, got {told}") from None
-    recipe = _recipe(size.recipe, path.parent)
+    recipe = preset(size.recipe) if size.recipe in RECIPES else read_recipe(path.parent / size.recipe)
     tables = {name: _table(size, getattr(size, name), _read(FOLDER / f"{name}.toml"), recipe) for name in SETTINGS}
     made = Preset(path.stem, size, recipe, tables)
     for name in SETTINGS:
@@ -152,12 +151,6 @@ def read_preset(source: str) -> Preset:
 def sizes() -> list[str]:
     """Names of the sizes that there are."""
     return sorted(path.stem for path in FOLDER.glob("*.toml") if path.stem not in SETTINGS)
-
-
-def _recipe(name: str, folder: Path) -> BaseModelsRecipe:
-    if name == "demo":
-        return base_models_recipe(given=False)
-    return preset(name) if name in RECIPES else read_recipe(folder / name)
 
 
 def _read(path: Path) -> dict[str, Any]:
