@@ -67,6 +67,9 @@ class RoundFiles:
     probe_set: Path | None
     expected_slm: ModelFingerprint | None = None
     """What this device's own small model must be."""
+    message: Path | None = None
+    """What the server sent all devices."""
+    llm_vocabulary: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -179,14 +182,17 @@ def check_assignment(assignment: Assignment) -> None:
         raise CannotTrain(
             "not_deployable", f"strategy {spec.name} is for simulations: private rows would have to leave"
         )
-    undeclared = set(assignment.uploads) - spec.uploads
+    undeclared = set(assignment.uploads) - spec.parts
     if undeclared:
         raise CannotTrain("undeclared_upload", f"strategy {assignment.strategy.name} must not upload {undeclared}")
+    if assignment.message is not None and spec.received_message is None:
+        raise CannotTrain("undeclared_message", f"strategy {spec.name} has no message of the server, one was sent")
     files = {
         DownloadKind.PROXY_BASE: assignment.proxy_manifest,
         DownloadKind.MODEL_MANIFEST: assignment.proxy_manifest,
         DownloadKind.ADAPTER: assignment.adapter,
         DownloadKind.PROBE_SET: assignment.probe_set,
+        DownloadKind.LLM_VOCABULARY: assignment.llm_vocabulary,
     }
     missing = sorted(kind for kind, file in files.items() if kind in spec.downloads and file is None)
     if missing:
@@ -247,22 +253,28 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def fetch(agent: Agent, assignment: Assignment) -> RoundFiles:
     """Download what this device lacks of the round's files, and nothing that the strategy has not declared."""
-    given = spec_of(assignment.strategy).downloads
+    spec = spec_of(assignment.strategy)
+    given = spec.downloads
     proxy = assignment.proxy_manifest if DownloadKind.PROXY_BASE in given else None
     manifest = assignment.proxy_manifest if DownloadKind.MODEL_MANIFEST in given else None
     adapter = assignment.adapter if DownloadKind.ADAPTER in given else None
     probe_set = assignment.probe_set if DownloadKind.PROBE_SET in given else None
+    vocabulary = assignment.llm_vocabulary if DownloadKind.LLM_VOCABULARY in given else None
+    message = assignment.message if spec.received_message is not None else None
     return RoundFiles(
         proxy_folder=agent.cache.fetch_model(agent.client, proxy) if proxy else None,
         adapter=agent.cache.fetch(agent.client, adapter) if adapter else None,
         probe_set=agent.cache.fetch(agent.client, probe_set, ".jsonl") if probe_set else None,
         expected_slm=agent.cache.fetch_manifest(agent.client, manifest).fingerprint if manifest else None,
+        message=agent.cache.fetch(agent.client, message) if message else None,
+        llm_vocabulary=agent.cache.fetch(agent.client, vocabulary) if vocabulary else None,
     )
 
 
 def check_sizes(assignment: Assignment, update: TrainedUpdate) -> None:
     """Raise `CannotTrain` if the update is not what the server will take."""
-    if set(update.parts) != set(assignment.uploads):
+    given, asked = set(update.parts), set(assignment.uploads)
+    if not asked - set(assignment.optional_uploads) <= given <= asked:
         raise CannotTrain(
             "update_incomplete", f"expected {sorted(assignment.uploads)}, training gave {sorted(update.parts)}"
         )
@@ -292,9 +304,9 @@ def deliver(agent: Agent, entry: OutboxEntry, *, again: bool = False) -> Outcome
                 return refuse(agent, assignment, CannotTrain(error.code, error.detail))
         replaced = agent.states.adopt(entry.state_folder)
         agent.outbox.drop(entry)
-        for record in replaced:
-            if record.adapter_sha256 and record.adapter_sha256 != entry.submission.base_sha256:
-                agent.cache.discard(record.adapter_sha256)
+        current = {file.sha256 for file in (assignment.adapter, assignment.message) if file is not None}
+        for sha256 in sorted({each for record in replaced for each in record.files} - current):
+            agent.cache.discard(sha256)
         return Outcome.SUBMITTED
 
 

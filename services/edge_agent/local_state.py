@@ -33,7 +33,13 @@ class StateRecord(BaseModel):
     round_number: int
     assignment_id: str
     adapter_sha256: str | None
+    message_sha256: str | None = None
     num_examples: int
+
+    @property
+    def files(self) -> set[str]:
+        """What was downloaded for this round alone."""
+        return {sha256 for sha256 in (self.adapter_sha256, self.message_sha256) if sha256 is not None}
 
 
 @dataclass(frozen=True)

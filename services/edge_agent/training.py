@@ -9,7 +9,7 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
@@ -25,22 +25,25 @@ from assets.adapters import read_adapter, save_adapter
 from assets.checkpoints import FolderCheckpoints
 from assets.data import read_examples
 from assets.devices import available_memory
-from assets.errors import AssetError, ModelFolderError
+from assets.errors import AssetError, ModelFolderError, TensorFileError, VocabularyError
 from assets.models import folder_identity, load_language_model, read_config
 from assets.process_memory import peak_memory
 from assets.tensors import read_tensors, tensors_to_bytes
-from assets.wire_files import update_files
+from assets.vocabulary_files import read_vocabulary, vocabulary_file
+from assets.wire_files import read_message, update_files
 from cotuning.adapters import AdapterMismatch, adapted, lora_config
 from cotuning.evaluation import evaluate
 from cotuning.examples import Example, rows_digest
 from cotuning.language_model import LanguageModel, UnknownHead
 from cotuning.memory import CannotEstimate, NotEnoughMemory, estimate_memory, longest_row, require_memory
 from cotuning.model_fingerprint import ModelFingerprint, fingerprint_model
+from cotuning.payload import PayloadError
 from cotuning.shared_rows import CoverageTooLow
 from cotuning.strategies.interface import DeviceInputs
 from cotuning.strategies.registry import steps_of
-from cotuning.strategies.results import DeviceResult
+from cotuning.strategies.results import DeviceResult, Message
 from cotuning.training import OnProgress, TrainingDiverged
+from cotuning.vocabulary import Vocabulary
 from edge_agent.cycle import RoundFiles, TrainedUpdate
 from edge_agent.errors import CannotTrain
 from edge_agent.local_state import DOMAIN_ADAPTER, SLM_ADAPTER, LocalState, LocalStates, StateRecord, write_record
@@ -93,6 +96,8 @@ class LocalTrainer:
         self._slm: LanguageModel | None = None
         self._slm_fingerprint: ModelFingerprint | None = None
         self._proxy: tuple[Path, LanguageModel] | None = None
+        self._vocabulary_file: bytes | None = None
+        self._llm_vocabulary: tuple[Path, Vocabulary] | None = None
 
     def train(
         self, assignment: Assignment, files: RoundFiles, start: LocalState | None, on_progress: OnProgress
@@ -113,6 +118,11 @@ class LocalTrainer:
             raise CannotTrain(ErrorCode.NON_FINITE_VALUES, str(error)) from None
         except (AdapterMismatch, UnknownHead) as error:
             raise CannotTrain("model_unsuitable", str(error)) from None
+        except VocabularyError as error:
+            where = f"{files.llm_vocabulary}: "
+            raise CannotTrain("tokenizer_unsuitable", str(error).removeprefix(where)) from None
+        except PayloadError as error:
+            raise CannotTrain(ErrorCode.MESSAGE_MISMATCH, f"the server's message: {error}") from None
         except ModelFolderError as error:
             raise CannotTrain(ErrorCode.MODEL_FOLDER_MISSING, str(error)) from None
         except AssetError as error:
@@ -150,7 +160,8 @@ class LocalTrainer:
             seconds_by_stage=watch.seconds(),
             peak_memory_bytes=peak_memory(),
         )
-        return TrainedUpdate(_parts(assignment, result), result.num_examples, metrics, write_state)
+        parts = _parts(assignment, result, self._write_vocabulary)
+        return TrainedUpdate(parts, result.num_examples, metrics, write_state)
 
     def _device_step(
         self,
@@ -177,6 +188,8 @@ class LocalTrainer:
                 shared_adapter=read_tensors(files.adapter)[0] if files.adapter else None,
                 adapter_rank=assignment.adapter_rank,
                 probe=read_examples(files.probe_set) if files.probe_set else (),
+                message=_message(strategy, files),
+                llm_vocabulary=self._load_llm_vocabulary(files.llm_vocabulary, slm) if files.llm_vocabulary else None,
                 round_number=assignment.round_number,
                 seed=assignment.seed,
                 on_progress=on_progress,
@@ -244,7 +257,7 @@ class LocalTrainer:
         about = assignment.model_dump(
             mode="json",
             include={"assignment_id", "run_id", "round_number", "strategy", "seed", "proxy_manifest"}
-            | {"adapter", "adapter_rank"},
+            | {"adapter", "adapter_rank", "message", "llm_vocabulary"},
         )
         start_record = start.record.model_dump(mode="json") if start else None
         probe = assignment.probe_set.sha256 if assignment.probe_set else None
@@ -292,6 +305,17 @@ class LocalTrainer:
             self._slm = load_language_model(self._config.model.path)
         return self._slm
 
+    def _write_vocabulary(self) -> bytes:
+        """The file of the SLM's tokenizer; made once, since it takes seconds for a large one."""
+        if self._vocabulary_file is None:
+            self._vocabulary_file = vocabulary_file(self._load_slm())
+        return self._vocabulary_file
+
+    def _load_llm_vocabulary(self, file: Path, slm: LanguageModel) -> Vocabulary:
+        if self._llm_vocabulary is None or self._llm_vocabulary[0] != file:
+            self._llm_vocabulary = (file, read_vocabulary(file, slm.device))
+        return self._llm_vocabulary[1]
+
     def _load_proxy(self, folder: Path) -> LanguageModel:
         if self._proxy is None or self._proxy[0] != folder:
             self._proxy = None  # before loading the next, so that two never lie in memory
@@ -306,11 +330,24 @@ def _without_data(error: AssetError) -> str:
     return f"{where} cannot be read; `cotune-agent start` shows its owner why"
 
 
-def _parts(assignment: Assignment, result: DeviceResult) -> dict[PartKind, bytes]:
+def _message(strategy: Strategy, files: RoundFiles) -> Message | None:
+    """What the server sent, of the kind that the strategy declares and of no other."""
+    kind = spec_of(strategy).received_message
+    if files.message is None or kind is None:
+        return None
+    try:
+        return read_message(files.message, kind)
+    except TensorFileError as error:
+        detail = str(error).removeprefix(f"{files.message}: ")  # where it lies is nobody's business
+        raise CannotTrain(ErrorCode.MESSAGE_MISMATCH, f"the server's message: {detail}") from None
+
+
+def _parts(assignment: Assignment, result: DeviceResult, vocabulary: Callable[[], bytes]) -> dict[PartKind, bytes]:
     manifest, adapter, probe_set = assignment.proxy_manifest, assignment.adapter, assignment.probe_set
     return update_files(
         result,
-        spec_of(assignment.strategy).uploads,
+        spec_of(assignment.strategy),
+        vocabulary=vocabulary,
         model_sha256=manifest.sha256 if manifest else None,
         adapter_sha256=adapter.sha256 if adapter else None,
         probe_set_sha256=probe_set.sha256 if probe_set else None,
@@ -324,5 +361,6 @@ def _record(assignment: Assignment, num_examples: int) -> StateRecord:
         round_number=assignment.round_number,
         assignment_id=assignment.assignment_id,
         adapter_sha256=assignment.adapter.sha256 if assignment.adapter else None,
+        message_sha256=assignment.message.sha256 if assignment.message else None,
         num_examples=num_examples,
     )

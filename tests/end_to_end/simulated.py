@@ -46,6 +46,11 @@ def adapter(cloud: SmallCloud, run_id: str, number: int, model: str) -> dict[str
 
 def simulated(cloud: SmallCloud, config: dict[str, Any], folder: Path) -> list[Adapters]:
     """Play `config` in this process, with the devices in the order of their ids; the adapters of each version."""
+    return [adapters for adapters, _ in simulated_with_devices(cloud, config, folder)]
+
+
+def simulated_with_devices(cloud: SmallCloud, config: dict[str, Any], folder: Path) -> list[tuple[Adapters, Adapters]]:
+    """The same, and with each version what the devices have after its round: their SLMs' adapters by device."""
     run = RunCreate.model_validate(config)
     names = {each.device_id: each.name for each in cloud.client.list_devices()}
     chosen = sorted((each, names[each]) for each in config["device_ids"])
@@ -61,10 +66,17 @@ def simulated(cloud: SmallCloud, config: dict[str, Any], folder: Path) -> list[A
     experiment = Experiment(settings, folder, public, 0, {run.seed: devices}, {})
     torch.set_num_threads(1)
     player = Player(experiment, BaseModels(settings.llm_loading), folder / "proxies")
-    versions: list[Version] = []
-    player.begin(settings.strategies[0], run.seed).play(player.plans(run.seed), versions.append)
-    held = [{"proxy": each.shared_adapter, "llm": each.llm_adapter} for each in versions]
-    return [{name: state for name, state in each.items() if state is not None} for each in held]
+    played, versions = player.begin(settings.strategies[0], run.seed), []
+
+    def keep(version: Version) -> None:
+        held = {"proxy": version.shared_adapter, "llm": version.llm_adapter}
+        local = {name: each.slm_adapter for name, each in played.local.items()}
+        versions.append(
+            tuple({name: state for name, state in each.items() if state is not None} for each in (held, local))
+        )
+
+    played.play(player.plans(run.seed), keep)
+    return versions
 
 
 def assert_equal_bits(ours: list[Adapters], theirs: list[Adapters]) -> None:
