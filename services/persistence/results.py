@@ -39,11 +39,11 @@ class PrepareResult:
     proxy_manifest_sha256: str | None = None
     adapter_sha256: str | None = None
     llm_adapter_sha256: str | None = None
-    message_sha256: str | None = None
     probe_set_sha256: str | None = None
-    llm_vocabulary_sha256: str | None = None
     expected_tensors: Mapping[str, TensorInfo] | None = None
     metrics: Mapping[str, Any] = field(default_factory=dict)
+    message_sha256: str | None = None
+    llm_vocabulary_sha256: str | None = None
 
 
 @dataclass(frozen=True)

@@ -260,15 +260,8 @@ def _hold_back(  # noqa: PLR0917
         detail = f"assignment {row.id} is {row.status.value}; only a submitted update can become {to.value}"
         raise DomainError(ErrorCode.ILLEGAL_TRANSITION, detail, expected="submitted", received=row.status.value)
     move(session, row, to, now=now, reason=kept, values={"reason": kept})
-    events.append(
-        session,
-        event,
-        now,
-        run_id=row.run_id,
-        round_id=row.round_id,
-        device_id=row.device_id,
-        data={"assignment_id": row.id, "code": code.value, "reason": kept},
-    )
+    data = {"assignment_id": row.id, "code": code.value, "reason": kept}
+    events.append(session, event, now, run_id=row.run_id, round_id=row.round_id, device_id=row.device_id, data=data)
 
 
 def expected_tensors(session: Session, round_id: str) -> dict[str, TensorInfo] | None:

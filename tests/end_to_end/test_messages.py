@@ -28,7 +28,9 @@ OWN: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def writer(tmp_path_factory: pytest.TempPathFactory, small_models: dict[str, Path], small_data: dict[str, Path]) -> Path:
+def writer(
+    tmp_path_factory: pytest.TempPathFactory, small_models: dict[str, Path], small_data: dict[str, Path]
+) -> Path:
     """The LLM, trained until it writes examples in the form that candidates have."""
     torch.set_num_threads(1)
     lm, rows = load_language_model(small_models["llm"]), read_examples(small_data["public"])
