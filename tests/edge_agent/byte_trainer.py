@@ -41,6 +41,7 @@ class ByteTrainer:
                     round_number=assignment.round_number,
                     assignment_id=assignment.assignment_id,
                     adapter_sha256=assignment.adapter.sha256 if assignment.adapter else None,
+                    message_sha256=assignment.message.sha256 if assignment.message else None,
                     num_examples=5,
                 ),
             )
