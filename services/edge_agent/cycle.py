@@ -14,7 +14,7 @@ from enum import StrEnum
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import structlog
 
@@ -23,7 +23,7 @@ from edge_agent.backoff import Backoff, Retrier
 from edge_agent.cache import ArtifactCache
 from edge_agent.client import CloudClient
 from edge_agent.errors import AgentError, Cancelled, CannotTrain, CloudRefused, NotAuthorised, UnknownStrategy
-from edge_agent.local_state import LocalState, LocalStates
+from edge_agent.local_state import LocalState, LocalStates, WriteState
 from edge_agent.outbox import Outbox, OutboxEntry
 from edge_agent.reporting import GONE, TrainingReporter
 from edge_agent.rotation import CredentialRotation
@@ -42,6 +42,8 @@ from protocol.errors import ErrorCode
 from protocol.runs import DeviceMetrics
 from protocol.statuses import AssignmentStatus, PartKind
 from protocol.strategies import DownloadKind, spec_of
+
+Trained = TypeVar("Trained")
 
 POLL_WAIT_SECONDS = 20
 """How long the server may hold a poll open. Shorter would mean more polls, not sooner work."""
@@ -79,7 +81,7 @@ class TrainedUpdate:
     parts: dict[PartKind, bytes]
     num_examples: int
     metrics: DeviceMetrics
-    write_state: Callable[[Path], None]
+    write_state: WriteState
 
 
 class Trainer(Protocol):
@@ -98,6 +100,16 @@ class Trainer(Protocol):
             CannotTrain: this device cannot do it.
             AgentError: whatever `on_progress` raises.
         """
+        ...
+
+    def last_step(
+        self,
+        assignment: Assignment,
+        files: RoundFiles,
+        start: LocalState,
+        on_progress: Callable[[str, int, int, dict[str, float]], None],
+    ) -> WriteState | None:
+        """Learn once more after the last round, which left `start`; None: nothing changes. Raises as `train`."""
         ...
 
 
@@ -136,12 +148,12 @@ def run_once(agent: Agent, *, wait_seconds: int = POLL_WAIT_SECONDS) -> Outcome:
         return refuse(agent, error.assignment, CannotTrain(ErrorCode.UNKNOWN_STRATEGY, error.reason))
     if assignment is None:
         return Outcome.IDLE
-    with _about(assignment, "assignment"):
+    with about(assignment, "assignment"):
         return work_on(agent, assignment)
 
 
 @contextmanager
-def _about(assignment: Assignment, doing: str) -> Iterator[None]:
+def about(assignment: Assignment, doing: str) -> Iterator[None]:
     """Name the assignment in each log line and, where traces are on, in a span."""
     ids = {"run_id": assignment.run_id, "assignment_id": assignment.assignment_id}
     number = assignment.round_number
@@ -208,7 +220,8 @@ def train(agent: Agent, assignment: Assignment) -> OutboxEntry:
     log.info("training_started", from_round=start.record.round_number if start else None)
     reporter = TrainingReporter(agent.client, assignment, agent.stop, backoff=agent.new_backoff(), clock=time.monotonic)
     with reporter:
-        update = trained(agent, assignment, files, start, reporter)
+        reporter.check()
+        update = told(partial(agent.trainer().train, assignment, files, start, reporter.on_progress))
     metrics = update.metrics.model_copy(update={"seconds_by_stage": seconds | update.metrics.seconds_by_stage})
     check_sizes(assignment, update)
 
@@ -222,13 +235,10 @@ def train(agent: Agent, assignment: Assignment) -> OutboxEntry:
     return entry
 
 
-def trained(
-    agent: Agent, assignment: Assignment, files: RoundFiles, start: LocalState | None, reporter: TrainingReporter
-) -> TrainedUpdate:
+def told(train: Callable[[], Trained]) -> Trained:
     """Train; whatever goes wrong in there becomes a reason that the server can be told."""
     try:
-        reporter.check()
-        return agent.trainer().train(assignment, files, start, reporter.on_progress)
+        return train()
     except AgentError:
         raise
     except Exception as error:
@@ -290,7 +300,7 @@ def deliver(agent: Agent, entry: OutboxEntry, *, again: bool = False) -> Outcome
     `again` says that an earlier process may have sent some or all of it.
     """
     assignment = entry.assignment
-    with _about(assignment, "delivery"):
+    with about(assignment, "delivery"):
         if entry.receipt is None:
             try:
                 send(agent, entry, again=again)

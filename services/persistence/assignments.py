@@ -341,7 +341,7 @@ def _assignment(
         message=files.get(round_row.base_message_sha256 or ""),
         uploads=uploads,
         optional_uploads=sorted(spec.parts - spec.uploads),
-        upload_limits={kind: upload_limits[kind] for kind in uploads},
+        upload_limits={kind: upload_limits[kind] for kind in uploads if kind in upload_limits},
         evaluation=config.evaluation,
         evaluate_before=tuned_before is None,
         evaluate_after=round_row.number == config.rounds,

@@ -14,6 +14,7 @@ from cotuning.strategies.results import Message
 from edge_agent import cycle
 from edge_agent.cycle import Agent, Outcome, RoundFiles, TrainedUpdate, check_assignment, check_sizes
 from edge_agent.errors import CannotTrain
+from edge_agent.run_endings import end_runs
 from edge_agent.training import LocalTrainer
 from protocol.assignments import ArtifactRef, Assignment
 from protocol.runs import DeviceMetrics
@@ -25,7 +26,8 @@ from protocol.strategies import (
     LocalTraining,
     StandaloneSettings,
 )
-from tests.edge_agent.fake_cloud import FakeCloud
+from tests.edge_agent.byte_trainer import ByteTrainer
+from tests.edge_agent.fake_cloud import FakeCloud, Fault, Handler
 from tests.edge_agent.tiny_world import LORA, SECRETS, TinyWorld, build_world
 from tests.tiny_models import tiny_language_model
 
@@ -139,3 +141,60 @@ def test_a_message_is_fetched_by_its_hash_and_dropped_when_no_round_needs_it(
     assert fetched[0] == fetched[1]
     assert [sha256 in kept for sha256 in fetched] == [False, False, True, True]
     assert len(cloud.requests(f"GET /v1/artifacts/{fetched[0]}")) == 1
+
+
+@pytest.fixture
+def at_the_end(agent: Agent, world: TinyWorld, cloud: FakeCloud, trainer: ByteTrainer) -> Assignment:
+    """A device that has delivered the last round of a run whose last message is to be learnt from."""
+    kinds = [PartKind.SLM_LOGITS]
+    vocabulary = cloud.add_artifact(b"a tokenizer")
+    last = world.assignment(
+        cloud, 3, strategy=FEDMKT, uploads=kinds, optional_uploads=kinds, llm_vocabulary=vocabulary, **NOTHING
+    )
+    assert cycle.run_once(agent) is Outcome.SUBMITTED
+    trainer.calls.clear()
+    return last
+
+
+def test_the_step_after_the_last_round_is_taken_once_the_run_is_completed(
+    agent: Agent, cloud: FakeCloud, trainer: ByteTrainer, at_the_end: Assignment
+) -> None:
+    for answer in (answered(204), answered(503)):  # it goes on; the cloud is away
+        cloud.fail("last-step", answer)
+        end_runs(agent)
+        assert trainer.calls == []
+    message = cloud.add_artifact(b"the last message")
+    given = at_the_end.model_copy(
+        update={"round_number": 4, "message": message, "uploads": [], "optional_uploads": [], "upload_limits": {}}
+    )
+    cloud.fail("last-step", lambda handler: handler.send_json(200, given.model_dump(mode="json")))
+    sent = agent.client._ledger.totals()
+    for _ in range(2):
+        end_runs(agent)
+    assert trainer.calls == [("last step", 3)]
+    assert agent.client._ledger.totals() == sent  # nothing leaves
+    (state,) = agent.states.newest()
+    assert (state.record.round_number, state.record.last_step_due) == (4, False)
+    assert (state.slm_adapter / "psi").read_bytes().endswith(b"the last message")
+
+
+def test_a_run_that_ended_otherwise_is_not_asked_about_again(
+    agent: Agent, cloud: FakeCloud, trainer: ByteTrainer, at_the_end: Assignment
+) -> None:
+    problem = {"code": "illegal_transition", "detail": "no", "status": 409, "title": "no", "type": "x"}
+    cloud.fail("last-step", lambda handler: handler.send_json(409, problem))
+    for _ in range(2):
+        end_runs(agent)
+    assert len(cloud.requests("last-step")) == 1
+    assert trainer.calls == []
+    (state,) = agent.states.newest()
+    assert (state.record.round_number, state.record.last_step_due) == (at_the_end.round_number, False)
+
+
+def answered(status: int) -> Fault:
+    def answer(handler: Handler) -> None:
+        handler.send_response(status)
+        handler.send_header("Content-Length", "0")
+        handler.end_headers()
+
+    return answer

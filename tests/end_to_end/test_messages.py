@@ -17,8 +17,9 @@ from protocol.strategies import STRATEGIES
 from tests.end_to_end.simulated import Adapters, adapter, assert_equal_bits, assert_learns, simulated_with_devices
 from tests.end_to_end.small_cloud import SmallCloud
 
-ROUNDS = {"fedmkt": 2, "data_based": 3, "feature_based": 2}
-"""Three where what the server keeps of a round decides what devices are sent in the one after the next."""
+ROUNDS = {"fedmkt": 2, "feature_based": 2, "data_based": 3}
+"""In the order in which they are played. Three where what the server keeps of a round decides what devices are sent in
+the one after the next."""
 TRAINING = {"steps": 2, "batch_size": 4, "max_length": 64}
 LORA = {"rank": 2, "alpha": 4.0}
 OWN: dict[str, dict[str, Any]] = {
@@ -66,31 +67,43 @@ def run_config(cloud: SmallCloud, name: str, llm: Path) -> dict[str, Any]:
 
 
 def tuned(cloud: SmallCloud, run: Run, number: int) -> Adapters:
-    """What each device keeps of a round."""
+    """What each device keeps of a round; after the last one, of the step that follows the run."""
     found = {}
     for each in cloud.client.list_devices():
         if each.device_id in cloud.agents:
-            folder = cloud.folder / "devices" / each.name
-            (weights,) = folder.glob(f"**/{run.run_id}/rounds/{number:06d}/slm_adapter/adapter_model.safetensors")
+            (state,) = (cloud.folder / "devices" / each.name).glob(f"**/{run.run_id}/rounds")
+            weights = state / f"{number:06d}" / "slm_adapter" / "adapter_model.safetensors"
+            cloud.wait(weights.exists)
             found[each.name] = load_file(weights)
     return found
 
 
-@pytest.mark.parametrize("name", sorted(OWN))
+@pytest.fixture(scope="module")
+def played(cloud: SmallCloud, writer: Path) -> dict[str, tuple[dict[str, Any], Run]]:
+    """One run after the other: who has the next one to do also looks after the last."""
+    runs = {}
+    for name in ROUNDS:
+        config = run_config(cloud, name, writer)
+        run = cloud.wait_for_run(cloud.client.create_run(config).run_id)
+        assert run.status is RunStatus.COMPLETED, run.status_reason
+        runs[name] = config, run
+    return runs
+
+
+@pytest.mark.parametrize("name", ROUNDS)
 def test_the_rounds_give_the_adapters_of_a_simulation(
-    cloud: SmallCloud, writer: Path, tmp_path: Path, name: str
+    cloud: SmallCloud, played: dict[str, tuple[dict[str, Any], Run]], tmp_path: Path, name: str
 ) -> None:
-    config, spec = run_config(cloud, name, writer), STRATEGIES[name]
-    run = cloud.wait_for_run(cloud.client.create_run(config).run_id)
-    assert run.status is RunStatus.COMPLETED, run.status_reason
+    (config, run), spec = played[name], STRATEGIES[name]
     traffic = cloud.client.traffic(run.run_id)
     assert {kind for kind, count in traffic.up.items() if count} == spec.parts | {"metrics"}
     down = {kind for kind, count in traffic.down.items() if count}
     assert spec.messages_down < down <= spec.downloads | spec.messages_down | {"assignment"}  # some files were there
     omegas = [{"llm": adapter(cloud, run.run_id, number, "llm")} for number in range(ROUNDS[name] + 1)]
     assert_learns(omegas)
-    here = simulated_with_devices(cloud, config, tmp_path)
-    assert_equal_bits([adapters for adapters, _ in here], omegas)
-    devices = [tuned(cloud, run, number) for number in range(1, ROUNDS[name] + 1)]
+    versions, devices_after = simulated_with_devices(cloud, config, tmp_path)
+    assert_equal_bits(versions, omegas)
+    states = ROUNDS[name] + spec.last_step
+    devices = [tuned(cloud, run, number) for number in (states - 1, states)]  # a device keeps no more
     assert_learns(devices)
-    assert_equal_bits([local for _, local in here[1:]], devices)
+    assert_equal_bits(devices_after[states - 2 : states], devices)

@@ -90,4 +90,5 @@ FEDMKT = StrategySpec(
     messages_down=frozenset({MessageKind.LLM_LOGITS}),
     public_set=PublicSet.SERVER_AND_DEVICES,
     trains_llm=True,
+    last_step=True,
 )

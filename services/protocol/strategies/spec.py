@@ -69,6 +69,7 @@ class StrategySpec:
         small_model: whose adapter is shared.
         public_set: where the public, or auxiliary, rows live.
         trains_llm: whether the server trains the LLM's adapter.
+        last_step: whether a device learns from the server's last message once more, after the last round.
         private_rows: which of them a device's step trains on.
 
     Raises:
@@ -84,6 +85,7 @@ class StrategySpec:
     small_model: SmallModel = SmallModel.NONE
     public_set: PublicSet = PublicSet.NOWHERE
     trains_llm: bool = False
+    last_step: bool = False
     private_rows: PrivateRows = PrivateRows.OWN
 
     def __post_init__(self) -> None:
@@ -119,6 +121,10 @@ class StrategySpec:
             (
                 len(self.messages_down) <= 1 and not self.messages_down & parts,
                 "at most one kind of `messages_down`, one that is no part of an update",
+            ),
+            (
+                not self.last_step or bool(self.messages_down),
+                "`messages_down` where a `last_step` learns from the last of them",
             ),
             (
                 DownloadKind.LLM_VOCABULARY not in self.downloads or self.trains_llm,
