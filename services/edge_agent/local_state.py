@@ -5,8 +5,8 @@
     runs/<run id>/rounds/<round>/state.json          what it was trained from
     runs/<run id>/training/<assignment id>/          checkpoints of the training under way; see `assets.checkpoints`
 
-A step after the last round leaves a state like one more round's. A round's state becomes current only when the server has its update, so a repeated round always starts from the same
-place: the newest state of an earlier round.
+A round's state becomes current only when the server has its update, so a repeated round always starts from the same
+place: the newest state of an earlier round. A step after the last round leaves a state like one more round's.
 """
 
 import shutil
