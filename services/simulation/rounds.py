@@ -199,6 +199,8 @@ class Run:
 
     def _last_steps(self, rounds: int, network: Wire) -> None:
         """What devices do with the last message; it is of the last round, which its bytes are counted under."""
+        if not self.spec.last_step:
+            return
         published = network.publish(self.base.shared_adapter, self.base.message)
         for device in self.devices:
             with self.meter.stage("devices"), _told(f"after the last round, {device.name}"):

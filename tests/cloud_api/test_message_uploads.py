@@ -1,9 +1,11 @@
 """Messages and tokenizers of devices: what is admitted, what may be missing, and what is not sent twice."""
 
+from datetime import UTC, datetime
 from typing import Any
 
 import pytest
 
+from persistence import artifacts, results
 from protocol.assignments import Assignment, PartUpload
 from protocol.errors import ErrorCode
 from protocol.headers import (
@@ -34,6 +36,20 @@ def work_of(api: RunningApi, strategy: str, device: DeviceClient | None = None, 
     assignment = device.poll()
     assert assignment is not None
     return device, assignment
+
+
+def publish(api: RunningApi, assignment: Assignment, message: bytes) -> str:
+    """Do what a worker does once the only update is in; return the hash of the message that goes with the version."""
+    now, run_id = datetime.now(UTC), assignment.run_id
+    blob = api.cloud.blobs.put_bytes(message)
+    candidate = results.Candidate(message_sha256=blob.sha256)
+    with api.cloud.database.transaction() as session:
+        artifacts.register(session, blob.sha256, blob.size, "llm_logits", run_id, now)
+        counted = [assignment.assignment_id]
+        results.finish_aggregation(session, api._claim(session, run_id, now), "worker", None, counted, {}, now)
+        results.finish_co_tuning(session, api._claim(session, run_id, now), "worker", candidate, {}, now)
+        results.finish_evaluation(session, api._claim(session, run_id, now), "worker", {}, True, now)
+    return blob.sha256
 
 
 def test_a_message_is_taken_and_counted_under_its_own_name(api: RunningApi) -> None:
@@ -121,3 +137,21 @@ def test_a_tokenizer_that_the_device_has_sent_in_this_run_is_not_sent_again(api:
     assert (begun.receipt.assignment_id, begun.received_bytes) == (again.assignment_id, len(VOCABULARY))
     refused(devices[0].upload(again, "slm_vocabulary", VOCABULARY + b" "), ErrorCode.UPDATE_CONFLICT, 409)
     assert devices[0].submit(again, {"slm_vocabulary": VOCABULARY}).status_code == 201
+
+
+def test_the_step_after_the_last_round_is_given_to_who_delivered_it(api: RunningApi) -> None:
+    device, assignment = work_of(api, "fedmkt")
+    path = f"/v1/assignments/{assignment.assignment_id}/last-step"
+    refused(device.http.get(path), ErrorCode.ILLEGAL_TRANSITION, 409)
+    assert device.upload(assignment, "slm_vocabulary", VOCABULARY).status_code == 201
+    assert device.submit(assignment, {"slm_vocabulary": VOCABULARY}).status_code == 201
+    assert device.http.get(path).status_code == 204
+    sha256 = publish(api, assignment, b"the last message")
+    given = Assignment.model_validate_json(device.http.get(path).content)
+    assert given.message is not None
+    assert given.message.sha256 == sha256
+    assert device.http.get(f"/v1/artifacts/{sha256}").content == b"the last message"
+    traffic = api.operator.get(f"/v1/runs/{assignment.run_id}/traffic").json()
+    assert traffic["down"]["llm_logits"] == len(b"the last message")
+    refused(api.enrol("stranger").http.get(path), ErrorCode.ASSIGNMENT_NOT_FOUND, 404)
+    refused(api.enrol("another").http.get(f"/v1/artifacts/{sha256}"), ErrorCode.ARTIFACT_NOT_FOUND, 404)

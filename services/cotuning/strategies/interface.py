@@ -217,7 +217,10 @@ class StrategySteps(ABC, Generic[Settings]):
         return None
 
     def last_step(self, given: DeviceInputs) -> DeviceResult | None:
-        """What a device does with the message of the last round, after it; sends nothing. Here: nothing, None."""
+        """What a device does with the last message, once the run is completed; sends nothing. Here: nothing, None.
+
+        Called only where the spec says `last_step`.
+        """
         return None
 
     def server_step(self, given: ServerInputs) -> ServerResult:
