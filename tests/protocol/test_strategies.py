@@ -154,6 +154,11 @@ def test_the_services_ask_the_settings_and_not_which_strategy_it_is() -> None:
         ({"downloads": STRATEGIES["co_plms"].downloads | {DownloadKind.MODEL_MANIFEST}}, "model_manifest where"),
         ({"public_set": PublicSet.SERVER}, "probe_set where devices get public rows"),
         ({"settings": StrategySettings}, "settings with a default `name`"),
+        ({"messages_up": frozenset({MessageKind.LLM_LOGITS})}, "one that is a part of an update"),
+        ({"messages_up": frozenset({MessageKind.COUNTS, MessageKind.SLM_LOGITS})}, "at most one kind of `messages_up`"),
+        ({"messages_down": frozenset({MessageKind.COUNTS})}, "one that is no part of an update"),
+        ({"uploads": STRATEGIES["co_plms"].uploads | {PartKind.COUNTS}}, "in `messages_up` and not in `uploads`"),
+        ({"last_step": True}, "`messages_down` where a `last_step` learns"),
     ],
 )
 def test_a_spec_that_contradicts_itself_is_refused(changes: dict[str, object], expected: str) -> None:

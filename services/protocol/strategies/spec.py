@@ -90,7 +90,7 @@ class StrategySpec:
 
     def __post_init__(self) -> None:
         sends_delta = PartKind.ADAPTER_DELTA in self.uploads
-        parts: set[str] = set(PartKind)
+        parts, messages = set[str](PartKind), set[str](MessageKind)
         rules = (
             (":" in self.steps, "`steps` as `module:name`"),
             (isinstance(self.settings.model_fields["name"].default, str), "settings with a default `name`"),
@@ -118,6 +118,7 @@ class StrategySpec:
                 len(self.messages_up) <= 1 and self.messages_up <= parts,
                 "at most one kind of `messages_up`, one that is a part of an update",
             ),
+            (not self.uploads & messages, "messages in `messages_up` and not in `uploads`"),
             (
                 len(self.messages_down) <= 1 and not self.messages_down & parts,
                 "at most one kind of `messages_down`, one that is no part of an update",
