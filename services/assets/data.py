@@ -62,6 +62,23 @@ def examples_to_jsonl(rows: Iterable[Example]) -> bytes:
     return "".join(lines).encode()
 
 
+def examples_from_jsonl(content: bytes) -> list[Example]:
+    """The rows that `examples_to_jsonl` wrote.
+
+    Raises:
+        DataFileError: as `read_examples`; it names the line.
+    """
+    rows: list[Example] = []
+    for number, line in enumerate(content.splitlines(), 1):
+        place = f"line {number}"
+        try:
+            row = _json_row(place, line.decode())
+        except UnicodeDecodeError as error:
+            raise DataFileError(f"{place}: expected UTF-8, got byte 0x{error.object[error.start]:02x}") from None
+        rows.append(_example(place, row, number - 1, {}))
+    return rows
+
+
 def _rows(path: Path) -> Iterator[Row]:
     if path.is_dir():
         return _dataset_rows(path)
@@ -78,17 +95,20 @@ def _rows(path: Path) -> Iterator[Row]:
 
 def _json_rows(path: Path) -> Iterator[Row]:
     for place, line in _lines(path):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except ValueError as error:
-            raise DataFileError(f"{place}: expected a JSON object, got {_shorten(line)}: {error}") from None
-        except RecursionError:
-            raise DataFileError(f"{place}: expected a JSON object, got one too deeply nested") from None
-        if not isinstance(row, dict):
-            raise DataFileError(f"{place}: expected a JSON object, got {_shorten(row)}")
-        yield place, row
+        if line.strip():
+            yield place, _json_row(place, line)
+
+
+def _json_row(place: str, line: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise DataFileError(f"{place}: expected a JSON object, got {_shorten(line)}: {error}") from None
+    except RecursionError:
+        raise DataFileError(f"{place}: expected a JSON object, got one too deeply nested") from None
+    if not isinstance(row, dict):
+        raise DataFileError(f"{place}: expected a JSON object, got {_shorten(row)}")
+    return row
 
 
 def _lines(path: Path) -> Iterator[tuple[str, str]]:

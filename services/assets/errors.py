@@ -4,6 +4,7 @@ AssetError
 ├── ModelFolderError   a model folder that is missing, incomplete or not a causal language model
 ├── DataFileError      a data file that is missing, or a row in it that cannot be read
 ├── TensorFileError    bytes that are not a safetensors file
+├── VocabularyError    a tokenizer that cannot travel, or bytes that are none
 └── DeviceError        what a device was asked for, it or its software cannot do
 """
 
@@ -22,6 +23,10 @@ class DataFileError(AssetError):
 
 class TensorFileError(AssetError):
     """The bytes are not a well-formed safetensors file."""
+
+
+class VocabularyError(AssetError):
+    """The tokenizer cannot be written so that another party reads with it as its owner does, or cannot be read."""
 
 
 class DeviceError(AssetError):

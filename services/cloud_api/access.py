@@ -52,6 +52,7 @@ ACCESS: Mapping[str, Access] = {
     "GET /v1/devices/me/assignment": DEVICE,
     "POST /v1/assignments/{assignment_id}/progress": DEVICE,
     "POST /v1/assignments/{assignment_id}/refusal": DEVICE,
+    "GET /v1/assignments/{assignment_id}/last-step": DEVICE,
     "PUT /v1/assignments/{assignment_id}/parts/{kind}": DEVICE,
     "POST /v1/assignments/{assignment_id}/parts/{kind}/uploads": DEVICE,
     "GET /v1/assignments/{assignment_id}/parts/{kind}/uploads/{upload_id}": DEVICE,

@@ -170,6 +170,11 @@ class CloudClient:
         response = self._send("GET", path, timeout=timeout)
         return None if response.status_code == httpx.codes.NO_CONTENT else parse_assignment(response)
 
+    def last_step(self, assignment_id: str) -> Assignment | None:
+        """Ask for the step after the last round; None: the run goes on."""
+        response = self._send("GET", f"/v1/assignments/{assignment_id}/last-step")
+        return None if response.status_code == httpx.codes.NO_CONTENT else parse_assignment(response)
+
     def report_progress(self, assignment: Assignment, progress: AssignmentProgress) -> None:
         """Say where the device is with an assignment."""
         body = progress.model_dump_json().encode()

@@ -14,7 +14,7 @@ from enum import StrEnum
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import structlog
 
@@ -23,7 +23,7 @@ from edge_agent.backoff import Backoff, Retrier
 from edge_agent.cache import ArtifactCache
 from edge_agent.client import CloudClient
 from edge_agent.errors import AgentError, Cancelled, CannotTrain, CloudRefused, NotAuthorised, UnknownStrategy
-from edge_agent.local_state import LocalState, LocalStates
+from edge_agent.local_state import LocalState, LocalStates, WriteState
 from edge_agent.outbox import Outbox, OutboxEntry
 from edge_agent.reporting import GONE, TrainingReporter
 from edge_agent.rotation import CredentialRotation
@@ -42,6 +42,8 @@ from protocol.errors import ErrorCode
 from protocol.runs import DeviceMetrics
 from protocol.statuses import AssignmentStatus, PartKind
 from protocol.strategies import DownloadKind, spec_of
+
+Trained = TypeVar("Trained")
 
 POLL_WAIT_SECONDS = 20
 """How long the server may hold a poll open. Shorter would mean more polls, not sooner work."""
@@ -67,6 +69,9 @@ class RoundFiles:
     probe_set: Path | None
     expected_slm: ModelFingerprint | None = None
     """What this device's own small model must be."""
+    message: Path | None = None
+    """What the server sent all devices."""
+    llm_vocabulary: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,7 @@ class TrainedUpdate:
     parts: dict[PartKind, bytes]
     num_examples: int
     metrics: DeviceMetrics
-    write_state: Callable[[Path], None]
+    write_state: WriteState
 
 
 class Trainer(Protocol):
@@ -95,6 +100,16 @@ class Trainer(Protocol):
             CannotTrain: this device cannot do it.
             AgentError: whatever `on_progress` raises.
         """
+        ...
+
+    def last_step(
+        self,
+        assignment: Assignment,
+        files: RoundFiles,
+        start: LocalState,
+        on_progress: Callable[[str, int, int, dict[str, float]], None],
+    ) -> WriteState | None:
+        """Learn once more after the last round, which left `start`; None: nothing changes. Raises as `train`."""
         ...
 
 
@@ -133,12 +148,12 @@ def run_once(agent: Agent, *, wait_seconds: int = POLL_WAIT_SECONDS) -> Outcome:
         return refuse(agent, error.assignment, CannotTrain(ErrorCode.UNKNOWN_STRATEGY, error.reason))
     if assignment is None:
         return Outcome.IDLE
-    with _about(assignment, "assignment"):
+    with about(assignment, "assignment"):
         return work_on(agent, assignment)
 
 
 @contextmanager
-def _about(assignment: Assignment, doing: str) -> Iterator[None]:
+def about(assignment: Assignment, doing: str) -> Iterator[None]:
     """Name the assignment in each log line and, where traces are on, in a span."""
     ids = {"run_id": assignment.run_id, "assignment_id": assignment.assignment_id}
     number = assignment.round_number
@@ -179,14 +194,17 @@ def check_assignment(assignment: Assignment) -> None:
         raise CannotTrain(
             "not_deployable", f"strategy {spec.name} is for simulations: private rows would have to leave"
         )
-    undeclared = set(assignment.uploads) - spec.uploads
+    undeclared = set(assignment.uploads) - spec.parts
     if undeclared:
         raise CannotTrain("undeclared_upload", f"strategy {assignment.strategy.name} must not upload {undeclared}")
+    if assignment.message is not None and spec.received_message is None:
+        raise CannotTrain("undeclared_message", f"strategy {spec.name} has no message of the server, one was sent")
     files = {
         DownloadKind.PROXY_BASE: assignment.proxy_manifest,
         DownloadKind.MODEL_MANIFEST: assignment.proxy_manifest,
         DownloadKind.ADAPTER: assignment.adapter,
         DownloadKind.PROBE_SET: assignment.probe_set,
+        DownloadKind.LLM_VOCABULARY: assignment.llm_vocabulary,
     }
     missing = sorted(kind for kind, file in files.items() if kind in spec.downloads and file is None)
     if missing:
@@ -202,7 +220,8 @@ def train(agent: Agent, assignment: Assignment) -> OutboxEntry:
     log.info("training_started", from_round=start.record.round_number if start else None)
     reporter = TrainingReporter(agent.client, assignment, agent.stop, backoff=agent.new_backoff(), clock=time.monotonic)
     with reporter:
-        update = trained(agent, assignment, files, start, reporter)
+        reporter.check()
+        update = told(partial(agent.trainer().train, assignment, files, start, reporter.on_progress))
     metrics = update.metrics.model_copy(update={"seconds_by_stage": seconds | update.metrics.seconds_by_stage})
     check_sizes(assignment, update)
 
@@ -216,13 +235,10 @@ def train(agent: Agent, assignment: Assignment) -> OutboxEntry:
     return entry
 
 
-def trained(
-    agent: Agent, assignment: Assignment, files: RoundFiles, start: LocalState | None, reporter: TrainingReporter
-) -> TrainedUpdate:
+def told(train: Callable[[], Trained]) -> Trained:
     """Train; whatever goes wrong in there becomes a reason that the server can be told."""
     try:
-        reporter.check()
-        return agent.trainer().train(assignment, files, start, reporter.on_progress)
+        return train()
     except AgentError:
         raise
     except Exception as error:
@@ -247,22 +263,28 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def fetch(agent: Agent, assignment: Assignment) -> RoundFiles:
     """Download what this device lacks of the round's files, and nothing that the strategy has not declared."""
-    given = spec_of(assignment.strategy).downloads
+    spec = spec_of(assignment.strategy)
+    given = spec.downloads
     proxy = assignment.proxy_manifest if DownloadKind.PROXY_BASE in given else None
     manifest = assignment.proxy_manifest if DownloadKind.MODEL_MANIFEST in given else None
     adapter = assignment.adapter if DownloadKind.ADAPTER in given else None
     probe_set = assignment.probe_set if DownloadKind.PROBE_SET in given else None
+    vocabulary = assignment.llm_vocabulary if DownloadKind.LLM_VOCABULARY in given else None
+    message = assignment.message if spec.received_message is not None else None
     return RoundFiles(
         proxy_folder=agent.cache.fetch_model(agent.client, proxy) if proxy else None,
         adapter=agent.cache.fetch(agent.client, adapter) if adapter else None,
         probe_set=agent.cache.fetch(agent.client, probe_set, ".jsonl") if probe_set else None,
         expected_slm=agent.cache.fetch_manifest(agent.client, manifest).fingerprint if manifest else None,
+        message=agent.cache.fetch(agent.client, message) if message else None,
+        llm_vocabulary=agent.cache.fetch(agent.client, vocabulary) if vocabulary else None,
     )
 
 
 def check_sizes(assignment: Assignment, update: TrainedUpdate) -> None:
     """Raise `CannotTrain` if the update is not what the server will take."""
-    if set(update.parts) != set(assignment.uploads):
+    given, asked = set(update.parts), set(assignment.uploads)
+    if not asked - set(assignment.optional_uploads) <= given <= asked:
         raise CannotTrain(
             "update_incomplete", f"expected {sorted(assignment.uploads)}, training gave {sorted(update.parts)}"
         )
@@ -278,7 +300,7 @@ def deliver(agent: Agent, entry: OutboxEntry, *, again: bool = False) -> Outcome
     `again` says that an earlier process may have sent some or all of it.
     """
     assignment = entry.assignment
-    with _about(assignment, "delivery"):
+    with about(assignment, "delivery"):
         if entry.receipt is None:
             try:
                 send(agent, entry, again=again)
@@ -292,9 +314,9 @@ def deliver(agent: Agent, entry: OutboxEntry, *, again: bool = False) -> Outcome
                 return refuse(agent, assignment, CannotTrain(error.code, error.detail))
         replaced = agent.states.adopt(entry.state_folder)
         agent.outbox.drop(entry)
-        for record in replaced:
-            if record.adapter_sha256 and record.adapter_sha256 != entry.submission.base_sha256:
-                agent.cache.discard(record.adapter_sha256)
+        current = {file.sha256 for file in (assignment.adapter, assignment.message) if file is not None}
+        for sha256 in sorted({each for record in replaced for each in record.files} - current):
+            agent.cache.discard(sha256)
         return Outcome.SUBMITTED
 
 

@@ -6,16 +6,17 @@
     runs/<run id>/training/<assignment id>/          checkpoints of the training under way; see `assets.checkpoints`
 
 A round's state becomes current only when the server has its update, so a repeated round always starts from the same
-place: the newest state of an earlier round.
+place: the newest state of an earlier round. A step after the last round leaves a state like one more round's.
 """
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import BaseModel
 
+from assets.atomic import write_atomically
 from edge_agent import durable
 
 SLM_ADAPTER = "slm_adapter"
@@ -23,6 +24,10 @@ DOMAIN_ADAPTER = "domain_adapter.safetensors"
 STATE_FILE = "state.json"
 KEPT_ROUNDS = 2
 """The current state and the one before it: a repetition of the newest round starts from the latter."""
+
+
+WriteState = Callable[[Path], None]
+"""Writes a local state into the folder it is given."""
 
 
 class StateRecord(BaseModel):
@@ -33,7 +38,15 @@ class StateRecord(BaseModel):
     round_number: int
     assignment_id: str
     adapter_sha256: str | None
+    message_sha256: str | None = None
     num_examples: int
+    last_step_due: bool = False
+    """Once the run is completed, its last message is to be learnt from."""
+
+    @property
+    def files(self) -> set[str]:
+        """What was downloaded for this round alone."""
+        return {sha256 for sha256 in (self.adapter_sha256, self.message_sha256) if sha256 is not None}
 
 
 @dataclass(frozen=True)
@@ -90,6 +103,24 @@ class LocalStates:
         for state in outdated:
             durable.remove(state.folder)
         return [state.record for state in outdated]
+
+    def settle(self, state: LocalState, write_state: WriteState | None) -> None:
+        """End a run for this device: with a state after its last round's, or with that as it is.
+
+        Args:
+            state: of the last round.
+            write_state: writes the new one; None: there is none.
+        """
+        if write_state is None:
+            settled = state.record.model_copy(update={"last_step_due": False})
+            write_atomically(state.folder / STATE_FILE, settled.model_dump_json(indent=1).encode())
+            return
+        target = state.folder.with_name(f"{state.record.round_number + 1:06d}")
+        temporary = target.with_name(target.name + durable.UNFINISHED)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        write_state(temporary)
+        durable.publish(temporary, target)
 
     def begin_training(self, run_id: str, assignment_id: str) -> Path:
         """Return the folder for this training's checkpoints; whatever other trainings left behind is removed."""

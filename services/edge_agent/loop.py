@@ -7,6 +7,7 @@ import structlog
 
 from edge_agent.cycle import POLL_WAIT_SECONDS, Agent, Outcome, run_once
 from edge_agent.errors import CloudUnavailable, Stopped
+from edge_agent.run_endings import end_runs
 from protocol.devices import DeviceProfile, Heartbeat
 
 SHORTEST_POLL_SECONDS = 1.0
@@ -30,6 +31,7 @@ def run(agent: Agent, profile: DeviceProfile) -> None:
         try:
             if agent.rotation is not None:
                 agent.rotation.when_due()
+            end_runs(agent)
             outcome = run_once(agent)
         except CloudUnavailable as error:
             delay_seconds = backoff.next_delay(error.retry_after_seconds)

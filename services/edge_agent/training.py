@@ -9,8 +9,8 @@ import hashlib
 import json
 import re
 import time
-from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -25,25 +25,36 @@ from assets.adapters import read_adapter, save_adapter
 from assets.checkpoints import FolderCheckpoints
 from assets.data import read_examples
 from assets.devices import available_memory
-from assets.errors import AssetError, ModelFolderError
+from assets.errors import AssetError, ModelFolderError, TensorFileError, VocabularyError
 from assets.models import folder_identity, load_language_model, read_config
 from assets.process_memory import peak_memory
 from assets.tensors import read_tensors, tensors_to_bytes
-from assets.wire_files import update_files
+from assets.vocabulary_files import read_vocabulary, vocabulary_file
+from assets.wire_files import read_message, update_files
 from cotuning.adapters import AdapterMismatch, adapted, lora_config
 from cotuning.evaluation import evaluate
 from cotuning.examples import Example, rows_digest
 from cotuning.language_model import LanguageModel, UnknownHead
 from cotuning.memory import CannotEstimate, NotEnoughMemory, estimate_memory, longest_row, require_memory
 from cotuning.model_fingerprint import ModelFingerprint, fingerprint_model
+from cotuning.payload import PayloadError
 from cotuning.shared_rows import CoverageTooLow
 from cotuning.strategies.interface import DeviceInputs
 from cotuning.strategies.registry import steps_of
-from cotuning.strategies.results import DeviceResult
+from cotuning.strategies.results import DeviceResult, Message
 from cotuning.training import OnProgress, TrainingDiverged
+from cotuning.vocabulary import Vocabulary
 from edge_agent.cycle import RoundFiles, TrainedUpdate
 from edge_agent.errors import CannotTrain
-from edge_agent.local_state import DOMAIN_ADAPTER, SLM_ADAPTER, LocalState, LocalStates, StateRecord, write_record
+from edge_agent.local_state import (
+    DOMAIN_ADAPTER,
+    SLM_ADAPTER,
+    LocalState,
+    LocalStates,
+    StateRecord,
+    WriteState,
+    write_record,
+)
 from edge_agent.settings import Config
 from protocol.assignments import Assignment
 from protocol.assignments import ModelFingerprint as ExpectedModel
@@ -93,6 +104,8 @@ class LocalTrainer:
         self._slm: LanguageModel | None = None
         self._slm_fingerprint: ModelFingerprint | None = None
         self._proxy: tuple[Path, LanguageModel] | None = None
+        self._vocabulary_file: bytes | None = None
+        self._llm_vocabulary: tuple[Path, Vocabulary] | None = None
 
     def train(
         self, assignment: Assignment, files: RoundFiles, start: LocalState | None, on_progress: OnProgress
@@ -103,20 +116,18 @@ class LocalTrainer:
             CannotTrain: the model, the data or the alignment of the two tokenizers will not do.
             AgentError: whatever `on_progress` raises.
         """
-        try:
+        with _told(files):
             return self._train(assignment, files, start, on_progress)
-        except NotEnoughMemory as error:
-            raise CannotTrain(ErrorCode.NOT_ENOUGH_MEMORY, str(error)) from None
-        except CoverageTooLow as error:
-            raise CannotTrain(ErrorCode.COVERAGE_TOO_LOW, str(error)) from None
-        except TrainingDiverged as error:
-            raise CannotTrain(ErrorCode.NON_FINITE_VALUES, str(error)) from None
-        except (AdapterMismatch, UnknownHead) as error:
-            raise CannotTrain("model_unsuitable", str(error)) from None
-        except ModelFolderError as error:
-            raise CannotTrain(ErrorCode.MODEL_FOLDER_MISSING, str(error)) from None
-        except AssetError as error:
-            raise CannotTrain(ErrorCode.DATA_FILE_INVALID, _without_data(error)) from None
+
+    def last_step(
+        self, assignment: Assignment, files: RoundFiles, start: LocalState, on_progress: OnProgress
+    ) -> WriteState | None:
+        """Do the device's step after the last round; None where it changes nothing. Raises as `train`."""
+        with _told(files):
+            slm = self._load_slm()
+            given = self._inputs(assignment, files, start, slm, on_progress)
+            result = steps_of(assignment.strategy).last_step(given)
+            return None if result is None else self._state_writer(assignment, result, slm)
 
     def _train(
         self, assignment: Assignment, files: RoundFiles, start: LocalState | None, on_progress: OnProgress
@@ -131,16 +142,10 @@ class LocalTrainer:
         slm = self._load_slm()
         before = self._scores("evaluation_before", slm, None, assignment, note) if assignment.evaluate_before else None
         watch.enter("load")
-        result = self._device_step(assignment, files, start, slm, note)
-        config = lora_config(slm, **assignment.strategy.slm_lora.model_dump())
-        tuned = (config, result.slm_adapter)
+        given = self._inputs(assignment, files, start, slm, note)
+        result = steps_of(assignment.strategy).device_step(given)
+        tuned = (self._slm_lora(assignment, slm), result.slm_adapter)
         after = self._scores("evaluation_after", slm, tuned, assignment, note) if assignment.evaluate_after else None
-
-        def write_state(folder: Path) -> None:
-            save_adapter(folder / SLM_ADAPTER, result.slm_adapter, config, self._config.model.path)
-            if result.domain_adapter is not None:
-                (folder / DOMAIN_ADAPTER).write_bytes(tensors_to_bytes(result.domain_adapter, {}))
-            write_record(folder, _record(assignment, result.num_examples))
 
         metrics = DeviceMetrics(
             before=before,
@@ -150,16 +155,31 @@ class LocalTrainer:
             seconds_by_stage=watch.seconds(),
             peak_memory_bytes=peak_memory(),
         )
-        return TrainedUpdate(_parts(assignment, result), result.num_examples, metrics, write_state)
+        parts = _parts(assignment, result, self._write_vocabulary)
+        return TrainedUpdate(parts, result.num_examples, metrics, self._state_writer(assignment, result, slm))
 
-    def _device_step(
+    def _state_writer(self, assignment: Assignment, result: DeviceResult, slm: LanguageModel) -> WriteState:
+        config = self._slm_lora(assignment, slm)
+
+        def write_state(folder: Path) -> None:
+            save_adapter(folder / SLM_ADAPTER, result.slm_adapter, config, self._config.model.path)
+            if result.domain_adapter is not None:
+                (folder / DOMAIN_ADAPTER).write_bytes(tensors_to_bytes(result.domain_adapter, {}))
+            write_record(folder, _record(assignment, result.num_examples))
+
+        return write_state
+
+    def _slm_lora(self, assignment: Assignment, slm: LanguageModel) -> LoraConfig:
+        return lora_config(slm, **assignment.strategy.slm_lora.model_dump())
+
+    def _inputs(
         self,
         assignment: Assignment,
         files: RoundFiles,
         start: LocalState | None,
         slm: LanguageModel,
         on_progress: OnProgress,
-    ) -> DeviceResult:
+    ) -> DeviceInputs:
         private = read_examples(self._config.data.train)
         strategy, phi = assignment.strategy, start.domain_adapter if start else None
         if strategy.shared_lora is not None:
@@ -167,21 +187,21 @@ class LocalTrainer:
         self._require_memory(assignment, slm, private, files)
         if DownloadKind.MODEL_MANIFEST in spec_of(strategy).downloads:
             self._require_same_model(slm, files.expected_slm)
-        return steps_of(strategy).device_step(
-            DeviceInputs(
-                slm=slm,
-                private=private,
-                slm_adapter=read_adapter(start.slm_adapter)[0] if start else None,
-                domain_adapter=read_tensors(phi)[0] if phi else None,
-                shared_model=self._load_proxy(files.proxy_folder) if files.proxy_folder else None,
-                shared_adapter=read_tensors(files.adapter)[0] if files.adapter else None,
-                adapter_rank=assignment.adapter_rank,
-                probe=read_examples(files.probe_set) if files.probe_set else (),
-                round_number=assignment.round_number,
-                seed=assignment.seed,
-                on_progress=on_progress,
-                checkpoints=self._checkpoints(assignment, start, private),
-            )
+        return DeviceInputs(
+            slm=slm,
+            private=private,
+            slm_adapter=read_adapter(start.slm_adapter)[0] if start else None,
+            domain_adapter=read_tensors(phi)[0] if phi else None,
+            shared_model=self._load_proxy(files.proxy_folder) if files.proxy_folder else None,
+            shared_adapter=read_tensors(files.adapter)[0] if files.adapter else None,
+            adapter_rank=assignment.adapter_rank,
+            probe=read_examples(files.probe_set) if files.probe_set else (),
+            message=_message(strategy, files),
+            llm_vocabulary=self._load_llm_vocabulary(files.llm_vocabulary, slm) if files.llm_vocabulary else None,
+            round_number=assignment.round_number,
+            seed=assignment.seed,
+            on_progress=on_progress,
+            checkpoints=self._checkpoints(assignment, start, private),
         )
 
     def _require_rank(self, rank: int) -> None:
@@ -244,7 +264,7 @@ class LocalTrainer:
         about = assignment.model_dump(
             mode="json",
             include={"assignment_id", "run_id", "round_number", "strategy", "seed", "proxy_manifest"}
-            | {"adapter", "adapter_rank"},
+            | {"adapter", "adapter_rank", "message", "llm_vocabulary"},
         )
         start_record = start.record.model_dump(mode="json") if start else None
         probe = assignment.probe_set.sha256 if assignment.probe_set else None
@@ -292,11 +312,46 @@ class LocalTrainer:
             self._slm = load_language_model(self._config.model.path)
         return self._slm
 
+    def _write_vocabulary(self) -> bytes:
+        """The file of the SLM's tokenizer; made once, since it takes seconds for a large one."""
+        if self._vocabulary_file is None:
+            self._vocabulary_file = vocabulary_file(self._load_slm())
+        return self._vocabulary_file
+
+    def _load_llm_vocabulary(self, file: Path, slm: LanguageModel) -> Vocabulary:
+        if self._llm_vocabulary is None or self._llm_vocabulary[0] != file:
+            self._llm_vocabulary = (file, read_vocabulary(file, slm.device))
+        return self._llm_vocabulary[1]
+
     def _load_proxy(self, folder: Path) -> LanguageModel:
         if self._proxy is None or self._proxy[0] != folder:
             self._proxy = None  # before loading the next, so that two never lie in memory
             self._proxy = (folder, load_language_model(str(folder)))
         return self._proxy[1]
+
+
+@contextmanager
+def _told(files: RoundFiles) -> Iterator[None]:
+    """Say of what goes wrong with these files why this device cannot do it."""
+    try:
+        yield
+    except NotEnoughMemory as error:
+        raise CannotTrain(ErrorCode.NOT_ENOUGH_MEMORY, str(error)) from None
+    except CoverageTooLow as error:
+        raise CannotTrain(ErrorCode.COVERAGE_TOO_LOW, str(error)) from None
+    except TrainingDiverged as error:
+        raise CannotTrain(ErrorCode.NON_FINITE_VALUES, str(error)) from None
+    except (AdapterMismatch, UnknownHead) as error:
+        raise CannotTrain("model_unsuitable", str(error)) from None
+    except VocabularyError as error:
+        where = f"{files.llm_vocabulary}: "
+        raise CannotTrain("tokenizer_unsuitable", str(error).removeprefix(where)) from None
+    except PayloadError as error:
+        raise CannotTrain(ErrorCode.MESSAGE_MISMATCH, f"the server's message: {error}") from None
+    except ModelFolderError as error:
+        raise CannotTrain(ErrorCode.MODEL_FOLDER_MISSING, str(error)) from None
+    except AssetError as error:
+        raise CannotTrain(ErrorCode.DATA_FILE_INVALID, _without_data(error)) from None
 
 
 def _without_data(error: AssetError) -> str:
@@ -306,11 +361,24 @@ def _without_data(error: AssetError) -> str:
     return f"{where} cannot be read; `cotune-agent start` shows its owner why"
 
 
-def _parts(assignment: Assignment, result: DeviceResult) -> dict[PartKind, bytes]:
+def _message(strategy: Strategy, files: RoundFiles) -> Message | None:
+    """What the server sent, of the kind that the strategy declares and of no other."""
+    kind = spec_of(strategy).received_message
+    if files.message is None or kind is None:
+        return None
+    try:
+        return read_message(files.message, kind)
+    except TensorFileError as error:
+        detail = str(error).removeprefix(f"{files.message}: ")  # where it lies is nobody's business
+        raise CannotTrain(ErrorCode.MESSAGE_MISMATCH, f"the server's message: {detail}") from None
+
+
+def _parts(assignment: Assignment, result: DeviceResult, vocabulary: Callable[[], bytes]) -> dict[PartKind, bytes]:
     manifest, adapter, probe_set = assignment.proxy_manifest, assignment.adapter, assignment.probe_set
     return update_files(
         result,
-        spec_of(assignment.strategy).uploads,
+        spec_of(assignment.strategy),
+        vocabulary=vocabulary,
         model_sha256=manifest.sha256 if manifest else None,
         adapter_sha256=adapter.sha256 if adapter else None,
         probe_set_sha256=probe_set.sha256 if probe_set else None,
@@ -324,5 +392,7 @@ def _record(assignment: Assignment, num_examples: int) -> StateRecord:
         round_number=assignment.round_number,
         assignment_id=assignment.assignment_id,
         adapter_sha256=assignment.adapter.sha256 if assignment.adapter else None,
+        message_sha256=assignment.message.sha256 if assignment.message else None,
         num_examples=num_examples,
+        last_step_due=spec_of(assignment.strategy).last_step and assignment.round_number == assignment.rounds,
     )

@@ -1,5 +1,7 @@
 """Sends a file of an update: at once if it is small, else in chunks, of which none is sent again that has arrived.
 
+A tokenizer, which is the same in every round, is asked about first: the server may have it from an earlier one.
+
 What has arrived the server knows: nothing is remembered here, so a restart changes nothing.
 """
 
@@ -8,6 +10,7 @@ from pathlib import Path
 from edge_agent.client import CloudClient
 from edge_agent.errors import CloudUnavailable
 from protocol.assignments import Assignment, Part, PartReceipt
+from protocol.statuses import PartKind
 
 AT_ONCE_BYTES = 4 * 2**20
 """A file of up to so many bytes is sent in one request: more requests would not save what a cut costs."""
@@ -39,8 +42,10 @@ def upload_file(
         CloudUnavailable: it broke off; `progressed` says whether a chunk arrived. Call again, not fresh.
         CloudRefused: the server does not want it.
     """
-    if part.size_bytes <= at_once_bytes:
+    asks = part.kind is PartKind.SLM_VOCABULARY
+    if part.size_bytes <= at_once_bytes and not asks:
         return client.upload_part(assignment, part, file)
+    fresh = fresh and not asks
     with open(file, "rb") as stream:
         upload = client.begin_upload(assignment, part, stream.read(chunk_bytes) if fresh else b"")
         begun_at = 0 if fresh else upload.received_bytes

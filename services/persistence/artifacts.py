@@ -20,18 +20,31 @@ ArtifactKind = Literal[
     "small_model",
     "adapter",
     "probe_set",
+    "llm_vocabulary",
+    "llm_logits",
+    "candidates",
+    "llm_features",
     "llm_adapter",
     "server_optimizer",
+    "server_state",
     "rows",
     "adapter_delta",
     "logits",
+    "slm_logits",
+    "slm_features",
+    "counts",
+    "slm_vocabulary",
 ]
 KINDS: tuple[str, ...] = get_args(ArtifactKind)
 """`proxy_base` is the manifest and each file of the proxy's folder; `model_manifest` and `small_model` are those of a
-small model that devices have already; `rows` are what only the worker reads; the last two are what devices sent. What
-is not registered as one of them is removed by the sweep of orphans."""
+small model that devices have already; `llm_logits`, `candidates` and `llm_features` are messages of the server; `rows`
+and `server_state` are what only the worker reads; from `adapter_delta` on they are what devices sent. What is not
+registered as one of them is removed by the sweep of orphans."""
 
-FOR_DEVICES = frozenset({"proxy_base", "model_manifest", "adapter", "probe_set"})
+FOR_DEVICES = frozenset(
+    {"proxy_base", "model_manifest", "adapter", "probe_set", "llm_vocabulary"}
+    | {"llm_logits", "candidates", "llm_features"}
+)
 """What a device may fetch: never another device's update, and never the LLM's adapter."""
 
 

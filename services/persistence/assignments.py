@@ -308,9 +308,18 @@ def _assignment(
     upload_limits: Mapping[PartKind, int],
 ) -> Assignment:
     config = config_of(run)
-    uploads = sorted(spec_of(config.strategy).uploads)
-    hashes = (run.proxy_manifest_sha256, round_row.base_adapter_sha256, run.probe_set_sha256)
-    files = artifacts.references(session, hashes)
+    spec = spec_of(config.strategy)
+    uploads = sorted(spec.parts)
+    files = artifacts.references(
+        session,
+        (
+            run.proxy_manifest_sha256,
+            round_row.base_adapter_sha256,
+            run.probe_set_sha256,
+            run.llm_vocabulary_sha256,
+            round_row.base_message_sha256,
+        ),
+    )
     asked = {"device_id": row.device_id, "run_id": run.id, "assignment_id": row.id}
     tuned_before = session.scalar(_ANOTHER_SUBMITTED, asked)
     return Assignment(
@@ -328,8 +337,11 @@ def _assignment(
         adapter=files.get(round_row.base_adapter_sha256 or ""),
         adapter_rank=row.adapter_rank,
         probe_set=files.get(run.probe_set_sha256 or ""),
+        llm_vocabulary=files.get(run.llm_vocabulary_sha256 or ""),
+        message=files.get(round_row.base_message_sha256 or ""),
         uploads=uploads,
-        upload_limits={kind: upload_limits[kind] for kind in uploads},
+        optional_uploads=sorted(spec.parts - spec.uploads),
+        upload_limits={kind: upload_limits[kind] for kind in uploads if kind in upload_limits},
         evaluation=config.evaluation,
         evaluate_before=tuned_before is None,
         evaluate_after=round_row.number == config.rounds,

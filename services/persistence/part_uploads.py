@@ -15,7 +15,7 @@ from sqlalchemy.orm import Session
 from persistence import late_updates, updates
 from persistence.blobs import StagedChunk
 from persistence.identifiers import new_id
-from persistence.tables import AssignmentRow, PartUploadRow, RoundRow, RunRow, UploadChunkRow
+from persistence.tables import AssignmentRow, PartUploadRow, RoundRow, RunRow, UpdatePartRow, UploadChunkRow
 from persistence.transitions import UNDELIVERED
 from protocol.assignments import PartReceipt, PartUpload
 from protocol.errors import DomainError, ErrorCode
@@ -31,6 +31,21 @@ _DELETE = (
     delete(UploadChunkRow).where(UploadChunkRow.upload_id.in_(bindparam("upload_ids", expanding=True))),
     delete(PartUploadRow).where(PartUploadRow.id.in_(bindparam("upload_ids", expanding=True))),
 )
+
+_SENT_BEFORE = (
+    select(UpdatePartRow.size_bytes)
+    .join(AssignmentRow, AssignmentRow.id == UpdatePartRow.assignment_id)
+    .where(
+        AssignmentRow.device_id == bindparam("device_id"),
+        AssignmentRow.run_id == bindparam("run_id"),
+        UpdatePartRow.kind == bindparam("kind"),
+        UpdatePartRow.sha256 == bindparam("sha256"),
+    )
+    .limit(1)
+)
+
+SENT_ONCE = frozenset({PartKind.SLM_VOCABULARY})
+"""What is the same in every round of a device. In its header is nothing of a round, so it was admitted once for all."""
 
 EXPIRES_AFTER = timedelta(days=1)
 """An upload of which nothing comes for so long is forgotten."""
@@ -75,6 +90,23 @@ class ReceivedFile:
     sha256: str
     size_bytes: int
     chunks: Sequence[StagedChunk]
+
+
+def take_again(  # noqa: PLR0917
+    session: Session, device_id: str, run_id: str, assignment_id: str, kind: PartKind, sha256: str, now: datetime
+) -> PartReceipt | None:
+    """Record as a part a file that this device has sent for this part in this run; None: it has not.
+
+    Raises:
+        DomainError, RoundClosed: as `updates.record_part`.
+    """
+    if kind not in SENT_ONCE:
+        return None
+    asked = {"device_id": device_id, "run_id": run_id, "kind": kind, "sha256": sha256}
+    size = session.scalar(_SENT_BEFORE, asked)
+    if size is None:
+        return None
+    return updates.record_part(session, device_id, assignment_id, kind, sha256, size, now)
 
 
 def begin(  # noqa: PLR0917

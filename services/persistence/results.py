@@ -7,7 +7,7 @@ same bytes.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from typing import Any
 
@@ -33,7 +33,7 @@ from protocol.statuses import AssignmentStatus, JobKind, JobStatus, RoundStatus,
 class PrepareResult:
     """What the preparation made. The files must be registered (`artifacts.register`) in the same transaction or before.
 
-    All None for a strategy without a proxy.
+    None is what the strategy has none of.
     """
 
     proxy_manifest_sha256: str | None = None
@@ -42,6 +42,18 @@ class PrepareResult:
     probe_set_sha256: str | None = None
     expected_tensors: Mapping[str, TensorInfo] | None = None
     metrics: Mapping[str, Any] = field(default_factory=dict)
+    message_sha256: str | None = None
+    llm_vocabulary_sha256: str | None = None
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What the server's step made, as hashes of registered files; None is what the strategy has none of."""
+
+    adapter_sha256: str | None = None
+    llm_adapter_sha256: str | None = None
+    message_sha256: str | None = None
+    server_state_sha256: str | None = None
 
 
 def finish_prepare(session: Session, job: JobRecord, owner: str, result: PrepareResult, now: datetime) -> None:
@@ -56,6 +68,7 @@ def finish_prepare(session: Session, job: JobRecord, owner: str, result: Prepare
         return
     run.proxy_manifest_sha256 = result.proxy_manifest_sha256
     run.probe_set_sha256 = result.probe_set_sha256
+    run.llm_vocabulary_sha256 = result.llm_vocabulary_sha256
     if result.expected_tensors is not None:
         run.expected_tensors = {
             name: {"dtype": info.dtype, "shape": list(info.shape)} for name, info in result.expected_tensors.items()
@@ -68,6 +81,7 @@ def finish_prepare(session: Session, job: JobRecord, owner: str, result: Prepare
         promoted=True,
         proxy_adapter_sha256=result.adapter_sha256,
         llm_adapter_sha256=result.llm_adapter_sha256,
+        message_sha256=result.message_sha256,
         num_updates=0,
         metrics=dict(result.metrics),
         created_at=now,
@@ -124,15 +138,9 @@ def finish_aggregation(  # noqa: PLR0917
 
 
 def finish_co_tuning(  # noqa: PLR0917
-    session: Session,
-    job: JobRecord,
-    owner: str,
-    adapter_sha256: str | None,
-    llm_adapter_sha256: str | None,
-    metrics: Mapping[str, Any],
-    now: datetime,
+    session: Session, job: JobRecord, owner: str, candidate: Candidate, metrics: Mapping[str, Any], now: datetime
 ) -> None:
-    """Store the candidate pair of adapters and go on to its evaluation.
+    """Store the candidate and go on to its evaluation.
 
     Raises:
         LeaseLost: the job is not the owner's any more.
@@ -142,7 +150,7 @@ def finish_co_tuning(  # noqa: PLR0917
         return
     run, round_row, row = held
     _finish_job(session, row, now)
-    values = {"candidate_adapter_sha256": adapter_sha256, "candidate_llm_adapter_sha256": llm_adapter_sha256}
+    values = {f"candidate_{name}": sha256 for name, sha256 in asdict(candidate).items()}
     _next_stage(session, round_row, RoundStatus.EVALUATING, values=values, metrics=metrics, now=now)
     jobs.queue(session, JobKind.EVALUATE_ROUND, run.id, round_row.id, now)
 
@@ -174,6 +182,8 @@ def finish_evaluation(  # noqa: PLR0917
         promoted=promoted,
         proxy_adapter_sha256=round_row.candidate_adapter_sha256,
         llm_adapter_sha256=round_row.candidate_llm_adapter_sha256,
+        message_sha256=round_row.candidate_message_sha256,
+        server_state_sha256=round_row.candidate_server_state_sha256,
         num_updates=num_updates,
         parent=round_row.base_version,
         metrics=dict(metrics),

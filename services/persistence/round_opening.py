@@ -65,6 +65,8 @@ def _open(
         base_version=base.number,
         base_adapter_sha256=base.proxy_adapter_sha256,
         base_llm_adapter_sha256=base.llm_adapter_sha256,
+        base_message_sha256=base.message_sha256,
+        base_server_state_sha256=base.server_state_sha256,
         metrics={},
         opened_at=now,
         deadline_at=now + timedelta(seconds=config.round_deadline_seconds),

@@ -31,6 +31,10 @@ class RoundContext:
     base_version: int
     base_adapter_sha256: str | None
     base_llm_adapter_sha256: str | None
+    base_message_sha256: str | None
+    """What devices were sent for this round."""
+    base_server_state_sha256: str | None
+    """What the server kept with the base version."""
     base_optimizer_sha256: str | None
     """State of the server's optimizer after the round that made the base version."""
     aggregated_adapter_sha256: str | None
@@ -118,6 +122,8 @@ def get_context(session: Session, round_id: str) -> RoundContext:
         base_version=row.base_version,
         base_adapter_sha256=row.base_adapter_sha256,
         base_llm_adapter_sha256=row.base_llm_adapter_sha256,
+        base_message_sha256=row.base_message_sha256,
+        base_server_state_sha256=row.base_server_state_sha256,
         base_optimizer_sha256=session.scalar(select(RoundRow.server_optimizer_sha256).where(*made_base)),
         aggregated_adapter_sha256=row.aggregated_adapter_sha256,
         candidate_adapter_sha256=row.candidate_adapter_sha256,

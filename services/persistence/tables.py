@@ -99,7 +99,8 @@ class ArtifactRow(Table):
 
 
 class RunRow(Table):
-    """A run. `config` never changes; `proxy_*`, `probe_set_sha256` and `expected_tensors` come from its preparation."""
+    """A run. `config` never changes; `proxy_*`, `probe_set_sha256`, `llm_vocabulary_sha256` and `expected_tensors` come
+    from its preparation."""
 
     __tablename__ = "runs"
     __table_args__ = (Index(None, "status"), Index(None, "federation"))
@@ -117,6 +118,7 @@ class RunRow(Table):
     latest_version: Mapped[int | None] = mapped_column(Integer)
     proxy_manifest_sha256: Mapped[str | None] = mapped_column(SHA256, ForeignKey("artifacts.sha256"))
     probe_set_sha256: Mapped[str | None] = mapped_column(SHA256, ForeignKey("artifacts.sha256"))
+    llm_vocabulary_sha256: Mapped[str | None] = mapped_column(SHA256, ForeignKey("artifacts.sha256"))
     expected_tensors: Mapped[dict[str, Any] | None] = mapped_column(FiniteJson)
     paused_at: Mapped[datetime | None] = mapped_column(UtcDateTime)
     paused_by: Mapped[str | None] = mapped_column(String(200))
@@ -149,10 +151,14 @@ class RoundRow(Table):
     base_version: Mapped[int] = mapped_column(Integer)
     base_adapter_sha256: Mapped[str | None] = mapped_column(SHA256, ForeignKey("artifacts.sha256"))
     base_llm_adapter_sha256: Mapped[str | None] = mapped_column(SHA256, ForeignKey("artifacts.sha256"))
+    base_message_sha256: Mapped[str | None] = mapped_column(SHA256, ForeignKey("artifacts.sha256"))
+    base_server_state_sha256: Mapped[str | None] = mapped_column(SHA256, ForeignKey("artifacts.sha256"))
     aggregated_adapter_sha256: Mapped[str | None] = mapped_column(SHA256, ForeignKey("artifacts.sha256"))
     server_optimizer_sha256: Mapped[str | None] = mapped_column(SHA256, ForeignKey("artifacts.sha256"))
     candidate_adapter_sha256: Mapped[str | None] = mapped_column(SHA256, ForeignKey("artifacts.sha256"))
     candidate_llm_adapter_sha256: Mapped[str | None] = mapped_column(SHA256, ForeignKey("artifacts.sha256"))
+    candidate_message_sha256: Mapped[str | None] = mapped_column(SHA256, ForeignKey("artifacts.sha256"))
+    candidate_server_state_sha256: Mapped[str | None] = mapped_column(SHA256, ForeignKey("artifacts.sha256"))
     metrics: Mapped[dict[str, Any]] = mapped_column(FiniteJson, default=dict)
     opened_at: Mapped[datetime] = mapped_column(UtcDateTime)
     deadline_at: Mapped[datetime] = mapped_column(UtcDateTime)
@@ -239,7 +245,10 @@ class UploadChunkRow(Table):
 
 
 class VersionRow(Table):
-    """A model version. Number n comes from round n; 0 from the preparation. `parent` is what its round started from."""
+    """A model version. Number n comes from round n; 0 from the preparation. `parent` is what its round started from.
+
+    With its adapters go what the server sends devices for the rounds that start from it, and what it keeps for them.
+    """
 
     __tablename__ = "versions"
 
@@ -249,6 +258,8 @@ class VersionRow(Table):
     promoted: Mapped[bool] = mapped_column(Boolean)
     proxy_adapter_sha256: Mapped[str | None] = mapped_column(SHA256, ForeignKey("artifacts.sha256"))
     llm_adapter_sha256: Mapped[str | None] = mapped_column(SHA256, ForeignKey("artifacts.sha256"))
+    message_sha256: Mapped[str | None] = mapped_column(SHA256, ForeignKey("artifacts.sha256"))
+    server_state_sha256: Mapped[str | None] = mapped_column(SHA256, ForeignKey("artifacts.sha256"))
     num_updates: Mapped[int] = mapped_column(Integer)
     parent: Mapped[int | None] = mapped_column(Integer)
     withdrawn_at: Mapped[datetime | None] = mapped_column(UtcDateTime)

@@ -26,10 +26,10 @@ from protocol.adapter_shapes import tensors_at_rank
 from protocol.assignments import PartReceipt, Submission, SubmissionReceipt, UpdateOutcome
 from protocol.errors import DomainError, ErrorCode
 from protocol.events import EventType
-from protocol.part_sizes import most_delta_bytes, most_logits_bytes
+from protocol.part_sizes import MOST_VOCABULARY_BYTES, most_delta_bytes, most_logits_bytes
 from protocol.safetensors_header import TensorInfo
 from protocol.statuses import AssignmentStatus, PartKind, RunStatus
-from protocol.strategies import STRATEGIES
+from protocol.strategies import STRATEGIES, StrategySpec
 
 _PART = (  # put together once, like the statements of `persistence.assignments`
     select(UpdatePartRow)
@@ -111,7 +111,7 @@ def _admission(session: Session, run: RunRow, round_row: RoundRow, row: Assignme
         proxy_manifest_sha256=run.proxy_manifest_sha256,
         probe_set_sha256=run.probe_set_sha256,
         expected_tensors=tensors,
-        most_bytes=most_delta_bytes(tensors) if tensors is not None else _most_logits_bytes(session, run, kind),
+        most_bytes=most_delta_bytes(tensors) if tensors is not None else _most_bytes(session, run, kind),
         adapter_rank=row.adapter_rank,
     )
 
@@ -260,15 +260,8 @@ def _hold_back(  # noqa: PLR0917
         detail = f"assignment {row.id} is {row.status.value}; only a submitted update can become {to.value}"
         raise DomainError(ErrorCode.ILLEGAL_TRANSITION, detail, expected="submitted", received=row.status.value)
     move(session, row, to, now=now, reason=kept, values={"reason": kept})
-    events.append(
-        session,
-        event,
-        now,
-        run_id=row.run_id,
-        round_id=row.round_id,
-        device_id=row.device_id,
-        data={"assignment_id": row.id, "code": code.value, "reason": kept},
-    )
+    data = {"assignment_id": row.id, "code": code.value, "reason": kept}
+    events.append(session, event, now, run_id=row.run_id, round_id=row.round_id, device_id=row.device_id, data=data)
 
 
 def expected_tensors(session: Session, round_id: str) -> dict[str, TensorInfo] | None:
@@ -317,27 +310,28 @@ def _see_taking(session: Session, run: RunRow, round_row: RoundRow, row: Assignm
     raise RoundClosed(detail, received=round_row.status.value)
 
 
-def _uploads(run: RunRow) -> frozenset[PartKind]:
-    return STRATEGIES[run.config["strategy"]["name"]].uploads
+def _spec(run: RunRow) -> StrategySpec:
+    return STRATEGIES[run.config["strategy"]["name"]]
 
 
 def _check_kind(run: RunRow, kind: PartKind) -> None:
-    uploads = _uploads(run)
-    if kind not in uploads:
-        expected = sorted(uploads)
-        detail = (
-            f"strategy {run.config['strategy']['name']} takes {', '.join(expected) or 'no files'}, not {kind.value}"
-        )
+    spec = _spec(run)
+    if kind not in spec.parts:
+        expected = sorted(spec.parts)
+        detail = f"strategy {spec.name} takes {', '.join(expected) or 'no files'}, not {kind.value}"
         raise DomainError(ErrorCode.INVALID_FIELD, detail, expected=expected, received=kind.value)
 
 
-def _most_logits_bytes(session: Session, run: RunRow, kind: PartKind) -> int | None:
-    if kind is not PartKind.LOGITS or run.probe_set_sha256 is None:
-        return None
-    kept_classes = config_of(run).strategy.kept_classes
-    if kept_classes is None:
-        return None
-    return most_logits_bytes(artifacts.get(session, run.probe_set_sha256).size_bytes, kept_classes)
+def _most_bytes(session: Session, run: RunRow, kind: PartKind) -> int | None:
+    """Of logits, a message or a tokenizer; None where nothing is known."""
+    if kind is PartKind.SLM_VOCABULARY:
+        return MOST_VOCABULARY_BYTES
+    settings, probe = config_of(run).strategy, run.probe_set_sha256
+    probe_set_bytes = artifacts.get(session, probe).size_bytes if probe is not None else 0
+    if kind is _spec(run).sent_message:
+        return settings.most_message_bytes(probe_set_bytes)
+    kept_classes = settings.kept_classes if kind is PartKind.LOGITS and probe is not None else None
+    return most_logits_bytes(probe_set_bytes, kept_classes) if kept_classes is not None else None
 
 
 def _part(session: Session, assignment_id: str, kind: PartKind) -> UpdatePartRow | None:
@@ -380,12 +374,13 @@ def _check_base(round_row: RoundRow, submission: Submission) -> None:
 
 
 def _check_parts(session: Session, run: RunRow, row: AssignmentRow, submission: Submission) -> None:
-    needed = _uploads(run)
+    spec = _spec(run)
     stored = session.scalars(select(UpdatePartRow).where(UpdatePartRow.assignment_id == row.id))
     uploaded = sorted(f"{part.kind.value} {part.sha256} {part.size_bytes}" for part in stored)
     named = sorted(f"{part.kind.value} {part.sha256} {part.size_bytes}" for part in submission.parts)
-    if sorted(part.kind for part in submission.parts) != sorted(needed):
-        expected, received = sorted(needed), sorted(part.kind for part in submission.parts)
+    received = sorted(part.kind for part in submission.parts)
+    expected = sorted(spec.uploads | (spec.parts & set(received)))
+    if received != expected:
         detail = f"expected the parts {', '.join(expected) or 'none'}, the update names {', '.join(received) or 'none'}"
         raise DomainError(ErrorCode.UPDATE_INCOMPLETE, detail, expected=expected, received=received)
     if uploaded != named:

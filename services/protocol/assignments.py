@@ -72,7 +72,14 @@ class Assignment(AssignmentName):
         default=None, description="Rank to which theta_t is cut, and that the delta has; null: the run's, uncut."
     )
     probe_set: ArtifactRef | None = Field(default=None, description="Public rows Q, JSONL.")
-    uploads: list[PartKind] = Field(description="The parts that the update must have, and no others.")
+    llm_vocabulary: ArtifactRef | None = Field(default=None, description="The LLM's tokenizer, as a file of tensors.")
+    message: ArtifactRef | None = Field(
+        default=None, description="What the server sends all devices with the version that the round starts from."
+    )
+    uploads: list[PartKind] = Field(description="The parts that the update has, and no others.")
+    optional_uploads: list[PartKind] = Field(
+        default_factory=list, description="Those of `uploads` that may be missing: a message that is not always sent."
+    )
     upload_limits: dict[PartKind, int] = Field(description="Largest size of each part, bytes.")
     evaluation: EvaluationSettings
     evaluate_before: bool

@@ -59,6 +59,7 @@ class ErrorCode(StrEnum):
     NORM_OUT_OF_RANGE = "norm_out_of_range"
     NORM_OUTLIER = "norm_outlier"
     LOGITS_MISMATCH = "logits_mismatch"
+    MESSAGE_MISMATCH = "message_mismatch"
     NOT_SAFETENSORS = "not_safetensors"
     DIGEST_MISMATCH = "digest_mismatch"
     LENGTH_REQUIRED = "length_required"
@@ -124,6 +125,7 @@ HTTP_STATUS: dict[ErrorCode, int] = {
     ErrorCode.NORM_OUT_OF_RANGE: 422,
     ErrorCode.NORM_OUTLIER: 422,
     ErrorCode.LOGITS_MISMATCH: 422,
+    ErrorCode.MESSAGE_MISMATCH: 422,
     ErrorCode.NOT_SAFETENSORS: 422,
     ErrorCode.DIGEST_MISMATCH: 422,
     ErrorCode.LENGTH_REQUIRED: 411,

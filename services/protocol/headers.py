@@ -27,7 +27,18 @@ PEFT = "peft"
 ADAPTER_FORMAT = "cotune-adapter/1"
 """Value of the metadata key `format` in adapter and delta files."""
 
+MESSAGE_FORMAT = "cotune-message/1"
+"""Value of the metadata key `message_format` in files of messages, of devices and of the server."""
+
+VOCABULARY_FORMAT = "cotune-vocabulary/1"
+"""Value of the metadata key `format` in files of tokenizers."""
+
 METADATA_FORMAT = "format"
+METADATA_MESSAGE_FORMAT = "message_format"
+METADATA_MESSAGE_KIND = "message_kind"
+"""Metadata key: which `MessageKind` a message is. What else its header says is the strategy's."""
+MESSAGE_ROWS = "message.rows"
+"""Name of the tensor of bytes that a server's message carries its rows in, as JSON Lines. A device's has none."""
 METADATA_BASE = "base_sha256"
 """Metadata key: SHA-256 of the adapter file that a delta starts from."""
 METADATA_PROXY = "proxy_sha256"

@@ -15,8 +15,20 @@ _CLASS_BYTES = 6
 _DISTRIBUTION_BYTES = 16
 """Of one distribution beside its classes: its place, scale and tail."""
 
-_ROW_BYTES = 16
-"""Of one probe row: its digest and the number of its distributions."""
+_ROW_BYTES = 20
+"""Of one probe row: its digest, the number of its distributions and its loss."""
+
+_FEATURE_BYTES = 2
+"""Of one dimension of a row's features: float16."""
+
+_LEAST_ROW_BYTES = 64
+"""Of a probe row's line, whatever it holds: the names of its columns alone take as many."""
+
+MOST_COUNTS_BYTES = _HEADER_BYTES + 8 * 2**20
+"""Of a million counts."""
+
+MOST_VOCABULARY_BYTES = 32 * 2**20
+"""Of a compressed tokenizer: three times what those of 256,000 tokens take."""
 
 
 def most_delta_bytes(expected: Mapping[str, TensorInfo]) -> int:
@@ -33,3 +45,13 @@ def most_logits_bytes(probe_set_bytes: int, top_k: int) -> int:
         top_k: classes kept of each distribution.
     """
     return _HEADER_BYTES + probe_set_bytes * (top_k * _CLASS_BYTES + _DISTRIBUTION_BYTES + _ROW_BYTES)
+
+
+def most_features_bytes(probe_set_bytes: int, feature_size: int) -> int:
+    """No probe row has a line of fewer bytes than an empty one.
+
+    Args:
+        probe_set_bytes: size of the probe set's JSON Lines file.
+        feature_size: dimensions of the common space.
+    """
+    return _HEADER_BYTES + probe_set_bytes // _LEAST_ROW_BYTES * feature_size * _FEATURE_BYTES

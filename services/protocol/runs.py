@@ -340,5 +340,8 @@ class ModelVersion(ResponseModel):
 class Traffic(ResponseModel):
     """Bytes of bodies that crossed the network for a run, by kind, as the server counted them."""
 
-    up: dict[str, int] = Field(description="`adapter_delta`, `logits`, `metrics`.")
-    down: dict[str, int] = Field(description="`proxy_base`, `model_manifest`, `adapter`, `probe_set`, `assignment`.")
+    up: dict[str, int] = Field(description="Each `PartKind`, and `metrics`.")
+    down: dict[str, int] = Field(
+        description="`proxy_base`, `model_manifest`, `adapter`, `probe_set`, `llm_vocabulary`, the server's messages "
+        "(`llm_logits`, `llm_features`, `candidates`), `assignment`."
+    )

@@ -103,3 +103,7 @@ class PartKind(StrEnum):
 
     ADAPTER_DELTA = "adapter_delta"  # Trained minus received values of the shared LoRA adapter, safetensors.
     LOGITS = "logits"  # Top-K folded probe-set distributions of the proxy, safetensors.
+    SLM_LOGITS = "slm_logits"  # A message: top-K probe-set distributions of the device's SLM, over its own token ids.
+    SLM_FEATURES = "slm_features"  # A message: pooled hidden states of the device's SLM on the probe set.
+    COUNTS = "counts"  # A message: how many of the candidates of each seed, or task, the device kept.
+    SLM_VOCABULARY = "slm_vocabulary"  # The tokenizer of the device's SLM, for who reads its logits.

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cotuning.adapters import AdapterMismatch, AdapterState
 from cotuning.examples import Example
-from cotuning.language_model import LanguageModel, UnknownHead
+from cotuning.language_model import UnknownHead
 from cotuning.shared_rows import CoverageTooLow
 from cotuning.strategies.combining import Combined, SentUpdate, combine
 from cotuning.strategies.interface import DeviceInputs, DeviceMessage, ServerInputs, StrategySteps
@@ -23,7 +23,6 @@ from cotuning.strategies.promotion import LLM, SMALL, candidates, not_worse
 from cotuning.strategies.registry import steps_of
 from cotuning.strategies.results import DeviceResult, Message, ServerResult
 from cotuning.training import OnProgress, TrainingDiverged
-from cotuning.vocabulary import Vocabulary
 from protocol.statuses import PartKind
 from protocol.strategies import DownloadKind, PrivateRows, PublicSet, StrategySettings, StrategySpec, spec_of
 from simulation.base_models import BaseModels
@@ -149,19 +148,20 @@ class Run:
             network.download(device.name, number, published)
         results: dict[str, DeviceResult] = {}
         parts: dict[str, dict[PartKind, Part]] = {}
-        messages: list[DeviceMessage] = []
+        messages: dict[str, DeviceMessage] = {}
         for place in plan.delivering:
             device = self.devices[place]
             with self.meter.stage("devices"):
                 result = self._device_step(device, number, published)
                 results[device.name] = result
                 parts[device.name] = network.upload(device.name, number, result)
-                messages += self._sent_message(device, result, network.upload_message(device.name, number, result))
+                messages |= self._sent_message(device, number, result, network)
                 self.local[device.name] = Local(result.slm_adapter, result.domain_adapter)
         with self.meter.stage("aggregation"):
-            combined = self._combine(number, results, parts)
+            combined = self._combine(number, results, parts, messages)
         with self.meter.stage("server"):
-            served = self._serve(number, combined, parts, messages)
+            counted = [messages[name] for name in combined.counted if name in messages]
+            served = self._serve(number, combined, parts, counted)
         with self.meter.stage("evaluation"):
             return self._judge(number, combined, served)
 
@@ -170,7 +170,7 @@ class Run:
             return self._steps.device_step(self._device_inputs(device, number, published))
 
     def _device_inputs(self, device: Device, number: int, published: Published) -> DeviceInputs:
-        local, llm = self.local[device.name], self.prepared.llm
+        local = self.local[device.name]
         return DeviceInputs(
             slm=self.models.slm(device.slm),
             private=self._private(device),
@@ -181,20 +181,26 @@ class Run:
             adapter_rank=self.settings.assigned_rank(device.rank),
             probe=self._probe if DownloadKind.PROBE_SET in self.spec.downloads else (),
             message=published.message,
-            llm_vocabulary=_vocabulary(llm) if llm is not None and self.spec.messages_down else None,
+            llm_vocabulary=published.llm_vocabulary,
             round_number=number,
             seed=self.seed,
             on_progress=self._note(device.name),
         )
 
-    def _sent_message(self, device: Device, result: DeviceResult, message: Message | None) -> list[DeviceMessage]:
+    def _sent_message(
+        self, device: Device, number: int, result: DeviceResult, network: Wire
+    ) -> dict[str, DeviceMessage]:
+        vocabulary = network.upload_vocabulary(device.name, number, self.models.slm(device.slm))
+        message = network.upload_message(device.name, number, result)
         if message is None:
-            return []
-        vocabulary = _vocabulary(self.models.slm(device.slm))
-        return [DeviceMessage(message.tensors, message.metadata, result.num_examples, vocabulary)]
+            return {}
+        sent = DeviceMessage(message.tensors, message.metadata, result.num_examples, vocabulary)
+        return {device.name: sent}
 
     def _last_steps(self, rounds: int, network: Wire) -> None:
         """What devices do with the last message; it is of the last round, which its bytes are counted under."""
+        if not self.spec.last_step:
+            return
         published = network.publish(self.base.shared_adapter, self.base.message)
         for device in self.devices:
             with self.meter.stage("devices"), _told(f"after the last round, {device.name}"):
@@ -209,11 +215,15 @@ class Run:
         return [row for each in self.devices for row in each.rows.train]
 
     def _combine(
-        self, number: int, results: Mapping[str, DeviceResult], parts: Mapping[str, Mapping[PartKind, Part]]
+        self,
+        number: int,
+        results: Mapping[str, DeviceResult],
+        parts: Mapping[str, Mapping[PartKind, Part]],
+        messages: Mapping[str, DeviceMessage],
     ) -> Combined:
         """As a deployment adds up, in the order of the devices."""
         uploads = self.spec.uploads
-        if not uploads:
+        if not self.spec.parts:
             return Combined(counted=list(results))
         aggregator = None
         if PartKind.ADAPTER_DELTA in uploads:
@@ -221,10 +231,11 @@ class Run:
             aggregator = self._steps.aggregator(self.base.shared_adapter, self._optimizer_state or None)
         reads = PartKind.LOGITS in uploads
         combined = combine(
-            [self._sent(name, result, parts[name]) for name, result in results.items()],
+            [self._sent(name, result, parts[name], messages.get(name)) for name, result in results.items()],
             self.settings,
             aggregator=aggregator,
             logits=self._steps.logits_reader(self.prepared.shared_model, self._probe) if reads else None,
+            message=partial(self._check_message, number) if self.spec.messages_up else None,
         )
         for name, (code, reason) in combined.refused.items():
             self.notes.append(f"round {number}: the update of {name} was not counted ({code}): {reason}")
@@ -232,7 +243,13 @@ class Run:
             raise RoundFailed(f"round {number}: expected at least one update that counts; {'; '.join(self.notes)}")
         return combined
 
-    def _sent(self, name: str, result: DeviceResult, parts: Mapping[PartKind, Part]) -> SentUpdate:
+    def _check_message(self, number: int, sent: DeviceMessage) -> None:
+        given = replace(self._server_inputs(number, None, None), llm=None, shared_model=None)
+        self._steps.check_message(sent, replace(given, message=self.base.message, state=self.base.server_state))
+
+    def _sent(
+        self, name: str, result: DeviceResult, parts: Mapping[PartKind, Part], message: DeviceMessage | None
+    ) -> SentUpdate:
         rank = next(self.settings.assigned_rank(each.rank) for each in self.devices if each.name == name)
         return SentUpdate(
             key=name,
@@ -240,6 +257,7 @@ class Run:
             coverage=result.alignment.coverage if result.alignment is not None else None,
             read_delta=lambda: parts[PartKind.ADAPTER_DELTA][0],
             read_logits=lambda: parts[PartKind.LOGITS],
+            read_message=lambda: message,
             rank=rank,
         )
 
@@ -328,11 +346,6 @@ def _told(where: str) -> Iterator[None]:
         yield
     except _FAILURES as error:
         raise RoundFailed(f"{where}: {error}") from error
-
-
-def _vocabulary(lm: LanguageModel) -> Vocabulary:
-    """What another party knows of a model."""
-    return Vocabulary(lm.tokenizer, lm.table, lm.device)
 
 
 def _tell(  # noqa: PLR0917

@@ -15,10 +15,17 @@ from torch import Tensor
 from assets.errors import TensorFileError
 from cotuning.staleness import staleness_discount
 from cotuning.strategies.aggregation import Aggregate
-from cotuning.strategies.combining import Combined, NotCounted, SentUpdate, combine, counted_examples
-from cotuning.strategies.interface import Aggregator, LogitsReader, StrategySteps
+from cotuning.strategies.combining import (
+    Combined,
+    MessageCheck,
+    NotCounted,
+    SentUpdate,
+    combine,
+    counted_examples,
+)
+from cotuning.strategies.interface import Aggregator, DeviceMessage, LogitsReader, ServerInputs, StrategySteps
 from cotuning.strategies.registry import steps_of
-from persistence import artifacts, results, rounds, updates
+from persistence import artifacts, results, rounds, updates, versions
 from persistence.blobs import StoredBlob
 from persistence.clock import database_now
 from persistence.round_lifecycle import lock_round
@@ -31,8 +38,9 @@ from protocol.statuses import PartKind, RoundStatus
 from protocol.strategies import spec_of
 from worker.adapter_files import get_adapter, get_optimizer_state, put_adapter, put_optimizer_state
 from worker.device_parts import read_part
+from worker.message_files import get_message, get_server_state, read_device_message
 from worker.round_metrics import grown
-from worker.row_files import get_rows
+from worker.row_files import RowFiles, get_rows
 from worker.stage import Finish, Work
 
 
@@ -46,7 +54,7 @@ def aggregate(work: Work) -> Finish:
     settings = context.config.strategy
     by_key = {update.assignment_id: update for update in submitted}
     combined = Combined(counted=list(by_key))
-    if spec_of(settings).uploads:
+    if spec_of(settings).parts:
         combined = _combine(work, context, submitted)
     quarantines = settings.averaging is not None and settings.averaging.norm_gate == "quarantine"
     kept = frozenset({ErrorCode.NORM_OUTLIER} if quarantines else ())
@@ -105,12 +113,14 @@ def _metrics(
 
 def _combine(work: Work, context: RoundContext, submitted: Sequence[UpdateRecord]) -> Combined:
     settings = context.config.strategy
-    steps, uploads = steps_of(settings), spec_of(settings).uploads
+    steps, spec = steps_of(settings), spec_of(settings)
+    uploads = spec.uploads
     return combine(
         [_sent(work, context, update) for update in submitted],
         settings,
         aggregator=_begin_mean(work, context, steps) if PartKind.ADAPTER_DELTA in uploads else None,
         logits=_expected_logits(work, context, steps) if PartKind.LOGITS in uploads else None,
+        message=_message_check(work, context, steps) if spec.messages_up else None,
         on_update=work.lease.check,
     )
 
@@ -130,9 +140,34 @@ def _sent(work: Work, context: RoundContext, update: UpdateRecord) -> SentUpdate
         coverage=alignment.coverage if alignment is not None else None,
         read_delta=lambda: read(PartKind.ADAPTER_DELTA)[0],
         read_logits=lambda: read(PartKind.LOGITS),
+        read_message=lambda: _message(work, context, update),
         rank=update.adapter_rank,
         discount=staleness_discount(update.staleness or 0, context.config.staleness_exponent),
     )
+
+
+def _message(work: Work, context: RoundContext, update: UpdateRecord) -> DeviceMessage | None:
+    """A late update's message answers what devices were sent for another round: it is not used, and not looked at."""
+    if update.staleness is not None:
+        return None
+    return read_device_message(work.blobs, update, spec_of(context.config.strategy))
+
+
+def _message_check(work: Work, context: RoundContext, steps: StrategySteps[Any]) -> MessageCheck:
+    spec = spec_of(context.config.strategy)
+    with work.database.reading() as session:
+        rows = RowFiles.of(versions.get_version(session, context.run_id, 0))
+    probe = context.probe_set_sha256
+    given = ServerInputs(
+        round_number=context.number,
+        seed=context.config.seed,
+        on_progress=work.lease.on_progress,
+        public=get_rows(work.blobs, rows.training) if rows is not None else (),
+        probe=get_rows(work.blobs, probe) if probe is not None else (),
+        message=get_message(work.blobs, context.base_message_sha256, spec),
+        state=get_server_state(work.blobs, context.base_server_state_sha256),
+    )
+    return lambda sent: steps.check_message(sent, given)
 
 
 def _begin_mean(work: Work, context: RoundContext, steps: StrategySteps[Any]) -> Aggregator:

@@ -14,14 +14,16 @@ from peft import LoraConfig
 from sqlalchemy.orm import Session
 
 from assets.data import read_examples
-from assets.errors import DataFileError
+from assets.errors import DataFileError, VocabularyError
 from assets.models import folder_identity, list_model_files, save_language_model
 from assets.process_memory import peak_memory
 from cotuning.examples import Example, rows_digest
 from cotuning.language_model import LanguageModel
 from cotuning.model_fingerprint import fingerprint_model
 from cotuning.public_rows import PublicRows, TooFewRows, in_hashed_order, split_public_rows
+from cotuning.strategies.interface import ServerInputs
 from cotuning.strategies.preparation import distil, first_adapter, make_proxy, peft_config
+from cotuning.strategies.registry import steps_of
 from cotuning.training import TrainingDiverged
 from persistence import artifacts, results, runs
 from persistence.blobs import BlobStore, StoredBlob
@@ -32,10 +34,11 @@ from protocol.errors import DomainError, ErrorCode
 from protocol.headers import PEFT
 from protocol.runs import RunCreate
 from protocol.safetensors_header import read_header
-from protocol.strategies import LoraSettings, PublicSet, SmallModel, StrategySpec, spec_of
-from worker.adapter_files import described_config, put_adapter
+from protocol.strategies import DownloadKind, LoraSettings, PublicSet, SmallModel, StrategySpec, spec_of
+from worker.adapter_files import described_config, get_adapter, put_adapter
 from worker.checkpoints import PREPARATION, drop_outdated, forget_when_stored, open_checkpoints
 from worker.memory_check import check_memory
+from worker.message_files import put_message, put_vocabulary
 from worker.model_cache import load_model
 from worker.row_files import ROWS, RowFiles, put_rows
 from worker.scoring import as_json, score
@@ -55,22 +58,29 @@ class _Files:
     """Of the devices' own model."""
     adapter: StoredBlob | None = None
     llm_adapter: StoredBlob | None = None
+    message: StoredBlob | None = None
+    """To all devices, for round 1."""
+    llm_vocabulary: StoredBlob | None = None
     probe_set: StoredBlob | None = None
     rows: list[StoredBlob] = field(default_factory=list)
     """What only the worker reads."""
 
-    def by_kind(self) -> Iterator[tuple[str, StoredBlob]]:
+    def by_kind(self, spec: StrategySpec) -> Iterator[tuple[str, StoredBlob]]:
         """Each file under the kind that traffic is counted by."""
         downloaded = self.fingerprint is None  # else devices have it, and only compare theirs
         if self.manifest is not None:
             yield "proxy_base" if downloaded else "model_manifest", self.manifest
         yield from (("proxy_base" if downloaded else "small_model", blob) for blob in self.model)
-        for kind, blob in (("adapter", self.adapter), ("llm_adapter", self.llm_adapter)):
+        yield from (("rows", blob) for blob in self.rows)
+        for kind, blob in (
+            ("adapter", self.adapter),
+            ("llm_adapter", self.llm_adapter),
+            ("probe_set", self.probe_set),
+            ("llm_vocabulary", self.llm_vocabulary),
+            (str(spec.received_message), self.message),
+        ):
             if blob is not None:
                 yield kind, blob
-        yield from (("rows", blob) for blob in self.rows)
-        if self.probe_set is not None:
-            yield "probe_set", self.probe_set
 
 
 def prepare(work: Work) -> Finish:
@@ -107,6 +117,9 @@ def _prepare(work: Work, config: RunCreate, spec: StrategySpec) -> Finish:
     models = {name: lm for name, lm in (("llm", llm), ("proxy", shared_model)) if lm is not None}
     peft_configs = _store_adapters(work, config, models, files)
     row_files = _store_rows(work.blobs, rows, test_rows, files) if rows is not None else None
+    if spec.messages_down:
+        with watch.measure("message"), work.lease.long_call("making the first message"):
+            _store_message(work, config, models, rows, files)
     with watch.measure("evaluation"):  # a fresh adapter changes nothing: the base models are version 0
         validation = score(models, rows.validation if rows is not None else [], config, work.lease)
         test = score(models, test_rows, config, work.lease)
@@ -120,7 +133,7 @@ def _prepare(work: Work, config: RunCreate, spec: StrategySpec) -> Finish:
         "seconds_by_stage": {f"preparing.{part}": seconds for part, seconds in watch.seconds.items()},
         "peak_memory_bytes": {"preparing": peak_memory()},
     }
-    return _finish(work, files, metrics)
+    return _finish(work, spec, files, metrics)
 
 
 def _load_llm(work: Work, config: RunCreate) -> LanguageModel:
@@ -172,7 +185,31 @@ def _store_adapters(
     return configs
 
 
-def _finish(work: Work, files: _Files, metrics: dict[str, Any]) -> Finish:
+def _store_message(
+    work: Work, config: RunCreate, models: Mapping[str, LanguageModel], rows: PublicRows | None, files: _Files
+) -> None:
+    """Store what all devices are sent before round 1, and the LLM's tokenizer where they read its logits."""
+    spec, llm = spec_of(config.strategy), models.get("llm")
+    given = ServerInputs(
+        round_number=0,
+        seed=config.seed,
+        on_progress=work.lease.on_progress,
+        llm=llm if spec.trains_llm else None,
+        shared_model=models.get("proxy"),
+        shared_adapter=get_adapter(work.blobs, files.adapter.sha256) if files.adapter is not None else None,
+        llm_adapter=get_adapter(work.blobs, files.llm_adapter.sha256) if files.llm_adapter is not None else None,
+        public=rows.training if rows is not None else (),
+        probe=rows.probe if rows is not None else (),
+    )
+    files.message = put_message(work.blobs, steps_of(config.strategy).first_message(given), spec)
+    if llm is not None and DownloadKind.LLM_VOCABULARY in spec.downloads:
+        try:
+            files.llm_vocabulary = put_vocabulary(work.blobs, llm)
+        except VocabularyError as error:
+            raise DomainError(ErrorCode.INVALID_FIELD, f"`llm` does not fit {spec.name}: {error}") from error
+
+
+def _finish(work: Work, spec: StrategySpec, files: _Files, metrics: dict[str, Any]) -> Finish:
     expected = None
     if files.adapter is not None:
         with work.blobs.open(files.adapter.sha256) as stream:
@@ -181,7 +218,9 @@ def _finish(work: Work, files: _Files, metrics: dict[str, Any]) -> Finish:
         proxy_manifest_sha256=_hash(files.manifest),
         adapter_sha256=_hash(files.adapter),
         llm_adapter_sha256=_hash(files.llm_adapter),
+        message_sha256=_hash(files.message),
         probe_set_sha256=_hash(files.probe_set),
+        llm_vocabulary_sha256=_hash(files.llm_vocabulary),
         expected_tensors=expected,
         metrics=metrics,
     )
@@ -189,7 +228,7 @@ def _finish(work: Work, files: _Files, metrics: dict[str, Any]) -> Finish:
     def finish(session: Session) -> None:
         forget_when_stored(work, session)
         now, run_id = database_now(session), work.job.run_id
-        for kind, blob in files.by_kind():
+        for kind, blob in files.by_kind(spec):
             artifacts.register(session, blob.sha256, blob.size, kind, run_id, now)
         results.finish_prepare(session, work.job, work.owner, result, now)
 

@@ -78,7 +78,7 @@ def publish(api: RunningApi, run_id: str, assignment: Assignment) -> None:
         proxy, llm = (blob.sha256 for blob in adapters)
         counted = [assignment.assignment_id]
         finish(lambda job: results.finish_aggregation(session, job, "worker", proxy, counted, {}, now))
-        finish(lambda job: results.finish_co_tuning(session, job, "worker", proxy, llm, {}, now))
+        finish(lambda job: results.finish_co_tuning(session, job, "worker", results.Candidate(proxy, llm), {}, now))
         finish(lambda job: results.finish_evaluation(session, job, "worker", {}, True, now))
 
 

@@ -29,6 +29,7 @@ PATHS = {
     "/v1/devices/{device_id}/revoke": {"post"},
     "/v1/assignments/{assignment_id}/progress": {"post"},
     "/v1/assignments/{assignment_id}/refusal": {"post"},
+    "/v1/assignments/{assignment_id}/last-step": {"get"},
     "/v1/assignments/{assignment_id}/parts/{kind}": {"put"},
     "/v1/assignments/{assignment_id}/parts/{kind}/uploads": {"post"},
     "/v1/assignments/{assignment_id}/parts/{kind}/uploads/{upload_id}": {"get", "patch"},

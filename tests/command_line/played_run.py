@@ -91,5 +91,5 @@ def _publish(player: PlayedApi, run: Run, ids: dict[str, str], devices: dict[str
             function(session, player._claim(session, run.run_id, now), "worker", *arguments, now)
 
         finish(results.finish_aggregation, proxy.sha256, [ids["counted"]], norms)
-        finish(results.finish_co_tuning, proxy.sha256, llm.sha256, {})
+        finish(results.finish_co_tuning, results.Candidate(proxy.sha256, llm.sha256), {})
         finish(results.finish_evaluation, {"validation": {"llm": SCORES}}, True)

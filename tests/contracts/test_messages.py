@@ -13,6 +13,9 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ValidationError
 
+from assets.vocabulary_files import read_vocabulary
+from assets.wire_files import read_message
+from cotuning.examples import Example, render_prompt
 from protocol import assignments, devices, errors, events, federations, health, operators, pages, runs, webhooks
 from protocol.base import RequestModel, ResponseModel
 from protocol.headers import ADAPTER_FORMAT, METADATA_BASE, METADATA_FORMAT
@@ -121,3 +124,15 @@ def test_a_recorded_delta_file() -> None:
     }
     assert header.metadata[METADATA_FORMAT] == ADAPTER_FORMAT
     assert len(header.metadata[METADATA_BASE]) == 64
+
+
+def test_a_recorded_file_of_a_servers_message() -> None:
+    message = read_message(FOLDER / "files" / "candidates.safetensors", "candidates")
+    assert (message.metadata, message.tensors["group"].tolist()) == ({"num_groups": "3"}, [2])
+    assert message.rows == [Example("candidate-0", "Name the colour of the sky.", "", "blue", task="colours")]
+
+
+def test_a_recorded_file_of_a_tokenizer() -> None:
+    vocabulary = read_vocabulary(FOLDER / "files" / "slm_vocabulary.safetensors")
+    assert vocabulary.table.fingerprint == "c56877d0b3150237c81c8b440cb3247d6909e4ee983e1b24d0bf3f2cf9837192"
+    assert render_prompt(vocabulary.tokenizer, Example("", "Why?", "", "")) == "<user>Why?</>"

@@ -10,7 +10,8 @@ from torch import Tensor
 from cotuning.payload import PayloadError, PayloadRows
 from cotuning.strategies.aggregation import RoundAggregator
 from cotuning.strategies.combining import Combined, NotCounted, SentUpdate, combine, counted_examples
-from protocol.strategies import CoPlmsSettings, StandaloneSettings
+from cotuning.strategies.interface import DeviceMessage
+from protocol.strategies import CoPlmsSettings, FeatureBasedSettings, StandaloneSettings
 
 THETA = {"a.lora_A.weight": torch.zeros(2, 3)}
 
@@ -45,6 +46,38 @@ def test_updates_weigh_their_examples_up_to_the_limit_and_less_when_late() -> No
     assert torch.equal(result.aggregate.adapter["a.lora_A.weight"], torch.full((2, 3), 2.0))
     assert result.counted == ["a", "b"]
     assert result.norms["a"] == pytest.approx(6**0.5)
+
+
+def test_a_message_is_refused_by_itself_for_its_values_or_by_the_strategy() -> None:
+    def carries(*values: float) -> Any:
+        return lambda: DeviceMessage({"ids": torch.arange(2), "features": torch.tensor(values)}, {}, 1)
+
+    def check(sent: DeviceMessage) -> None:
+        if float(sent.tensors["features"].sum()) > 1:
+            raise ValueError("expected less than 1, got more")
+
+    result = combine(
+        [
+            update("good", 0.0, read_message=carries(0.5)),
+            update("silent", 0.0),
+            update("not-a-number", 0.0, read_message=carries(float("nan"))),
+            update("endless", 0.0, read_message=carries(float("inf"))),
+            update("other", 0.0, read_message=carries(2.0)),
+            update("torn", 0.0, read_message=unreadable),
+        ],
+        FeatureBasedSettings(),
+        aggregator=None,
+        logits=None,
+        message=check,
+    )
+    assert result.counted == ["good", "silent"]
+    assert {key: code for key, (code, _) in result.refused.items()} == {
+        "not-a-number": "non_finite_values",
+        "endless": "non_finite_values",
+        "other": "message_mismatch",
+        "torn": "not_safetensors",
+    }
+    assert result.refused["other"][1] == "expected less than 1, got more"
 
 
 def test_each_refusal_has_its_code_and_leaves_no_trace() -> None:

@@ -1,12 +1,11 @@
 """Rounds of the strategies that exchange messages, run by one loop that knows none of them."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
 import torch
-from pydantic import ValidationError
 
 from cotuning.adapters import AdapterState
 from cotuning.examples import Example
@@ -16,6 +15,7 @@ from cotuning.strategies.registry import steps_of
 from cotuning.strategies.results import DeviceResult, Message, ServerResult
 from cotuning.vocabulary import Vocabulary
 from protocol.runs import RunCreate
+from protocol.statuses import PartKind
 from protocol.strategies import (
     STRATEGIES,
     DataBasedSettings,
@@ -113,22 +113,40 @@ def test_rounds_through_the_interface(settings: StrategySettings) -> None:
     assert not same(adapters[0], adapters[1])
     assert not same(adapters[1], adapters[2])
     last = federations[0].steps.last_step(federations[0].device(0, 4))
-    assert (last is not None) == (settings.name == "fedmkt")
+    assert (last is not None) == STRATEGIES[settings.name].last_step == (settings.name == "fedmkt")
     assert last is None or last.message is None
 
 
 def test_what_the_families_let_cross_the_network() -> None:
     sent = {name: (spec.uploads, spec.messages_up, spec.messages_down) for name, spec in STRATEGIES.items()}
-    assert sent["fedmkt"] == (frozenset(), {MessageKind.SLM_LOGITS}, {MessageKind.LLM_LOGITS})
+    assert sent["fedmkt"] == ({PartKind.SLM_VOCABULARY}, {MessageKind.SLM_LOGITS}, {MessageKind.LLM_LOGITS})
     assert sent["data_based"] == (frozenset(), {MessageKind.COUNTS}, {MessageKind.CANDIDATES})
-    assert sent["feature_based"] == (frozenset(), {MessageKind.FEATURES}, {MessageKind.FEATURES})
-    assert not any(STRATEGIES[settings.name].deployable for settings in FAMILIES)
+    assert sent["feature_based"] == (frozenset(), {MessageKind.SLM_FEATURES}, {MessageKind.LLM_FEATURES})
+    for settings in FAMILIES:
+        spec = STRATEGIES[settings.name]
+        assert spec.deployable
+        assert spec.parts - spec.uploads == {spec.sent_message} == spec.messages_up
+        RunCreate(name="x", strategy=settings, rounds=1, llm="llm", public_data="public.jsonl", min_updates=1)
 
 
 @pytest.mark.parametrize("settings", FAMILIES, ids=lambda settings: settings.name)
-def test_what_the_services_cannot_carry_is_refused_as_a_run(settings: StrategySettings) -> None:
-    with pytest.raises(ValidationError, match=f"`{settings.name}` exchanges messages that the services do not carry"):
-        RunCreate(name="x", strategy=settings, rounds=1, llm="llm", public_data="public.jsonl", min_updates=1)
+def test_each_message_is_checked_by_itself(settings: StrategySettings) -> None:
+    """Without models: what is refused costs its device the round, and nobody else."""
+    federation = Federation(steps_of(settings))
+    federation.round(1)
+    given = replace(federation.server(2, []), llm=None)
+    for place in range(2):
+        message = federation.steps.device_step(federation.device(place, 2)).message
+        if message is None:  # this LLM wrote no candidates
+            continue
+        honest = sent(message, tiny_language_model(SLMS[place]), num_examples=8)
+        federation.steps.check_message(honest, given)
+        longer = {name: torch.cat([tensor, tensor]) for name, tensor in message.tensors.items()}
+        with pytest.raises(ValueError, match="expected"):
+            federation.steps.check_message(replace(honest, tensors=longer), given)
+    strange = DeviceMessage({"weights": torch.zeros(1)}, {}, 8, Vocabulary.of(tiny_language_model("gpt2").tokenizer))
+    with pytest.raises(ValueError, match="expected"):
+        federation.steps.check_message(strange, given)
 
 
 @pytest.mark.parametrize("settings", FAMILIES[1:], ids=lambda settings: settings.name)

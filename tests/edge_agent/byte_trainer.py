@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from edge_agent.cycle import RoundFiles, TrainedUpdate
-from edge_agent.local_state import DOMAIN_ADAPTER, SLM_ADAPTER, LocalState, StateRecord, write_record
+from edge_agent.local_state import DOMAIN_ADAPTER, SLM_ADAPTER, LocalState, StateRecord, WriteState, write_record
 from protocol.assignments import Assignment
 from protocol.runs import DeviceMetrics
+from protocol.strategies import spec_of
 
 OnProgress = Callable[[str, int, int, dict[str, float]], None]
 
@@ -41,9 +42,28 @@ class ByteTrainer:
                     round_number=assignment.round_number,
                     assignment_id=assignment.assignment_id,
                     adapter_sha256=assignment.adapter.sha256 if assignment.adapter else None,
+                    message_sha256=assignment.message.sha256 if assignment.message else None,
                     num_examples=5,
+                    last_step_due=spec_of(assignment.strategy).last_step
+                    and assignment.round_number == assignment.rounds,
                 ),
             )
 
         parts = {kind: hashlib.sha256(kind.encode() + psi).digest() * 1000 for kind in assignment.uploads}
         return TrainedUpdate(parts, 5, DeviceMetrics(), write_state)
+
+    def last_step(
+        self, assignment: Assignment, files: RoundFiles, start: LocalState, on_progress: OnProgress
+    ) -> WriteState:
+        self.calls.append(("last step", start.record.round_number))
+        self.during(on_progress)
+        assert files.message is not None
+        learnt = (start.slm_adapter / "psi").read_bytes() + files.message.read_bytes()
+
+        def write_state(folder: Path) -> None:
+            (folder / SLM_ADAPTER).mkdir()
+            (folder / SLM_ADAPTER / "psi").write_bytes(learnt)
+            record = start.record.model_copy(update={"round_number": assignment.round_number, "last_step_due": False})
+            write_record(folder, record)
+
+        return write_state

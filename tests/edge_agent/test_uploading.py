@@ -17,6 +17,7 @@ from edge_agent.uploading import upload_file
 from protocol.assignments import Assignment, Part, PartReceipt, PartUpload
 from protocol.statuses import PartKind
 from tests.cloud_api.running_api import RunningApi, delta_for, running_api, settings_in
+from tests.cloud_api.test_message_uploads import VOCABULARY
 
 
 @dataclass
@@ -150,6 +151,24 @@ def test_a_small_file_goes_at_once(sender: Sender) -> None:
     assert sender.upload(at_once_bytes=10_000).size_bytes == len(sender.content)
     assert sender.sent == []
     assert sender.ledger.totals() == {"adapter_delta": len(sender.content)}
+
+
+def test_a_tokenizer_is_asked_about_first_and_sent_once_in_a_run(sender: Sender) -> None:
+    device, content = sender.api.enrol("another"), VOCABULARY
+    sender.api.running_run(device, strategy={"name": "fedmkt"})
+    sender.credential, sender.content = device.credential, content
+    sender.file.write_bytes(content)
+    part = sender.part(kind=PartKind.SLM_VOCABULARY)
+    for sent in ([0], []):
+        assignment = device.poll()
+        assert assignment is not None
+        sender.assignment, sender.sent, sender.brought = assignment, [], []
+        assert sender.upload(part, at_once_bytes=10_000, fresh=True).sha256 == part.sha256
+        assert (sender.brought, sender.sent[:1]) == ([0], sent)
+        path = f"/v1/assignments/{assignment.assignment_id}/refusal"
+        device.http.post(path, json={"reason": "no", "code": "busy"})
+        sender.api.operator.post(f"/v1/runs/{assignment.run_id}/retry")
+    assert sender.ledger.totals() == {"slm_vocabulary": len(content)}
 
 
 def test_a_file_that_was_spoilt_on_the_way_is_begun_again(sender: Sender) -> None:

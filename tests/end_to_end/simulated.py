@@ -46,6 +46,13 @@ def adapter(cloud: SmallCloud, run_id: str, number: int, model: str) -> dict[str
 
 def simulated(cloud: SmallCloud, config: dict[str, Any], folder: Path) -> list[Adapters]:
     """Play `config` in this process, with the devices in the order of their ids; the adapters of each version."""
+    return simulated_with_devices(cloud, config, folder)[0]
+
+
+def simulated_with_devices(
+    cloud: SmallCloud, config: dict[str, Any], folder: Path
+) -> tuple[list[Adapters], list[Adapters]]:
+    """The same, and what the devices have after each round and after the run: their SLMs' adapters by device."""
     run = RunCreate.model_validate(config)
     names = {each.device_id: each.name for each in cloud.client.list_devices()}
     chosen = sorted((each, names[each]) for each in config["device_ids"])
@@ -61,10 +68,23 @@ def simulated(cloud: SmallCloud, config: dict[str, Any], folder: Path) -> list[A
     experiment = Experiment(settings, folder, public, 0, {run.seed: devices}, {})
     torch.set_num_threads(1)
     player = Player(experiment, BaseModels(settings.llm_loading), folder / "proxies")
-    versions: list[Version] = []
-    player.begin(settings.strategies[0], run.seed).play(player.plans(run.seed), versions.append)
-    held = [{"proxy": each.shared_adapter, "llm": each.llm_adapter} for each in versions]
-    return [{name: state for name, state in each.items() if state is not None} for each in held]
+    run_here = player.begin(settings.strategies[0], run.seed)
+    versions: list[Adapters] = []
+    devices_after: list[Adapters] = []
+
+    def keep_devices() -> None:
+        held = {name: each.slm_adapter for name, each in run_here.local.items()}
+        devices_after.append({name: state for name, state in held.items() if state is not None})
+
+    def keep(version: Version) -> None:
+        held = {"proxy": version.shared_adapter, "llm": version.llm_adapter}
+        versions.append({name: state for name, state in held.items() if state is not None})
+        if version.number:
+            keep_devices()
+
+    run_here.play(player.plans(run.seed), keep)
+    keep_devices()
+    return versions, devices_after
 
 
 def assert_equal_bits(ours: list[Adapters], theirs: list[Adapters]) -> None:

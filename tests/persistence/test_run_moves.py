@@ -310,6 +310,30 @@ def test_a_rollback_takes_the_round_from_the_worker(world: World, stage: str) ->
     assert world.call(versions.get_version, run.run_id, 2).parent == 0
 
 
+def test_the_servers_message_and_state_go_with_their_version(world: World) -> None:
+    """To the next round of a promoted one; back with a rollback; not on from one that was not promoted."""
+
+    def base(number: int) -> tuple[int, str | None, str | None]:
+        context = world.call(rounds.get_context, world.round(run.run_id, number).round_id)
+        return context.base_version, context.base_message_sha256, context.base_server_state_sha256
+
+    device = world.enrol("a")
+    run = world.start_run(rounds=4)
+    assert base(1) == (0, None, None)
+    play(world, device)
+    first = (1, sha("message 1"), sha("state 1"))
+    assert base(2) == first
+    assignment = world.deliver(device)
+    assert assignment.message is not None
+    assert assignment.message.sha256 == sha("message 1")
+    world.finish_round(promoted=False)
+    assert base(3) == first
+    play(world, device)
+    assert base(4) == (3, sha("message 3"), sha("state 3"))
+    roll_back(world, run, 1)
+    assert base(4) == first
+
+
 def test_the_server_optimizer_goes_back_too(world: World) -> None:
     device = world.enrol("a")
     run = world.start_run(rounds=3)

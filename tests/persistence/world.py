@@ -170,7 +170,10 @@ class World:
     def finish_co_tuning(self, session: Session, job: JobRecord, owner: str) -> None:
         adapter = self._adapter(session, job, "candidate", "adapter")
         llm_adapter = self._adapter(session, job, "candidate llm", "llm_adapter")
-        results.finish_co_tuning(session, job, owner, adapter, llm_adapter, {"losses": {"llm": 1.5}}, self.now)
+        message = self._adapter(session, job, "message", "llm_logits")
+        state = self._adapter(session, job, "state", "server_state")
+        candidate = results.Candidate(adapter, llm_adapter, message, state)
+        results.finish_co_tuning(session, job, owner, candidate, {"losses": {"llm": 1.5}}, self.now)
 
     def finish_evaluation(self, session: Session, job: JobRecord, owner: str, *, promoted: bool = True) -> None:
         results.finish_evaluation(session, job, owner, {"validation": {"llm": 3.0}}, promoted, self.now)

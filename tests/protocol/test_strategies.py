@@ -100,12 +100,14 @@ def test_the_page_of_strategies_says_what_each_lets_cross_the_network() -> None:
         assert f"\n## {spec.name}\n" in page
         assert ("delta of θ" in sent) == (PartKind.ADAPTER_DELTA in spec.uploads)
         assert ("logits" in sent) == (PartKind.LOGITS in spec.uploads or MessageKind.SLM_LOGITS in spec.messages_up)
-        for kind, word in ((MessageKind.COUNTS, "counts"), (MessageKind.FEATURES, "features")):
+        assert ("tokenizer" in sent) == (PartKind.SLM_VOCABULARY in spec.uploads)
+        assert ("tokenizer" in fetched) == (DownloadKind.LLM_VOCABULARY in spec.downloads)
+        for kind, word in ((MessageKind.COUNTS, "counts"), (MessageKind.SLM_FEATURES, "features")):
             assert (word in sent) == (kind in spec.messages_up)
         told = (
             (MessageKind.LLM_LOGITS, "logits"),
             (MessageKind.CANDIDATES, "candidates"),
-            (MessageKind.FEATURES, "feat"),
+            (MessageKind.LLM_FEATURES, "feat"),
         )
         for kind, word in told:
             assert (word in fetched) == (kind in spec.messages_down)
@@ -121,8 +123,7 @@ def test_the_page_of_strategies_says_what_each_lets_cross_the_network() -> None:
 
 def test_only_what_leaves_private_rows_where_they_are_can_be_deployed() -> None:
     assert {name for name, spec in STRATEGIES.items() if spec.private_rows is not PrivateRows.OWN} == {"centralized"}
-    messages = {"data_based", "feature_based", "fedmkt"}
-    assert {name for name, spec in STRATEGIES.items() if not spec.deployable} == {"centralized"} | messages
+    assert {name for name, spec in STRATEGIES.items() if not spec.deployable} == {"centralized"}
     run = {"name": "a", "rounds": 1, "strategy": {"name": "centralized"}}
     with pytest.raises(ValidationError, match="exists in simulations and cannot be deployed"):
         RunCreate.model_validate(run)
@@ -153,6 +154,11 @@ def test_the_services_ask_the_settings_and_not_which_strategy_it_is() -> None:
         ({"downloads": STRATEGIES["co_plms"].downloads | {DownloadKind.MODEL_MANIFEST}}, "model_manifest where"),
         ({"public_set": PublicSet.SERVER}, "probe_set where devices get public rows"),
         ({"settings": StrategySettings}, "settings with a default `name`"),
+        ({"messages_up": frozenset({MessageKind.LLM_LOGITS})}, "one that is a part of an update"),
+        ({"messages_up": frozenset({MessageKind.COUNTS, MessageKind.SLM_LOGITS})}, "at most one kind of `messages_up`"),
+        ({"messages_down": frozenset({MessageKind.COUNTS})}, "one that is no part of an update"),
+        ({"uploads": STRATEGIES["co_plms"].uploads | {PartKind.COUNTS}}, "in `messages_up` and not in `uploads`"),
+        ({"last_step": True}, "`messages_down` where a `last_step` learns"),
     ],
 )
 def test_a_spec_that_contradicts_itself_is_refused(changes: dict[str, object], expected: str) -> None:

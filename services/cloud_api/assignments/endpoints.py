@@ -9,7 +9,7 @@ from cloud_api.assignments.waiting import wait_for_assignment
 from cloud_api.dependencies import BodyBytes, CloudHere, DeviceId, DeviceKey, Now, WriteSession
 from cloud_api.documentation import DEVICE, answers
 from cloud_api.strict_json import StrictJsonRoute
-from persistence import assignments, traffic
+from persistence import assignments, last_steps, traffic
 from protocol.assignments import Assignment, AssignmentProgress, AssignmentRefusal, AssignmentState
 from protocol.errors import ErrorCode
 
@@ -99,3 +99,29 @@ def refuse_assignment(
     row = assignments.refuse_assignment(session, device_id, assignment_id, refusal, now)
     traffic.add(session, row.run_id, device_id, "up", "metrics", body_bytes)
     return AssignmentState(status=row.status)
+
+
+@router.get(
+    "/assignments/{assignment_id}/last-step",
+    summary="Ask for the step after the last round",
+    response_model=Assignment,
+    responses=answers(
+        examples.LAST_STEP,
+        DEVICE,
+        ErrorCode.ASSIGNMENT_NOT_FOUND,
+        ErrorCode.ILLEGAL_TRANSITION,
+        description="The run is completed: what to learn from.",
+        also={204: {"description": "The run goes on. Ask again."}},
+    ),
+)
+def last_step(*, session: WriteSession, device_id: DeviceId, assignment_id: AssignmentPath) -> Response:
+    """What a device learns from once more when its run is completed, where the strategy says so; it sends nothing.
+
+    Asked with the assignment of the last round that the device delivered. 409: there is no such step, nor will be.
+    """
+    given = last_steps.last_step(session, device_id, assignment_id)
+    if given is None:
+        return Response(status_code=204)
+    content = given.model_dump_json().encode()
+    traffic.add(session, given.run_id, device_id, "down", "assignment", len(content))
+    return Response(content, media_type="application/json")

@@ -12,7 +12,7 @@ from protocol.assignments import (
 )
 from protocol.runs import EvaluationSettings
 from protocol.statuses import AssignmentStatus, PartKind
-from protocol.strategies import CoPlmsSettings
+from protocol.strategies import CoPlmsSettings, FedMktSettings
 
 ASSIGNMENT = Assignment(
     assignment_id=ASSIGNMENT_ID,
@@ -34,6 +34,20 @@ ASSIGNMENT = Assignment(
     evaluate_before=True,
     evaluate_after=False,
     deadline_at=TIME,
+)
+LAST_STEP = ASSIGNMENT.model_copy(
+    update={
+        "round_number": 6,
+        "base_version": 5,
+        "strategy": FedMktSettings(),
+        "proxy_manifest": None,
+        "adapter": None,
+        "llm_vocabulary": ArtifactRef(sha256="7e" * 32, size_bytes=20_480),
+        "message": ArtifactRef(sha256="6d" * 32, size_bytes=65_536),
+        "uploads": [],
+        "upload_limits": {},
+        "evaluate_before": False,
+    }
 )
 PROGRESS = AssignmentProgress(
     status=AssignmentStatus.TRAINING,

@@ -9,7 +9,18 @@ from typing import Any
 
 from persistence.updates import PartAdmission
 from protocol.errors import DomainError, ErrorCode
-from protocol.headers import ADAPTER_FORMAT, METADATA_BASE, METADATA_FORMAT, METADATA_PROBE_SET, METADATA_PROXY
+from protocol.headers import (
+    ADAPTER_FORMAT,
+    MESSAGE_FORMAT,
+    MESSAGE_ROWS,
+    METADATA_BASE,
+    METADATA_FORMAT,
+    METADATA_MESSAGE_FORMAT,
+    METADATA_MESSAGE_KIND,
+    METADATA_PROBE_SET,
+    METADATA_PROXY,
+    VOCABULARY_FORMAT,
+)
 from protocol.safetensors_header import MAX_HEADER_BYTES, HeaderError, SafetensorsHeader, TensorInfo, read_header
 from protocol.statuses import PartKind
 
@@ -54,7 +65,7 @@ class HeaderGate:
 
         Raises:
             DomainError: NOT_SAFETENSORS, WRONG_BASE_VERSION, WRONG_TENSOR_NAMES, WRONG_TENSOR_DTYPE,
-                WRONG_TENSOR_SHAPE or LOGITS_MISMATCH.
+                WRONG_TENSOR_SHAPE, LOGITS_MISMATCH or MESSAGE_MISMATCH.
         """
         if self._open:
             return
@@ -85,6 +96,14 @@ def admit(kind: PartKind, admission: PartAdmission, header: SafetensorsHeader) -
             ):
                 if key in metadata:
                     _check_metadata(metadata, key, expected, ErrorCode.LOGITS_MISMATCH)
+        case PartKind.SLM_LOGITS | PartKind.SLM_FEATURES | PartKind.COUNTS:
+            _check_metadata(metadata, METADATA_MESSAGE_FORMAT, MESSAGE_FORMAT, ErrorCode.MESSAGE_MISMATCH)
+            _check_metadata(metadata, METADATA_MESSAGE_KIND, kind.value, ErrorCode.MESSAGE_MISMATCH)
+            if MESSAGE_ROWS in header.tensors:
+                detail = "a device's message has no rows: no text leaves a device"
+                raise DomainError(ErrorCode.MESSAGE_MISMATCH, detail, received=MESSAGE_ROWS)
+        case PartKind.SLM_VOCABULARY:
+            _check_metadata(metadata, METADATA_FORMAT, VOCABULARY_FORMAT, ErrorCode.MESSAGE_MISMATCH)
 
 
 def _check_metadata(metadata: Mapping[str, str], key: str, expected: str | None, code: ErrorCode) -> None:

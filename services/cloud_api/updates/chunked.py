@@ -39,6 +39,7 @@ _WRONG_FILE = frozenset(
         ErrorCode.WRONG_TENSOR_SHAPE,
         ErrorCode.WRONG_TENSOR_DTYPE,
         ErrorCode.LOGITS_MISMATCH,
+        ErrorCode.MESSAGE_MISMATCH,
     }
 )
 """What no further chunk can mend."""
@@ -71,7 +72,13 @@ class ChunkedPart:
             return announced(request, limit, length_header=UPLOAD_LENGTH_HEADER, digest_header=REPR_DIGEST_HEADER)
 
         def begin(session: Session) -> tuple[PartUpload, str | None]:
-            file = about(self._admit(session)[1])
+            device_id, admission = self._admit(session)
+            file = about(admission)
+            again = part_uploads.take_again(
+                session, device_id, admission.run_id, self.assignment_id, self.kind, file.sha256, now
+            )
+            if again is not None:
+                return part_uploads.complete(again, chunk_bytes), None
             place = (session, self.assignment_id, self.kind, file.sha256)
             return part_uploads.begin(*place, file.size_bytes, chunk_bytes, now)
 

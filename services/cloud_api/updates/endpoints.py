@@ -40,6 +40,7 @@ FILE_ERRORS = (
     ErrorCode.WRONG_TENSOR_SHAPE,
     ErrorCode.WRONG_TENSOR_DTYPE,
     ErrorCode.LOGITS_MISMATCH,
+    ErrorCode.MESSAGE_MISMATCH,
 )
 _PART_REQUEST = {
     "parameters": [

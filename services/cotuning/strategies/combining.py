@@ -13,11 +13,16 @@ from cotuning.aggregation import UpdateRefused, update_norm
 from cotuning.norm_gate import unusual_norms
 from cotuning.payload import PayloadError
 from cotuning.strategies.aggregation import Aggregate
-from cotuning.strategies.interface import Aggregator, LogitsReader
+from cotuning.strategies.interface import Aggregator, DeviceMessage, LogitsReader
 from protocol.strategies import AveragingSettings, StrategySettings
 
 NORM_OUTLIER, COVERAGE_TOO_LOW, LOGITS_MISMATCH = "norm_outlier", "coverage_too_low", "logits_mismatch"
+MESSAGE_MISMATCH, NON_FINITE_VALUES = "message_mismatch", "non_finite_values"
 """Why an update is not counted, in the words of the protocol's error codes, beside those of `UpdateRefused`."""
+
+
+MessageCheck = Callable[[DeviceMessage], None]
+"""Refuses one device's message; raises `ValueError`."""
 
 
 class NotCounted(ValueError):
@@ -42,6 +47,7 @@ class SentUpdate:
         coverage: share of its response bytes that it says were aligned; None where nothing was.
         read_delta: gives the delta; may raise `NotCounted`.
         read_logits: gives the logits and their header; likewise.
+        read_message: gives the message, None where none came; likewise.
         rank: at which the device was to train; None: the run's.
         discount: by which it weighs less, for being late.
     """
@@ -51,6 +57,7 @@ class SentUpdate:
     coverage: float | None
     read_delta: Callable[[], Mapping[str, Tensor]]
     read_logits: Callable[[], tuple[Mapping[str, Tensor], Mapping[str, str]]]
+    read_message: Callable[[], DeviceMessage | None] = lambda: None
     rank: int | None = None
     discount: float = 1.0
 
@@ -84,6 +91,7 @@ def combine(
     *,
     aggregator: Aggregator | None,
     logits: LogitsReader | None,
+    message: MessageCheck | None = None,
     on_update: Callable[[], Any] = lambda: None,
 ) -> Combined:
     """Check and add up a round's updates, in their order.
@@ -93,6 +101,7 @@ def combine(
         settings: of the strategy.
         aggregator: None where devices send no deltas.
         logits: checks logits; None where devices send none.
+        message: checks a message; None where devices send none.
         on_update: called before each update is read; what it raises ends it there.
     """
     combined, unusual = Combined(), _unusual(updates, settings.averaging, on_update)
@@ -102,6 +111,8 @@ def combine(
             _require_usual(update, unusual, settings.least_coverage)
             if logits is not None:
                 logits(*update.read_logits())
+            if message is not None:
+                _check_message(update.read_message(), message)
             if aggregator is not None:
                 weight = counted_examples(update.num_examples, settings) * update.discount
                 combined.norms[update.key] = aggregator.add(update.read_delta(), weight, rank=update.rank)
@@ -114,6 +125,18 @@ def combine(
     if aggregator is not None and combined.counted:
         combined.aggregate = aggregator.result()
     return combined
+
+
+def _check_message(sent: DeviceMessage | None, check: MessageCheck) -> None:
+    if sent is None:
+        return
+    for name, tensor in sorted(sent.tensors.items()):
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise NotCounted(NON_FINITE_VALUES, f"expected finite values in the message's tensor {name!r}")
+    try:
+        check(sent)
+    except ValueError as error:
+        raise NotCounted(MESSAGE_MISMATCH, str(error)) from error
 
 
 def _require_usual(update: SentUpdate, unusual: Mapping[str, str], least_coverage: float) -> None:

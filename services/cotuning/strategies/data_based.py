@@ -31,7 +31,7 @@ from cotuning.candidates import (
 )
 from cotuning.probe_logits import row_losses
 from cotuning.seeding import derive_seed
-from cotuning.strategies.interface import DeviceInputs, ServerInputs, StrategySteps
+from cotuning.strategies.interface import DeviceInputs, DeviceMessage, ServerInputs, StrategySteps
 from cotuning.strategies.results import DeviceResult, Message, ServerResult, only_tensor
 from cotuning.strategies.tuning import adapter_training, public_steps, tune_locally, with_adapter
 from cotuning.tuning import train_adapter
@@ -78,6 +78,12 @@ class DataBased(StrategySteps[DataBasedSettings]):
                 losses=losses,
                 message=Message({"kept": count_groups(kept, num_groups)}) if candidates else None,
             )
+
+    def check_message(self, sent: DeviceMessage, given: ServerInputs) -> None:
+        """See that the counts are some that a device with these candidates can have."""
+        groups = group_seeds(given.public, self.settings.count_by)
+        offered, _ = candidates_of(given.message)
+        check_counts(only_tensor(sent.tensors, "kept"), count_groups(offered, max(groups) + 1))
 
     def server_step(self, given: ServerInputs) -> ServerResult:
         """The server's round: what was kept is counted, omega learns public rows, and the LLM writes candidates.

@@ -42,7 +42,7 @@ from cotuning.pooled_features import (
     pooled_rows,
 )
 from cotuning.seeding import derive_seed
-from cotuning.strategies.interface import DeviceInputs, ServerInputs, StrategySteps
+from cotuning.strategies.interface import DeviceInputs, DeviceMessage, ServerInputs, StrategySteps
 from cotuning.strategies.results import DeviceResult, Message, ServerResult, only_tensor
 from cotuning.strategies.tuning import DROPOUT, adapter_training, local_steps, public_steps, with_adapter
 from cotuning.training import Precision, Step, draw_batches, row_sizes
@@ -97,6 +97,10 @@ class FeatureBased(StrategySteps[FeatureBasedSettings]):
                 losses=_named(losses, "slm"),
                 message=Message({"features": features}),
             )
+
+    def check_message(self, sent: DeviceMessage, given: ServerInputs) -> None:
+        """See that the features are what the settings say."""
+        self._checked(sent.tensors, len(given.probe))
 
     def server_step(self, given: ServerInputs) -> ServerResult:
         """The server's round: omega learns public rows, and the LLM's features of Q those of the devices.

@@ -10,6 +10,7 @@ settings. One round is, whoever runs it:
     server      aggregator = steps.aggregator(theta_t, state)          where deltas came: one update at a time
                 aggregator.add(delta_i, weight_i); aggregate = aggregator.result()
                 read = steps.logits_reader(shared_model, probe)        where logits came: checked one by one
+                steps.check_message(message_i, ServerInputs(...))      where messages came: likewise
                 served = steps.server_step(ServerInputs(...))          the next theta, the next omega
 
 Steps are pure: equal inputs give equal bits, models are given back as they were lent, nothing is read but the inputs
@@ -17,7 +18,7 @@ and the settings. So a simulation and a deployment with the same seeds give the 
 
 What is neither an adapter nor logits of a shared model travels as a `Message`: FedMKT's logits, of every device's own
 SLM and of the LLM; the candidates that a data-based strategy's LLM wrote, and the devices' counts of them; the features
-of a feature-based one. The services carry none yet, so such a strategy is not `deployable`.
+of a feature-based one. The server's is published with the version that its step made, as theta and omega are.
 """
 
 from abc import ABC, abstractmethod
@@ -58,8 +59,8 @@ class DeviceInputs:
         shared_adapter: theta_t, what the last round published.
         adapter_rank: at which this device trains theta; None: the run's own.
         probe: the public rows that the device was given.
-        message: what the server sent all devices at the end of the last round, or before the first.
-        llm_vocabulary: the LLM's tokenizer.
+        message: what the server sent all devices with the version that this round starts from.
+        llm_vocabulary: the LLM's tokenizer, where the spec's `downloads` have it.
         round_number: from 1.
         seed: the run's; equal inputs give equal bits.
         on_progress: see `training.OnProgress`; what it raises ends the step.
@@ -90,13 +91,13 @@ class DeviceMessage:
         tensors: by name.
         metadata: their header.
         num_examples: the device's weight.
-        vocabulary: the tokenizer of its SLM.
+        vocabulary: the tokenizer of its SLM, None where the spec's `uploads` have none.
     """
 
     tensors: Mapping[str, Tensor]
     metadata: Mapping[str, str]
     num_examples: int
-    vocabulary: Reads
+    vocabulary: Reads | None = None
 
 
 @dataclass(frozen=True)
@@ -111,9 +112,9 @@ class ServerInputs:
         public: D_pub without the probe rows.
         probe: Q.
         device_logits: from the `logits_reader`, one a device, in the order of the devices.
-        device_messages: of those devices that sent one, in the order of the devices.
+        device_messages: of those devices that sent one, in the order of the devices; each has passed `check_message`.
         message: what the devices were sent before they computed that.
-        state: `ServerResult.state` of the last round.
+        state: `ServerResult.state` of the round that made the version that this one starts from.
         round_number: from 1.
         seed: the run's; equal inputs give equal bits.
         on_progress: see `training.OnProgress`; what it raises ends the step.
@@ -197,12 +198,29 @@ class StrategySteps(ABC, Generic[Settings]):
         """Whether `server_step` wants the devices' logits."""
         return self.settings.kept_classes is not None
 
+    def check_message(self, sent: DeviceMessage, given: ServerInputs) -> None:
+        """Refuse one device's message, before its update counts. Here: nothing is refused.
+
+        That its values are finite was seen before.
+
+        Args:
+            sent: of one device.
+            given: of the round, without models and without what devices sent.
+
+        Raises:
+            ValueError: it is not what this round asked for, or says what no device can have.
+        """
+        return
+
     def first_message(self, given: ServerInputs) -> Message | None:
         """What all devices are sent before the first round. Here: nothing."""
         return None
 
     def last_step(self, given: DeviceInputs) -> DeviceResult | None:
-        """What a device does with the message of the last round, after it; sends nothing. Here: nothing, None."""
+        """What a device does with the last message, once the run is completed; sends nothing. Here: nothing, None.
+
+        Called only where the spec says `last_step`.
+        """
         return None
 
     def server_step(self, given: ServerInputs) -> ServerResult:

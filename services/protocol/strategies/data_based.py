@@ -4,6 +4,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from protocol.part_sizes import MOST_COUNTS_BYTES
 from protocol.strategies.settings import LoraSettings, ServerSteps, StrategySettings
 from protocol.strategies.spec import MessageKind, PublicSet, StrategySpec
 
@@ -47,6 +48,10 @@ class DataBasedSettings(StrategySettings):
     def server_steps(self) -> ServerSteps:
         """The LLM learns the form of the public rows."""
         return self.server
+
+    def most_message_bytes(self, probe_set_bytes: int) -> int:
+        """A count a group; how many groups there are depends on the public rows, which devices do not get."""
+        return MOST_COUNTS_BYTES
 
     @model_validator(mode="after")
     def _quantiles_in_order(self) -> Self:

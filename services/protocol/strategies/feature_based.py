@@ -5,6 +5,7 @@ from typing import Literal
 from pydantic import Field
 
 from protocol.base import MAX_COUNT
+from protocol.part_sizes import most_features_bytes
 from protocol.strategies.settings import LoraSettings, ServerSteps, StrategySettings
 from protocol.strategies.spec import DownloadKind, MessageKind, PublicSet, StrategySpec
 
@@ -42,13 +43,17 @@ class FeatureBasedSettings(StrategySettings):
         """The LLM learns from the devices' features."""
         return self.server
 
+    def most_message_bytes(self, probe_set_bytes: int) -> int:
+        """A vector a row."""
+        return most_features_bytes(probe_set_bytes, self.feature_size)
+
 
 FEATURE_BASED = StrategySpec(
     settings=FeatureBasedSettings,
     steps="cotuning.strategies.feature_based:FeatureBased",
     downloads=frozenset({DownloadKind.PROBE_SET}),
-    messages_up=frozenset({MessageKind.FEATURES}),
-    messages_down=frozenset({MessageKind.FEATURES}),
+    messages_up=frozenset({MessageKind.SLM_FEATURES}),
+    messages_down=frozenset({MessageKind.LLM_FEATURES}),
     public_set=PublicSet.SERVER_AND_DEVICES,
     trains_llm=True,
 )

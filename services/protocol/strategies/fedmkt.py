@@ -4,6 +4,8 @@ from typing import Literal
 
 from pydantic import Field
 
+from protocol.part_sizes import most_logits_bytes
+from protocol.statuses import PartKind
 from protocol.strategies.settings import LocalTraining, LoraSettings, ServerSteps, StrategySettings
 from protocol.strategies.spec import DownloadKind, MessageKind, PublicSet, StrategySpec
 
@@ -74,13 +76,19 @@ class FedMktSettings(StrategySettings):
         """Only what `fold` aligns has a coverage."""
         return self.min_coverage if self.token_alignment == "fold" else 0.0
 
+    def most_message_bytes(self, probe_set_bytes: int) -> int:
+        """Logits, and a loss a row."""
+        return most_logits_bytes(probe_set_bytes, self.top_k)
+
 
 FEDMKT = StrategySpec(
     settings=FedMktSettings,
     steps="cotuning.strategies.fedmkt:FedMkt",
-    downloads=frozenset({DownloadKind.PROBE_SET}),
+    uploads=frozenset({PartKind.SLM_VOCABULARY}),
+    downloads=frozenset({DownloadKind.PROBE_SET, DownloadKind.LLM_VOCABULARY}),
     messages_up=frozenset({MessageKind.SLM_LOGITS}),
     messages_down=frozenset({MessageKind.LLM_LOGITS}),
     public_set=PublicSet.SERVER_AND_DEVICES,
     trains_llm=True,
+    last_step=True,
 )

@@ -132,6 +132,14 @@ class StrategySettings(SettingsModel):
         """Classes of each distribution that devices send as logits; None where they send none."""
         return None
 
+    def most_message_bytes(self, probe_set_bytes: int) -> int | None:
+        """The most bytes that a device's message can have; None: as many as the server takes of any part.
+
+        Args:
+            probe_set_bytes: size of the probe set's JSON Lines file, 0 where devices get none.
+        """
+        return None
+
     def assigned_rank(self, declared: int | None) -> int | None:
         """Rank at which a device trains the shared adapter where it is not the run's own; None: the run's.
 

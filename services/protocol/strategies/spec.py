@@ -22,6 +22,7 @@ class DownloadKind(StrEnum):
     MODEL_MANIFEST = "model_manifest"  # What the shared small model is, for a device that must have it already.
     ADAPTER = "adapter"  # theta_t: what the last round published for devices to start from.
     PROBE_SET = "probe_set"  # Public rows.
+    LLM_VOCABULARY = "llm_vocabulary"  # The LLM's tokenizer, for who reads its logits; once.
 
 
 class PublicSet(StrEnum):
@@ -40,13 +41,17 @@ class PrivateRows(StrEnum):
 
 
 class MessageKind(StrEnum):
-    """What crosses the network beside the parts of an update and the files above. The services carry none of it yet."""
+    """What crosses the network beside adapters, logits of a shared model, and the files above; each in one direction.
+
+    Those that a device sends are parts of its update, under the same name in `PartKind`.
+    """
 
     SLM_LOGITS = "slm_logits"  # Top-K probe-set distributions of a device's SLM, over its own token ids.
     LLM_LOGITS = "llm_logits"  # Top-K probe-set distributions of the LLM, from the server to all devices.
     CANDIDATES = "candidates"  # Rows that the LLM wrote from public ones, from the server to all devices.
     COUNTS = "counts"  # How many of the candidates of each seed, or task, a device kept.
-    FEATURES = "features"  # Pooled hidden states on the probe set in a common space, both ways.
+    SLM_FEATURES = "slm_features"  # Pooled hidden states of a device's SLM on the probe set, in the common space.
+    LLM_FEATURES = "llm_features"  # Those of the LLM, from the server to all devices.
 
 
 @dataclass(frozen=True)
@@ -57,13 +62,14 @@ class StrategySpec:
         settings: the class of its settings; the default of their `name` is the strategy's.
         steps: `module:name` of what makes its `cotuning.strategies.interface.StrategySteps` from the settings: their
             class, or a function. Imported and called only where there is torch.
-        uploads: the parts that an update consists of. A device sends nothing else, and numbers.
-        downloads: the files that a device is given. It fetches nothing else.
-        messages_up: what else a device sends.
-        messages_down: what else all devices are sent.
+        uploads: the parts that every update has.
+        downloads: the files that a device is given.
+        messages_up: what else a device may send, at most one kind. A device sends nothing beyond these, and numbers.
+        messages_down: what else all devices are sent, at most one kind. A device fetches nothing beyond these.
         small_model: whose adapter is shared.
         public_set: where the public, or auxiliary, rows live.
         trains_llm: whether the server trains the LLM's adapter.
+        last_step: whether a device learns from the server's last message once more, after the last round.
         private_rows: which of them a device's step trains on.
 
     Raises:
@@ -79,10 +85,12 @@ class StrategySpec:
     small_model: SmallModel = SmallModel.NONE
     public_set: PublicSet = PublicSet.NOWHERE
     trains_llm: bool = False
+    last_step: bool = False
     private_rows: PrivateRows = PrivateRows.OWN
 
     def __post_init__(self) -> None:
         sends_delta = PartKind.ADAPTER_DELTA in self.uploads
+        parts, messages = set[str](PartKind), set[str](MessageKind)
         rules = (
             (":" in self.steps, "`steps` as `module:name`"),
             (isinstance(self.settings.model_fields["name"].default, str), "settings with a default `name`"),
@@ -106,6 +114,23 @@ class StrategySpec:
                 (DownloadKind.PROBE_SET in self.downloads) == (self.public_set is PublicSet.SERVER_AND_DEVICES),
                 "the download probe_set where devices get public rows, and only there",
             ),
+            (
+                len(self.messages_up) <= 1 and self.messages_up <= parts,
+                "at most one kind of `messages_up`, one that is a part of an update",
+            ),
+            (not self.uploads & messages, "messages in `messages_up` and not in `uploads`"),
+            (
+                len(self.messages_down) <= 1 and not self.messages_down & parts,
+                "at most one kind of `messages_down`, one that is no part of an update",
+            ),
+            (
+                not self.last_step or bool(self.messages_down),
+                "`messages_down` where a `last_step` learns from the last of them",
+            ),
+            (
+                DownloadKind.LLM_VOCABULARY not in self.downloads or self.trains_llm,
+                "the download llm_vocabulary only where the server trains the LLM",
+            ),
         )
         for kept, rule in rules:
             if not kept:
@@ -126,9 +151,22 @@ class StrategySpec:
         """What it does that no deployment can, None where there is nothing."""
         if self.private_rows is not PrivateRows.OWN:
             return "trains on all devices' rows in one place"
-        if self.messages_up or self.messages_down:
-            return "exchanges messages that the services do not carry"
         return None
+
+    @property
+    def sent_message(self) -> PartKind | None:
+        """What a device's message is; None where it sends none. A device may leave it out."""
+        return next((PartKind(kind) for kind in self.messages_up), None)
+
+    @property
+    def received_message(self) -> MessageKind | None:
+        """What the server's message is; None where it sends none."""
+        return next(iter(self.messages_down), None)
+
+    @property
+    def parts(self) -> frozenset[PartKind]:
+        """All that an update can consist of."""
+        return self.uploads if self.sent_message is None else self.uploads | {self.sent_message}
 
     @property
     def needs_llm(self) -> bool:

@@ -1,14 +1,25 @@
 """The server's round: omega learns from the best device on each probe row; the LLM's logits go to all devices."""
 
 from cotuning.adapters import adapter_state
+from cotuning.received_logits import Received
 from cotuning.seeding import derive_seed
 from cotuning.strategies.fedmkt.student import Student, parse_logits
-from cotuning.strategies.interface import ServerInputs
+from cotuning.strategies.interface import DeviceMessage, ServerInputs
 from cotuning.strategies.results import Message, ServerResult, TeacherRows
 from cotuning.strategies.tuning import adapter_training, with_adapter
 from protocol.strategies import FedMktSettings
 
 SERVER_STAGE = "transfer_to_llm"
+
+
+def check_message(sent: DeviceMessage, given: ServerInputs, settings: FedMktSettings) -> Received:
+    """What a device's message says.
+
+    Raises:
+        PayloadError: see `parse_logits`.
+    """
+    assert sent.vocabulary is not None
+    return parse_logits(sent.tensors, sent.metadata, vocabulary=sent.vocabulary, probe=given.probe, settings=settings)
 
 
 def server_step(given: ServerInputs, settings: FedMktSettings) -> ServerResult:
@@ -27,10 +38,7 @@ def server_step(given: ServerInputs, settings: FedMktSettings) -> ServerResult:
     """
     assert given.llm is not None
     server = settings.server
-    received = [
-        parse_logits(each.tensors, each.metadata, vocabulary=each.vocabulary, probe=given.probe, settings=settings)
-        for each in given.device_messages
-    ]
+    received = [check_message(each, given, settings) for each in given.device_messages]
     with with_adapter(given.llm, "llm", given.llm_adapter, settings.llm_lora, seed=given.seed) as lent:
         student = Student(lent, "llm", given.probe, settings)
         alignments = student.alignments(received)
