@@ -7,6 +7,9 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from assets.tensors import read_tensors
 from assets.vocabulary_files import vocabulary_file
@@ -120,6 +123,28 @@ def test_logits_of_another_tokenizer_than_the_one_that_came_are_refused(cloud: C
     run = cloud.create_run(llm, strategy=FEDMKT, min_updates=1, grace_seconds=60)
     cloud.work()
     deliver(cloud, liar, message_of(cloud, cloud.take(liar), "gpt2"), slm="bloom")
+    deliver(cloud, good)
+    cloud.work()
+    assert cloud.run(run.run_id).status is RunStatus.COMPLETED, cloud.run(run.run_id).status_reason
+    assert refusals(cloud, run) == {"good": "", "liar": "message_mismatch"}
+
+
+def test_a_tokenizer_that_cannot_read_the_rows_costs_its_device_the_round_and_nobody_else(
+    cloud: Cloud, llm: str
+) -> None:
+    """It is well formed and read a letter; the library raises a plain `Exception` at the first word it has not."""
+    good, liar = cloud.enrol("good", "liar")
+    run = cloud.create_run(llm, strategy=FEDMKT, min_updates=1, grace_seconds=60)
+    cloud.work()
+    assignment = cloud.take(liar)
+    words = Tokenizer(WordLevel({"a": 0, "</s>": 1}, unk_token="none"))
+    parts = {
+        PartKind.SLM_LOGITS: message_file(message_of(cloud, assignment, "gpt2"), "slm_logits"),
+        PartKind.SLM_VOCABULARY: vocabulary_file(
+            Vocabulary.of(PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>"))
+        ),
+    }
+    cloud.deliver(assignment, liar, parts, metrics=NOTHING_ALIGNED)
     deliver(cloud, good)
     cloud.work()
     assert cloud.run(run.run_id).status is RunStatus.COMPLETED, cloud.run(run.run_id).status_reason
