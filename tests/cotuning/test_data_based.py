@@ -222,3 +222,9 @@ def test_bad_input_is_refused() -> None:
         device(private=[])
     with pytest.raises(ValidationError, match=r"`low_quantile` at most `high_quantile`, got 0\.7 and 0\.2"):
         settings(low_quantile=0.7, high_quantile=0.2)
+
+
+def test_more_groups_than_can_be_counted_are_refused_before_they_are_counted() -> None:
+    message = replace(candidates_message([], 1), metadata={"num_groups": str(10**12)})
+    with pytest.raises(ValueError, match="expected at most 1048576 groups of candidates, got 1000000000000"):
+        candidates_of(message)

@@ -35,6 +35,7 @@ from cotuning.strategies.interface import DeviceInputs, DeviceMessage, ServerInp
 from cotuning.strategies.results import DeviceResult, Message, ServerResult, only_tensor
 from cotuning.strategies.tuning import adapter_training, public_steps, tune_locally, with_adapter
 from cotuning.tuning import train_adapter
+from protocol.part_sizes import MOST_COUNTS
 from protocol.strategies import DataBasedSettings
 
 DEVICE_STAGE = "tuning_with_candidates"
@@ -132,12 +133,19 @@ def candidates_message(candidates: Sequence[Candidate], num_groups: int) -> Mess
 
 
 def candidates_of(message: Message | None) -> tuple[list[Candidate], int]:
-    """The candidates of a message, and G; none where there is no message."""
+    """The candidates of a message, and G; none where there is no message.
+
+    Raises:
+        ValueError: more groups than a device can be asked to count.
+    """
     if message is None:
         return [], 0
+    num_groups = int(message.metadata["num_groups"])
+    if not 0 <= num_groups <= MOST_COUNTS:
+        raise ValueError(f"expected at most {MOST_COUNTS} groups of candidates, got {num_groups}")
     groups = message.tensors["group"].tolist()
     candidates = [Candidate(row, group) for row, group in zip(message.rows, groups, strict=True)]
-    return candidates, int(message.metadata["num_groups"])
+    return candidates, num_groups
 
 
 def _counted(given: ServerInputs, num_groups: int) -> Tallies:
