@@ -118,6 +118,19 @@ def test_a_message_is_refused_by_itself_and_the_others_counted(cloud: Cloud, llm
     assert RoundMetrics.model_validate(cloud.round(run.run_id).metrics).num_updates == 1
 
 
+def test_a_device_that_sends_no_message_counts_and_teaches_nothing(cloud: Cloud, llm: str) -> None:
+    good, silent = cloud.enrol("good", "silent")
+    run = cloud.create_run(llm, strategy=FEDMKT, min_updates=1, grace_seconds=60)
+    cloud.work()
+    parts = {PartKind.SLM_VOCABULARY: vocabulary_file(tiny_language_model("gpt2"))}
+    cloud.deliver(cloud.take(silent), silent, parts, metrics=NOTHING_ALIGNED)
+    deliver(cloud, good)
+    cloud.work()
+    assert cloud.run(run.run_id).status is RunStatus.COMPLETED, cloud.run(run.run_id).status_reason
+    metrics = RoundMetrics.model_validate(cloud.round(run.run_id).metrics)
+    assert (metrics.num_updates, list(metrics.teacher_rows["llm"])) == (2, [good])
+
+
 def test_logits_of_another_tokenizer_than_the_one_that_came_are_refused(cloud: Cloud, llm: str) -> None:
     good, liar = cloud.enrol("good", "liar")
     run = cloud.create_run(llm, strategy=FEDMKT, min_updates=1, grace_seconds=60)
