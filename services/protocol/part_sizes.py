@@ -24,11 +24,8 @@ _FEATURE_BYTES = 2
 _LEAST_ROW_BYTES = 64
 """Of a probe row's line, whatever it holds: the names of its columns alone take as many."""
 
-MOST_COUNTS = 2**20
-"""Of groups, whose candidates a device counts."""
-
-MOST_COUNTS_BYTES = _HEADER_BYTES + 8 * MOST_COUNTS
-"""Each is an int64."""
+MOST_COUNTS_BYTES = _HEADER_BYTES + 8 * 2**20
+"""Of a million counts."""
 
 MOST_VOCABULARY_BYTES = 32 * 2**20
 """Of a compressed tokenizer: three times what those of 256,000 tokens take."""

@@ -35,7 +35,6 @@ from cotuning.strategies.interface import DeviceInputs, DeviceMessage, ServerInp
 from cotuning.strategies.results import DeviceResult, Message, ServerResult, only_tensor
 from cotuning.strategies.tuning import adapter_training, public_steps, tune_locally, with_adapter
 from cotuning.tuning import train_adapter
-from protocol.part_sizes import MOST_COUNTS
 from protocol.strategies import DataBasedSettings
 
 DEVICE_STAGE = "tuning_with_candidates"
@@ -52,11 +51,14 @@ class DataBased(StrategySteps[DataBasedSettings]):
         where there were candidates.
 
         Raises:
-            ValueError: no private rows, or a candidate of a group out of range.
+            ValueError: no private rows, a candidate of a group out of range, or more groups than can be answered for.
             AdapterMismatch: the adapter is not of this model and these settings.
         """
         settings, training = self.settings, self.settings.training
         candidates, num_groups = candidates_of(given.message)
+        most_bytes = settings.most_message_bytes(0)
+        if num_groups * torch.int64.itemsize > most_bytes:  # before anything of that size is made
+            raise ValueError(f"expected groups whose counts take at most {most_bytes} bytes, got {num_groups} groups")
         count_groups(candidates, num_groups)
         with with_adapter(given.slm, "slm", given.slm_adapter, settings.slm_lora, seed=given.seed) as lent:
             losses_N = row_losses(lent, [each.example for each in candidates], max_length=training.max_length)
@@ -133,19 +135,12 @@ def candidates_message(candidates: Sequence[Candidate], num_groups: int) -> Mess
 
 
 def candidates_of(message: Message | None) -> tuple[list[Candidate], int]:
-    """The candidates of a message, and G; none where there is no message.
-
-    Raises:
-        ValueError: more groups than a device can be asked to count.
-    """
+    """The candidates of a message, and G; none where there is no message."""
     if message is None:
         return [], 0
-    num_groups = int(message.metadata["num_groups"])
-    if not 0 <= num_groups <= MOST_COUNTS:
-        raise ValueError(f"expected at most {MOST_COUNTS} groups of candidates, got {num_groups}")
     groups = message.tensors["group"].tolist()
     candidates = [Candidate(row, group) for row, group in zip(message.rows, groups, strict=True)]
-    return candidates, num_groups
+    return candidates, int(message.metadata["num_groups"])
 
 
 def _counted(given: ServerInputs, num_groups: int) -> Tallies:
