@@ -31,3 +31,8 @@ class VocabularyError(AssetError):
 
 class DeviceError(AssetError):
     """The device, or the software for it, is not what the settings need."""
+
+
+def is_panic(error: BaseException) -> bool:
+    """Say whether an error is a panic of a library in Rust: it derives from `BaseException`, so nothing catches it."""
+    return type(error).__name__ == "PanicException"

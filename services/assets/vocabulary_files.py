@@ -9,10 +9,11 @@ and compared with the tokenizer that it was made of.
 
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -20,7 +21,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
-from assets.errors import TensorFileError, VocabularyError
+from assets.errors import TensorFileError, VocabularyError, is_panic
 from assets.tensors import read_tensors, tensors_to_bytes
 from cotuning.examples import Example, render_prompt
 from cotuning.vocabulary import Reads, Vocabulary
@@ -34,7 +35,8 @@ MOST_TOKENS = 2**22
 
 _TENSOR = "tokenizer"
 _ABOUT, _FINGERPRINT = "about", "fingerprint"
-_SPECIAL = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+_Special = Literal["bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"]
+_SPECIAL: tuple[_Special, ...] = get_args(_Special)
 _MARK = "cotune-mark"
 
 
@@ -54,7 +56,8 @@ class _About(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    special_tokens: dict[str, str] = Field(max_length=len(_SPECIAL))
+    special_tokens: dict[_Special, str]
+    """They become arguments of the tokenizer's constructor, which has others: a chat template, files."""
     split_special_tokens: bool
     chat: _Chat | None
 
@@ -138,28 +141,39 @@ def _unpacked(tensors: Mapping[str, Tensor]) -> str:
 
 def _vocabulary(parts: _Parts, device: torch.device) -> Vocabulary:
     about = parts.about
-    raw = _backend(parts.text)
-    greatest = max(raw.get_vocab(with_added_tokens=True).values(), default=-1)
+    with refusing("the JSON of a tokenizer"):
+        raw = Tokenizer.from_str(parts.text)
+        greatest = max(raw.get_vocab(with_added_tokens=True).values(), default=-1)
     if not 0 <= greatest < MOST_TOKENS:
         raise VocabularyError(f"expected token ids from 0 to {MOST_TOKENS - 1}, the greatest is {greatest}")
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=raw, split_special_tokens=about.split_special_tokens, **about.special_tokens
-    )
-    if about.chat is not None:
-        tokenizer.chat_template = _template(about.chat)
-    try:
+    if dropout := getattr(raw.model, "dropout", None):
+        raise VocabularyError(f"expected a tokenizer that always reads a text the same, got a dropout of {dropout}")
+    with refusing("a tokenizer that reads a text"):
+        tokenizer = PreTrainedTokenizerFast(
+            tokenizer_object=raw, split_special_tokens=about.split_special_tokens, **about.special_tokens
+        )
+        if about.chat is not None:
+            tokenizer.chat_template = _template(about.chat)
         return Vocabulary.of(tokenizer, device)
+
+
+@contextmanager
+def refusing(expected: str) -> Iterator[None]:
+    """Refuse another party's tokenizer for whatever using it raises: a file can be well formed and still not work.
+
+    Args:
+        expected: of the tokenizer, for the message.
+
+    Raises:
+        VocabularyError: anything but a `ValueError` of ours was raised, a panic of the library included.
+    """
+    try:
+        yield
     except ValueError as error:
         raise VocabularyError(str(error)) from error
-
-
-def _backend(text: str) -> Tokenizer:
-    try:
-        return Tokenizer.from_str(text)
     except BaseException as error:
-        # A panic of the library derives from BaseException, so that nothing else catches it.
-        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-            raise VocabularyError(f"expected the JSON of a tokenizer: {error}") from None
+        if isinstance(error, Exception) or is_panic(error):
+            raise VocabularyError(f"expected {expected}: {error}") from None
         raise
 
 

@@ -21,17 +21,21 @@ def parse_answer(response: httpx.Response, schema: type[Schema]) -> Schema:
         ) from None
 
 
+_STRATEGYS = frozenset({"strategy", "uploads", "optional_uploads", "upload_limits"})
+"""Fields of an assignment that hold names of its strategy's, which a newer server may know more of."""
+
+
 def parse_assignment(response: httpx.Response) -> Assignment:
     """Read an assignment.
 
     Raises:
-        UnknownStrategy: it is one, but its strategy, or a setting of it, is not known here.
+        UnknownStrategy: it is one, but its strategy, a setting of it or a part that it sends is not known here.
         CloudUnavailable: see `parse_answer`.
     """
     try:
         return Assignment.model_validate_json(response.content)
     except ValidationError as error:
-        if any(each["loc"][:1] != ("strategy",) for each in error.errors(include_input=False)):
+        if any(_STRATEGYS.isdisjoint(each["loc"][:1]) for each in error.errors(include_input=False)):
             return parse_answer(response, Assignment)
         raise UnknownStrategy(parse_answer(response, AssignmentName), _first(error)) from None
 

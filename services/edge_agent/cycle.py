@@ -19,6 +19,7 @@ from typing import Protocol, TypeVar
 import structlog
 
 import tracing
+from assets.errors import is_panic
 from edge_agent.backoff import Backoff, Retrier
 from edge_agent.cache import ArtifactCache
 from edge_agent.client import CloudClient
@@ -241,7 +242,9 @@ def told(train: Callable[[], Trained]) -> Trained:
         return train()
     except AgentError:
         raise
-    except Exception as error:
+    except BaseException as error:
+        if not (isinstance(error, Exception) or is_panic(error)):
+            raise
         # The edge of foreign code: one bad model or row must not end the agent. A message may quote data, so neither
         # the log nor the server gets it; the kind of error and its place are enough to find it.
         frames = [f"{Path(frame.filename).name}:{frame.lineno}" for frame in traceback.extract_tb(error.__traceback__)]
@@ -251,7 +254,7 @@ def told(train: Callable[[], Trained]) -> Trained:
         raise CannotTrain(code, f"{type(error).__name__} at {frames[-1]}") from error
 
 
-def is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
     """Say whether an error means that memory ran out: torch's CPU allocator raises a plain `RuntimeError`."""
     return (
         isinstance(error, MemoryError)

@@ -70,6 +70,7 @@ def run_until_work(
             if profile is not None:
                 agent.client.heartbeat(Heartbeat(profile=profile))
                 profile = None
+            end_runs(agent)
             outcome = run_once(agent, wait_seconds=min(POLL_WAIT_SECONDS, int(remaining_seconds)))
             answered = True
             delay_seconds = SHORTEST_POLL_SECONDS

@@ -9,8 +9,9 @@ from functools import partial
 import structlog
 
 from edge_agent.cycle import Agent, about, check_assignment, fetch, told
-from edge_agent.errors import CannotTrain, CloudRefused, CloudUnavailable, NotAuthorised, Stopped
+from edge_agent.errors import CannotTrain, CloudRefused, CloudUnavailable, NotAuthorised, Stopped, UnknownStrategy
 from edge_agent.local_state import LocalState, WriteState
+from protocol.assignments import Assignment
 
 log = structlog.get_logger(__name__)
 
@@ -32,11 +33,12 @@ def end_runs(agent: Agent) -> None:
         except CloudUnavailable as error:
             log.warning("last_step_put_off", reason=str(error))
             continue
-        except (CannotTrain, CloudRefused) as error:
+        except (CannotTrain, CloudRefused, UnknownStrategy) as error:
             log.warning("last_step_left_out", reason=str(error))
             came, write_state = True, None
         if came:
             agent.states.settle(state, write_state)
+            agent.states.end_training(state.record.run_id)
 
 
 def _last_step(agent: Agent, state: LocalState) -> tuple[bool, WriteState | None]:
@@ -45,11 +47,21 @@ def _last_step(agent: Agent, state: LocalState) -> tuple[bool, WriteState | None
     if assignment is None:
         return False, None
     with about(assignment, "last_step"):
+        _require_same_run(assignment, state)
         check_assignment(assignment)
         files = fetch(agent, assignment)
         write_state = told(partial(agent.trainer().last_step, assignment, files, state, partial(_go_on, agent)))
         log.info("last_step_done", changed=write_state is not None)
     return True, write_state
+
+
+def _require_same_run(assignment: Assignment, state: LocalState) -> None:
+    """What is written takes the place after the state that it was learnt from, and ends the asking."""
+    record = state.record
+    expected = (record.run_id, record.assignment_id, record.round_number + 1)
+    received = (assignment.run_id, assignment.assignment_id, assignment.round_number)
+    if received != expected:
+        raise CannotTrain("other_assignment", f"expected the step after {expected}, got {received}")
 
 
 def _go_on(agent: Agent, stage: str, step: int, steps: int, losses: dict[str, float]) -> None:

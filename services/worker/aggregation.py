@@ -7,12 +7,14 @@ its values are looked at. One that is refused is not counted, and its device and
 
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 from sqlalchemy.orm import Session
 from torch import Tensor
 
 from assets.errors import TensorFileError
+from assets.vocabulary_files import refusing
 from cotuning.staleness import staleness_discount
 from cotuning.strategies.aggregation import Aggregate
 from cotuning.strategies.combining import (
@@ -167,7 +169,12 @@ def _message_check(work: Work, context: RoundContext, steps: StrategySteps[Any])
         message=get_message(work.blobs, context.base_message_sha256, spec),
         state=get_server_state(work.blobs, context.base_server_state_sha256),
     )
-    return lambda sent: steps.check_message(sent, given)
+
+    def check(sent: DeviceMessage) -> None:
+        with refusing("a tokenizer that reads the probe rows") if sent.vocabulary is not None else nullcontext():
+            steps.check_message(sent, given)
+
+    return check
 
 
 def _begin_mean(work: Work, context: RoundContext, steps: StrategySteps[Any]) -> Aggregator:

@@ -55,12 +55,14 @@ def co_tune(work: Work) -> Finish:
     # A late update's logits and message are of an older version, and its device may have sent newer ones.
     counted = [update for update in everything if update.staleness is None]
     result = _serve(work, context, rows, counted)
+    message = spec_of(context.config.strategy).sent_message
+    heard = [update.device_id for update in counted if message is None or message in update.parts]
     metrics = grown(
         context,
         RoundStatus.CO_TUNING,
         time.perf_counter() - start,
         losses=result.losses,
-        teacher_rows=_teacher_rows(result, [update.device_id for update in counted]),
+        teacher_rows=_teacher_rows(result, heard),
     )
     files = _store(work, context, result)
     candidate = Candidate(*(None if blob is None else blob.sha256 for _, blob in files))

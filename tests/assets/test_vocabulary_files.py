@@ -87,6 +87,25 @@ def huge_id(text: str) -> str:
     return json.dumps(values)
 
 
+def with_component(text: str, **components: Any) -> str:
+    return json.dumps(json.loads(text) | components)
+
+
+def with_special(name: str, value: str) -> Any:
+    def changed(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+        about = json.loads(metadata["about"])
+        about["special_tokens"][name] = value
+        metadata["about"] = json.dumps(about)
+
+    return changed
+
+
+def with_dropout(text: str) -> str:
+    values = json.loads(text)
+    values["model"] = {"type": "BPE", "dropout": 0.5, "vocab": {"a": 0}, "merges": []}
+    return json.dumps(values)
+
+
 def with_text(change: Callable[[str], str]) -> Any:
     def changed(tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
         tensors["tokenizer"] = packed(change(zlib.decompress(tensors["tokenizer"].numpy().tobytes()).decode()))
@@ -105,6 +124,13 @@ def with_text(change: Callable[[str], str]) -> Any:
         (with_text(lambda text: "{}"), "expected the JSON of a tokenizer"),
         (with_text(lambda text: " " * 2**20 + text), "unpacks to at most 524288 bytes, got more"),
         (with_text(huge_id), "the greatest is 2147483648"),
+        (with_text(with_dropout), "always reads a text the same, got a dropout of 0.5"),
+        (
+            with_text(lambda text: with_component(text, pre_tokenizer={"type": "FixedLength", "length": 0})),
+            "expected a tokenizer that reads a text: chunk size",  # a panic
+        ),
+        (with_special("chat_template", "{% for n in range(9) %}{{ n }}{% endfor %}"), "1 wrong fields"),
+        (with_special("tokenizer_object", "x"), "1 wrong fields"),
     ],
 )
 def test_what_is_no_honest_file_is_refused(

@@ -222,3 +222,8 @@ def test_bad_input_is_refused() -> None:
         device(private=[])
     with pytest.raises(ValidationError, match=r"`low_quantile` at most `high_quantile`, got 0\.7 and 0\.2"):
         settings(low_quantile=0.7, high_quantile=0.2)
+
+
+def test_more_groups_than_can_be_answered_for_are_refused_before_they_are_counted() -> None:
+    with pytest.raises(ValueError, match=r"take at most [0-9]+ bytes, got 1000000000000 groups"):
+        device(num_groups=10**12)

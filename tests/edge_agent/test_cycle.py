@@ -317,16 +317,20 @@ def test_run_once_says_whether_the_cloud_was_there_at_all(agent: Agent, cloud: F
 
 
 @pytest.mark.parametrize(
-    ("strategy", "expected"),
+    ("changed", "expected"),
     [
-        ({"name": "of_another_release"}, "strategy: Input tag 'of_another_release'"),
-        ({"name": "standalone", "of_another_release": 1}, "strategy.standalone.of_another_release: Extra inputs"),
+        ({"strategy": {"name": "of_another_release"}}, "strategy: Input tag 'of_another_release'"),
+        (
+            {"strategy": {"name": "standalone", "of_another_release": 1}},
+            "strategy.standalone.of_another_release: Extra inputs",
+        ),
+        ({"uploads": ["of_another_release"]}, "uploads.0: Input should be"),
     ],
 )
 def test_an_assignment_of_an_unknown_strategy_is_refused_and_not_asked_for_again(
-    agent: Agent, cloud: FakeCloud, strategy: dict[str, object], expected: str
+    agent: Agent, cloud: FakeCloud, changed: dict[str, object], expected: str
 ) -> None:
-    message = make_assignment(cloud).model_dump(mode="json") | {"strategy": strategy}
+    message = make_assignment(cloud).model_dump(mode="json") | changed
     cloud.fail("GET /v1/devices/me/assignment", lambda handler: handler.send_json(200, message))
     assert cycle.run_once(agent) is Outcome.REFUSED
     refusal = AssignmentRefusal.model_validate_json(cloud.requests("asg_1/refusal")[0].body)

@@ -11,7 +11,7 @@ from assets.tensors import read_tensors
 from assets.vocabulary_files import read_vocabulary, vocabulary_file
 from assets.wire_files import message_file, read_message
 from cotuning.strategies.results import Message
-from edge_agent import cycle
+from edge_agent import cycle, loop
 from edge_agent.cycle import Agent, Outcome, RoundFiles, TrainedUpdate, check_assignment, check_sizes
 from edge_agent.errors import CannotTrain
 from edge_agent.run_endings import end_runs
@@ -189,6 +189,44 @@ def test_a_run_that_ended_otherwise_is_not_asked_about_again(
     assert trainer.calls == []
     (state,) = agent.states.newest()
     assert (state.record.round_number, state.record.last_step_due) == (at_the_end.round_number, False)
+
+
+@pytest.mark.parametrize("changed", [{"run_id": "run-other"}, {"round_number": 3}, {"strategy": {"name": "newer"}}])
+def test_what_is_no_last_step_of_this_run_ends_the_asking_and_not_the_agent(
+    changed: dict[str, Any], agent: Agent, cloud: FakeCloud, trainer: ByteTrainer, at_the_end: Assignment
+) -> None:
+    given = at_the_end.model_dump(mode="json") | {"round_number": 4} | changed
+    cloud.fail("last-step", lambda handler: handler.send_json(200, given))
+    for _ in range(2):
+        end_runs(agent)
+    assert len(cloud.requests("last-step")) == 1
+    assert trainer.calls == []
+    (state,) = agent.states.newest()
+    assert (state.record.round_number, state.record.last_step_due) == (3, False)
+
+
+def test_who_does_one_assignment_at_a_time_takes_the_last_step_too(
+    agent: Agent, cloud: FakeCloud, trainer: ByteTrainer, at_the_end: Assignment
+) -> None:
+    given = at_the_end.model_copy(update={"round_number": 4, "message": cloud.add_artifact(b"the last message")})
+    cloud.fail("last-step", lambda handler: handler.send_json(200, given.model_dump(mode="json")))
+    left = agent.states.begin_training(at_the_end.run_id, at_the_end.assignment_id)
+    left.mkdir(parents=True)
+    assert loop.run_until_work(agent, 0) is Outcome.IDLE
+    assert trainer.calls == [("last step", 3)]
+    assert not left.exists()
+
+
+def test_a_panic_of_a_library_does_not_end_the_agent() -> None:
+    class PanicException(BaseException):
+        """As a library in Rust raises it."""
+
+    def train() -> None:
+        raise PanicException("a private row")
+
+    with pytest.raises(CannotTrain, match=r"training_failed: PanicException at test_messages\.py") as refusal:
+        cycle.told(train)
+    assert "private" not in str(refusal.value)
 
 
 def answered(status: int) -> Fault:

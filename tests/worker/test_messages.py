@@ -7,6 +7,9 @@ from typing import Any
 import pytest
 import torch
 from pydantic import ValidationError
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import PreTrainedTokenizerFast
 
 from assets.tensors import read_tensors
 from assets.vocabulary_files import vocabulary_file
@@ -115,11 +118,46 @@ def test_a_message_is_refused_by_itself_and_the_others_counted(cloud: Cloud, llm
     assert RoundMetrics.model_validate(cloud.round(run.run_id).metrics).num_updates == 1
 
 
+def test_a_device_that_sends_no_message_counts_and_teaches_nothing(cloud: Cloud, llm: str) -> None:
+    good, silent = cloud.enrol("good", "silent")
+    run = cloud.create_run(llm, strategy=FEDMKT, min_updates=1, grace_seconds=60)
+    cloud.work()
+    parts = {PartKind.SLM_VOCABULARY: vocabulary_file(tiny_language_model("gpt2"))}
+    cloud.deliver(cloud.take(silent), silent, parts, metrics=NOTHING_ALIGNED)
+    deliver(cloud, good)
+    cloud.work()
+    assert cloud.run(run.run_id).status is RunStatus.COMPLETED, cloud.run(run.run_id).status_reason
+    metrics = RoundMetrics.model_validate(cloud.round(run.run_id).metrics)
+    assert (metrics.num_updates, list(metrics.teacher_rows["llm"])) == (2, [good])
+
+
 def test_logits_of_another_tokenizer_than_the_one_that_came_are_refused(cloud: Cloud, llm: str) -> None:
     good, liar = cloud.enrol("good", "liar")
     run = cloud.create_run(llm, strategy=FEDMKT, min_updates=1, grace_seconds=60)
     cloud.work()
     deliver(cloud, liar, message_of(cloud, cloud.take(liar), "gpt2"), slm="bloom")
+    deliver(cloud, good)
+    cloud.work()
+    assert cloud.run(run.run_id).status is RunStatus.COMPLETED, cloud.run(run.run_id).status_reason
+    assert refusals(cloud, run) == {"good": "", "liar": "message_mismatch"}
+
+
+def test_a_tokenizer_that_cannot_read_the_rows_costs_its_device_the_round_and_nobody_else(
+    cloud: Cloud, llm: str
+) -> None:
+    """It is well formed and read a letter; the library raises a plain `Exception` at the first word it has not."""
+    good, liar = cloud.enrol("good", "liar")
+    run = cloud.create_run(llm, strategy=FEDMKT, min_updates=1, grace_seconds=60)
+    cloud.work()
+    assignment = cloud.take(liar)
+    words = Tokenizer(WordLevel({"a": 0, "</s>": 1}, unk_token="none"))
+    parts = {
+        PartKind.SLM_LOGITS: message_file(message_of(cloud, assignment, "gpt2"), "slm_logits"),
+        PartKind.SLM_VOCABULARY: vocabulary_file(
+            Vocabulary.of(PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>"))
+        ),
+    }
+    cloud.deliver(assignment, liar, parts, metrics=NOTHING_ALIGNED)
     deliver(cloud, good)
     cloud.work()
     assert cloud.run(run.run_id).status is RunStatus.COMPLETED, cloud.run(run.run_id).status_reason

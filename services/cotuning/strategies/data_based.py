@@ -51,11 +51,14 @@ class DataBased(StrategySteps[DataBasedSettings]):
         where there were candidates.
 
         Raises:
-            ValueError: no private rows, or a candidate of a group out of range.
+            ValueError: no private rows, a candidate of a group out of range, or more groups than can be answered for.
             AdapterMismatch: the adapter is not of this model and these settings.
         """
         settings, training = self.settings, self.settings.training
         candidates, num_groups = candidates_of(given.message)
+        most_bytes = settings.most_message_bytes(0)
+        if num_groups * torch.int64.itemsize > most_bytes:  # before anything of that size is made
+            raise ValueError(f"expected groups whose counts take at most {most_bytes} bytes, got {num_groups} groups")
         count_groups(candidates, num_groups)
         with with_adapter(given.slm, "slm", given.slm_adapter, settings.slm_lora, seed=given.seed) as lent:
             losses_N = row_losses(lent, [each.example for each in candidates], max_length=training.max_length)

@@ -1,8 +1,12 @@
 """The server's round: omega learns from the best device on each probe row; the LLM's logits go to all devices."""
 
+from collections.abc import Sequence
+from contextlib import suppress
+
 from cotuning.adapters import adapter_state
 from cotuning.received_logits import Received
 from cotuning.seeding import derive_seed
+from cotuning.shared_rows import AlignmentStats, CoverageTooLow
 from cotuning.strategies.fedmkt.student import Student, parse_logits
 from cotuning.strategies.interface import DeviceMessage, ServerInputs
 from cotuning.strategies.results import Message, ServerResult, TeacherRows
@@ -26,6 +30,8 @@ def server_step(given: ServerInputs, settings: FedMktSettings) -> ServerResult:
     """The server's round: omega learns from the best device on each probe row that it is better on than the LLM.
 
     The LLM's logits leave as a message. The alignment is that of the least coverage, None where it was not measured.
+    Under `fold`, a device whose tokenizer cannot be aligned with the LLM's on the probe set teaches nothing: it could
+    not know before it was sent the LLM's logits, and the others are not to suffer.
 
     Args:
         given: the order of the devices decides between equal losses only.
@@ -33,7 +39,6 @@ def server_step(given: ServerInputs, settings: FedMktSettings) -> ServerResult:
 
     Raises:
         PayloadError: see `parse_logits`.
-        CoverageTooLow: under `fold`, a device's tokenizer cannot be aligned on the probe set; nothing was trained.
         AdapterMismatch: the adapter is not of this model and these settings.
     """
     assert given.llm is not None
@@ -41,18 +46,18 @@ def server_step(given: ServerInputs, settings: FedMktSettings) -> ServerResult:
     received = [check_message(each, given, settings) for each in given.device_messages]
     with with_adapter(given.llm, "llm", given.llm_adapter, settings.llm_lora, seed=given.seed) as lent:
         student = Student(lent, "llm", given.probe, settings)
-        alignments = student.alignments(received)
-        teacher_of_row = student.teachers(received)
+        alignments, heard = _heard(student, received)
+        teacher_of_row = student.teachers([received[place] for place in heard])
         options = adapter_training(server, given, stage=SERVER_STAGE, betas=student.betas)
         losses = student.learn(
-            received,
+            [received[place] for place in heard],
             teacher_of_row,
             server,
             steps=server.steps,
             row_seed=derive_seed(given.seed, "transfer_rows", given.round_number),
             options=options,
         )
-        taught = list(teacher_of_row.values())
+        taught = [heard[teacher] for teacher in teacher_of_row.values()]
         rows_taught = [taught.count(place) for place in range(len(received))]
         return ServerResult(
             shared_adapter=None,
@@ -62,3 +67,14 @@ def server_step(given: ServerInputs, settings: FedMktSettings) -> ServerResult:
             alignment=min(alignments, key=lambda each: each.coverage, default=None),
             teacher=TeacherRows(len(given.probe), [0] * len(received), rows_taught),
         )
+
+
+def _heard(student: Student, received: Sequence[Received]) -> tuple[list[AlignmentStats], list[int]]:
+    """The alignments of those that the LLM can be taught by, and their places in `received`."""
+    alignments: list[AlignmentStats] = []
+    heard: list[int] = []
+    for place, sender in enumerate(received):
+        with suppress(CoverageTooLow):
+            alignments += student.alignments([sender])
+            heard.append(place)
+    return alignments, heard
