@@ -21,7 +21,7 @@ def parse_answer(response: httpx.Response, schema: type[Schema]) -> Schema:
         ) from None
 
 
-_STRATEGYS = frozenset({"strategy", "uploads", "optional_uploads", "upload_limits"})
+_NAMED_BY_STRATEGIES = frozenset({"strategy", "uploads", "optional_uploads", "upload_limits"})
 """Fields of an assignment that hold names of its strategy's, which a newer server may know more of."""
 
 
@@ -35,7 +35,7 @@ def parse_assignment(response: httpx.Response) -> Assignment:
     try:
         return Assignment.model_validate_json(response.content)
     except ValidationError as error:
-        if any(_STRATEGYS.isdisjoint(each["loc"][:1]) for each in error.errors(include_input=False)):
+        if any(_NAMED_BY_STRATEGIES.isdisjoint(each["loc"][:1]) for each in error.errors(include_input=False)):
             return parse_answer(response, Assignment)
         raise UnknownStrategy(parse_answer(response, AssignmentName), _first(error)) from None
 
