@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -29,7 +29,7 @@ from benchmarks.chaos.hardship import small_disk
 from benchmarks.chaos.history import Adapters
 from benchmarks.chaos.plan import Fault, Plan
 from benchmarks.chaos.revocation import STAGES, Victims
-from benchmarks.chaos.scenarios import ALL_DEVICES, STRATEGY, Scenario, late, moved, plain
+from benchmarks.chaos.scenarios import ALL_DEVICES, STRATEGY, Gate, Scenario, late, moved, plain
 from benchmarks.chaos.servers import Missing
 from benchmarks.chaos.uploads import mutated_uploads
 from benchmarks.chaos.zygote import HEAVY, LIGHT, Zygote
@@ -180,10 +180,13 @@ def moved_embedded(session: Session) -> None:
 def hostile(session: Session) -> None:
     """Devices that are revoked while they deliver, and devices that send spoilt uploads."""
     with session.campaign("hostile", Plan(), served=False) as campaign:
-        victims = Victims(campaign.cloud, campaign.plan, session.files / "logits-0.safetensors")
-        revoked = [plain(rounds=len(STAGES))]
-        references = session.references
-        outcomes = campaign.play("revoked devices", revoked, references=references, each_round=victims.start)
+        name, gates = "revoked devices", {number: Gate(0, number, number - 1) for number in range(1, len(STAGES) + 1)}
+        scenario = replace(plain(rounds=len(STAGES)), gates=tuple(gates.values()))
+        logits = session.files / "logits-0.safetensors"
+        victims = Victims(
+            campaign.cloud, campaign.plan, logits, lambda number: campaign.gate(name, scenario, gates[number])
+        )
+        outcomes = campaign.play(name, [scenario], references=session.references, each_round=victims.start)
         victims.join()
         outcomes[0].violations += victims.admitted_afterwards
         session.report.add(outcomes[0])

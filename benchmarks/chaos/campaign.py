@@ -10,13 +10,14 @@ from typing import Any
 
 from benchmarks.chaos import invariants
 from benchmarks.chaos.cloud import Cloud
+from benchmarks.chaos.device import gate_path
 from benchmarks.chaos.following import Follower
 from benchmarks.chaos.history import Adapters, adapters, read_history
 from benchmarks.chaos.invariants import Expected
 from benchmarks.chaos.network import Request, SpoilingProxy
 from benchmarks.chaos.plan import Plan
 from benchmarks.chaos.replays import Replays
-from benchmarks.chaos.scenarios import ALL_DEVICES, CHUNKED, MEMBERS, NORTH, Scenario, run_config
+from benchmarks.chaos.scenarios import ALL_DEVICES, CHUNKED, MEMBERS, NORTH, Gate, Scenario, run_config
 from benchmarks.chaos.strikes import Striker
 from persistence import events, runs
 from protocol.events import EventType
@@ -45,6 +46,10 @@ class Outcome:
     seconds: float
     adapters: Adapters
     violations: list[str]
+
+
+def _run_name(name: str, scenario: Scenario) -> str:
+    return f"{name} - {scenario.key}"
 
 
 @dataclass
@@ -120,7 +125,7 @@ class Campaign:
         started = time.monotonic()
         self.plan.where = name
         self._sequence = self.cloud.read(events.last_sequence)
-        playing = [_Playing(each, self._follower(f"{name} - {each.key}", each)) for each in scenarios]
+        playing = [_Playing(each, self._follower(_run_name(name, each), each)) for each in scenarios]
         with ExitStack() as stack:
             for each in playing:
                 stack.enter_context(each.follower)
@@ -140,6 +145,10 @@ class Campaign:
     def replays(self) -> Replays:
         """Return what sends all signed requests of this campaign once more."""
         return Replays(self.cloud, self.proxy)
+
+    def gate(self, name: str, scenario: Scenario, gate: Gate) -> Path:
+        """Return the file that is a gate of a scenario that is played under a name."""
+        return gate_path(self._gates, gate.device, _run_name(name, scenario), gate.round, gate.base)
 
     def _follower(self, name: str, scenario: Scenario) -> Follower:
         return Follower(self.cloud, scenario, name, self._gates, self.devices, self._striker.on_move)

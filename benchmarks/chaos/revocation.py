@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,18 +31,21 @@ class Victims:
 
     Args:
         logits: a file of probe logits that would be admitted.
+        gate: round -> the gate that holds it open. What is being aggregated stays counted, so a round must not close
+            between a victim's submission and its revocation.
     """
 
     cloud: Cloud
     plan: Plan
     logits: Path
+    gate: Callable[[int], Path]
     admitted_afterwards: list[str] = field(default_factory=list)
     """What the service took from a device after it had been revoked; must stay empty."""
     _threads: list[threading.Thread] = field(default_factory=list)
 
     def start(self, round_number: int) -> None:
         """Begin with the next stage, in a thread of its own."""
-        thread = threading.Thread(target=self._suffer, args=(STAGES[(round_number - 1) % len(STAGES)],))
+        thread = threading.Thread(target=self._suffer, args=(round_number,))
         thread.start()
         self._threads.append(thread)
 
@@ -51,7 +54,13 @@ class Victims:
         for thread in self._threads:
             thread.join()
 
-    def _suffer(self, stage: str) -> None:
+    def _suffer(self, round_number: int) -> None:
+        try:
+            self._be_revoked(STAGES[(round_number - 1) % len(STAGES)])
+        finally:
+            self.gate(round_number).unlink(missing_ok=True)
+
+    def _be_revoked(self, stage: str) -> None:
         device_id, credential = self.cloud.enrol(f"victim {stage}")
         with self.cloud.device_client(f"victim {stage}", credential) as http:
             answer = http.get("/v1/devices/me/assignment", params={"wait_seconds": 20})
