@@ -277,6 +277,11 @@ class RunningApi:
             artifacts.register(session, blob.sha256, blob.size, kind, run.run_id, datetime.now(UTC))
         return blob
 
+    def sent(self, run_id: str, kind: str) -> int:
+        """Bytes of a kind that devices of a run were sent, so far as it is counted yet."""
+        down: dict[str, int] = self.operator.get(f"/v1/runs/{run_id}/traffic").json()["down"]
+        return down.get(kind, 0)
+
     def close(self) -> None:
         for client in [*self._clients, self.operator]:
             client.close()

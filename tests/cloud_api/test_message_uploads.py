@@ -19,7 +19,7 @@ from protocol.headers import (
 from protocol.part_sizes import MOST_COUNTS_BYTES, MOST_VOCABULARY_BYTES, most_features_bytes, most_logits_bytes
 from protocol.safetensors_header import TensorInfo
 from protocol.statuses import PartKind
-from tests.cloud_api.running_api import DeviceClient, RunningApi, safetensors
+from tests.cloud_api.running_api import DeviceClient, RunningApi, eventually, safetensors
 from tests.cloud_api.test_uploads import refused
 
 VOCABULARY = safetensors({"tokenizer": TensorInfo("U8", (9,))}, {METADATA_FORMAT: VOCABULARY_FORMAT})
@@ -151,7 +151,7 @@ def test_the_step_after_the_last_round_is_given_to_who_delivered_it(api: Running
     assert given.message is not None
     assert given.message.sha256 == sha256
     assert device.http.get(f"/v1/artifacts/{sha256}").content == b"the last message"
-    traffic = api.operator.get(f"/v1/runs/{assignment.run_id}/traffic").json()
-    assert traffic["down"]["llm_logits"] == len(b"the last message")
+    # Counted once all is sent, so after the device has it.
+    eventually(lambda: api.sent(assignment.run_id, "llm_logits") == len(b"the last message"))
     refused(api.enrol("stranger").http.get(path), ErrorCode.ASSIGNMENT_NOT_FOUND, 404)
     refused(api.enrol("another").http.get(f"/v1/artifacts/{sha256}"), ErrorCode.ARTIFACT_NOT_FOUND, 404)
