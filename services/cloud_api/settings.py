@@ -53,8 +53,13 @@ class Settings:
     """How often the event table is looked at for what other processes committed."""
     probe_seconds: float = 1.0
     """So long `/metrics` and `/ready` give the same counts and checks, however often they are asked."""
-    trusted_seconds: float = 30.0
-    """How long a device that polls is known without a look at the database, for the answer that there is nothing."""
+    trusted_seconds: float = 300.0
+    """How long a device that polls is known without a look at the database, for the answer that there is nothing.
+
+    Revocation is heard of at once; only a credential that its device has replaced is known for so long, in other
+    processes. It must be much longer than a long poll: else each poll is looked up, and 10,000 devices in polls of 30 s
+    are 333 look-ups a second, more than one slow core does.
+    """
     stream_heartbeat_seconds: float = 15.0
     """Silence on an event stream after which a comment is sent, so that proxies keep it open."""
     upload_idle_seconds: float = 60.0

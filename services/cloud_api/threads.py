@@ -1,6 +1,6 @@
 """Calls that block, in threads of this process.
 
-Starlette's `in_thread` does the same with anyio's threads, whose queues are written in Python. In a round of 20
+Starlette's `run_in_threadpool` does the same with anyio's threads, whose queues are written in Python. In a round of 20
 devices that fetch and send 10 MiB each, that was a sixth of what the interpreter did.
 """
 

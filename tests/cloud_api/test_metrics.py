@@ -1,15 +1,21 @@
 """`/metrics`: what Prometheus reads."""
 
+import asyncio
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import event
+from starlette.responses import Response
 
+from cloud_api.cloud import open_cloud
+from cloud_api.metrics import show_metrics
 from cloud_api.request_metrics import UNMATCHED
 from tests.cloud_api.running_api import RunningApi, delta_for, logits, running_api, settings_in
 
 ROOT = Path(__file__).parents[2]
+PATIENCE_SECONDS = 30
 
 
 def metrics(api: RunningApi) -> dict[str, dict[tuple[str, ...], float]]:
@@ -78,6 +84,24 @@ def test_who_asks_often_does_not_make_the_database_count_often(home: Path) -> No
             assert {pool.submit(api.client(None).get, "/ready").result().status_code for _ in range(12)} == {200}
     assert sum("count(" in each for each in statements) == 5
     assert statements.count("SELECT 1") == 1
+
+
+def test_the_numbers_come_while_requests_wait_for_their_turn(home: Path) -> None:
+    cloud, let_go = open_cloud(settings_in(home)), threading.Event()
+
+    async def busy() -> Response:
+        requests = [asyncio.create_task(cloud.read(lambda _: let_go.wait(PATIENCE_SECONDS))) for _ in range(30)]
+        try:
+            answer = await asyncio.wait_for(show_metrics(cloud), PATIENCE_SECONDS / 2)
+            assert not any(each.done() for each in requests)
+        finally:
+            let_go.set()
+            await asyncio.gather(*requests)
+        return answer
+
+    answer = asyncio.run(busy())
+    cloud.close()
+    assert b"\ncotune_database_up 1.0\n" in answer.body
 
 
 def test_waiting_devices_are_counted(fresh_api: RunningApi) -> None:
