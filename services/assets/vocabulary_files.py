@@ -81,14 +81,15 @@ def vocabulary_file(reads: Reads) -> bytes:
     if not getattr(tokenizer, "is_fast", False):
         raise VocabularyError(f"expected a tokenizer of the `tokenizers` library, got {type(tokenizer).__name__}")
     parts = _Parts(_text(tokenizer), _about(tokenizer))
-    if len(parts.text.encode()) > MOST_TEXT_BYTES:
-        raise VocabularyError(f"expected a tokenizer of at most {MOST_TEXT_BYTES} bytes, got {len(parts.text)}")
+    content = parts.text.encode()
+    if len(content) > MOST_TEXT_BYTES:
+        raise VocabularyError(f"expected a tokenizer of at most {MOST_TEXT_BYTES} bytes, got {len(content)}")
     again = _vocabulary(parts, reads.device)
     for what in ("fingerprint", "prefix_ids", "exact"):
         ours, theirs = getattr(reads.table, what), getattr(again.table, what)
         if ours != theirs:
             raise VocabularyError(f"expected a tokenizer that reads the same from its JSON; its {what} is not {ours}")
-    packed = torch.frombuffer(bytearray(zlib.compress(parts.text.encode(), 9)), dtype=torch.uint8)
+    packed = torch.frombuffer(bytearray(zlib.compress(content, 9)), dtype=torch.uint8)
     header = {
         METADATA_FORMAT: VOCABULARY_FORMAT,
         _FINGERPRINT: reads.table.fingerprint,
@@ -165,7 +166,7 @@ def refusing(expected: str) -> Iterator[None]:
         expected: of the tokenizer, for the message.
 
     Raises:
-        VocabularyError: anything but a `ValueError` of ours was raised, a panic of the library included.
+        VocabularyError: something was raised, be it a panic of the library.
     """
     try:
         yield

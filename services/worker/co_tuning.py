@@ -19,6 +19,7 @@ from cotuning.strategies.interface import DeviceMessage, ServerInputs, StrategyS
 from cotuning.strategies.registry import steps_of
 from cotuning.strategies.results import ServerResult
 from cotuning.training import TrainingDiverged
+from cotuning.vocabulary import Vocabulary
 from persistence import artifacts, results, rounds, updates, versions
 from persistence.blobs import StoredBlob
 from persistence.clock import database_now
@@ -165,10 +166,11 @@ def _with_models(  # noqa: PLR0917
 def _messages(work: Work, given: ServerInputs, spec: StrategySpec, counted: list[UpdateRecord]) -> list[DeviceMessage]:
     """Those of the counted updates that have one, in the order of the devices; each was looked at when it counted."""
     messages = []
+    known: dict[str, Vocabulary] = {}
+    device = given.llm.device if given.llm is not None else "cpu"
     for update in counted:
         work.lease.check()
-        device = given.llm.device if given.llm is not None else "cpu"
-        message = read_device_message(work.blobs, update, spec, device)
+        message = read_device_message(work.blobs, update, spec, device, known=known)
         messages += [message] if message is not None else []
     return messages
 

@@ -13,7 +13,7 @@ from cotuning.adapters import AdapterState
 from cotuning.strategies.combining import MESSAGE_MISMATCH, NotCounted
 from cotuning.strategies.interface import DeviceMessage
 from cotuning.strategies.results import Message
-from cotuning.vocabulary import Reads
+from cotuning.vocabulary import Reads, Vocabulary
 from persistence.blobs import BlobStore, StoredBlob
 from persistence.updates import UpdateRecord
 from protocol.headers import METADATA_FORMAT
@@ -67,7 +67,12 @@ def put_vocabulary(blobs: BlobStore, reads: Reads) -> StoredBlob:
 
 
 def read_device_message(
-    blobs: BlobStore, update: UpdateRecord, spec: StrategySpec, device: torch.device | str = "cpu"
+    blobs: BlobStore,
+    update: UpdateRecord,
+    spec: StrategySpec,
+    device: torch.device | str = "cpu",
+    *,
+    known: dict[str, Vocabulary] | None = None,
 ) -> DeviceMessage | None:
     """The message of an update, with its device's tokenizer where the strategy has devices send it.
 
@@ -76,6 +81,8 @@ def read_device_message(
         update: whose.
         spec: of the strategy.
         device: where rows that the tokenizer encodes are wanted.
+        known: tokenizers that were read before, by the hash of their file; gains this one. So devices that have the
+            same share it. None: nothing is kept.
 
     Returns:
         None: it has none.
@@ -92,10 +99,21 @@ def read_device_message(
             message = read_message(path, kind)
         vocabulary = None
         if PartKind.SLM_VOCABULARY in spec.uploads:
-            with blobs.local(update.parts[PartKind.SLM_VOCABULARY]) as path:
-                vocabulary = read_vocabulary(path, device)
+            vocabulary = _vocabulary(blobs, update.parts[PartKind.SLM_VOCABULARY], device, known)
     except (TensorFileError, VocabularyError) as error:
         raise NotCounted(MESSAGE_MISMATCH, str(error)) from error
     if message.rows:
         raise NotCounted(MESSAGE_MISMATCH, f"expected a device's message without rows, got {len(message.rows)}")
     return DeviceMessage(message.tensors, message.metadata, update.num_examples, vocabulary)
+
+
+def _vocabulary(
+    blobs: BlobStore, sha256: str, device: torch.device | str, known: dict[str, Vocabulary] | None
+) -> Vocabulary:
+    if known is not None and sha256 in known:
+        return known[sha256]
+    with blobs.local(sha256) as path:
+        vocabulary = read_vocabulary(path, device)
+    if known is not None:
+        known[sha256] = vocabulary
+    return vocabulary
