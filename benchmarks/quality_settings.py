@@ -15,7 +15,7 @@ from typing import Any, Self
 from pydantic import Field, ValidationError, model_validator
 
 from command_line.base_model_recipes import PRESETS as RECIPES
-from command_line.base_model_recipes import BaseModelsRecipe, preset, read_recipe
+from command_line.base_model_recipes import BaseModelsRecipe, preset, read_recipe, with_precision
 from command_line.errors import BadInput
 from protocol.base import SettingsModel
 from simulation.settings import SimulationSettings, merged, settings_of
@@ -54,7 +54,7 @@ class Size(SettingsModel):
     generated: bool = False
     """Whether the data are the domains that the project makes for itself; else a data folder is given."""
     tasks: list[str] = Field(default=[])
-    """Where given: each of these tasks of the data folder is a domain, and there are no other rows."""
+    """Where given: each of these tasks of the data folder is a domain, and there are no other rows or documents."""
     processes: int | None = Field(default=None, ge=1)
     """Runs at the same time; by default one for each core, as far as each has the threads of the experiment."""
     base_seeds: list[int] = Field(default=[0], min_length=1)
@@ -155,7 +155,7 @@ def sizes() -> list[str]:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return with_precision(tomllib.loads(path.read_text(encoding="utf-8")))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise BadInput(f"expected TOML at {path}, got: {error}") from None
 

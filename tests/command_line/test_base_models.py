@@ -177,7 +177,12 @@ def test_equal_recipes_give_equal_models(tmp_path):
 
 @pytest.mark.parametrize(
     ("processor", "precision"),
-    [("flags : fpu avx512f amx_bf16 amx_tile", "bfloat16"), ("flags : fpu avx512f", "float32"), ("", "float32")],
+    [
+        ("flags : fpu avx512f amx_bf16 amx_tile", "bfloat16"),
+        ("flags : fpu avx512f avx512_bf16", "bfloat16"),
+        ("flags : fpu avx512f", "float32"),
+        ("", "float32"),
+    ],
 )
 def test_bfloat16_only_where_the_processor_multiplies_it(processor, precision):
     assert demo_settings.fast_precision(processor) == precision
