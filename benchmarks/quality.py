@@ -11,8 +11,9 @@ import os
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -69,26 +70,42 @@ class Places:
         return self.cache / "simulations"
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the benchmark; exits as `cotune` does."""
-    parser = argparse.ArgumentParser(description=__doc__)
+def options(about: str | None) -> argparse.ArgumentParser:
+    """What the commands of this benchmark have in common; `opened` reads it."""
+    parser = argparse.ArgumentParser(description=about)
     parser.add_argument("preset", help=f"{', '.join(sizes())}, or a TOML file")
     parser.add_argument("--data", type=Path, help="a data folder; not for a preset that makes its data itself")
     parser.add_argument("--cache", type=Path, help="of base models and results; default: $COTUNE_CACHE")
+    return parser
+
+
+@contextmanager
+def opened(preset: Preset, given: argparse.Namespace) -> Iterator[tuple[Places, View]]:
+    """Where things are, what is written in the cache too, and who is told; interruptions are told as commands do.
+
+    Raises:
+        BadInput: see `data_of`, or the cache cannot be written.
+    """
+    with (
+        interruption(),
+        view(Console(stderr=True, highlight=False, emoji=False)) as shown,
+        data_of(preset, given.data) as data,
+    ):
+        cache = folders.prepare(given.cache or folders.cache_folder(), what="the cache", variable="--cache")
+        yield Places(data, cache, cache), shown
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the benchmark; exits as `cotune` does."""
+    parser = options(__doc__)
     parser.add_argument("--out", type=Path, default=PAGES, help="default: docs/results")
     parser.add_argument("--processes", type=int, help="runs at a time; default: one a core, as the preset says")
     given = parser.parse_args(arguments)
     try:
         preset = read_preset(given.preset)
-        with (
-            interruption(),
-            view(Console(stderr=True, highlight=False, emoji=False)) as shown,
-            data_of(preset, given.data) as data,
-        ):
-            cache = folders.prepare(given.cache or folders.cache_folder(), what="the cache", variable="--cache")
+        with opened(preset, given) as (places, shown):
             command = f"make bench-quality PRESET={given.preset}" + (f" DATA={given.data}" if given.data else "")
-            places = Places(data, cache, given.out)
-            written = measure(preset, places, shown, command=command, processes=given.processes)
+            written = measure(preset, replace(places, out=given.out), shown, command=command, processes=given.processes)
         print(f"written: {written}")
     except CommandError as error:
         print_error(error)

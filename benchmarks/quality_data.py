@@ -11,8 +11,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from assets.data import EXTRA_REFERENCES_FILE
+from assets.corpora import read_documents, write_documents
+from assets.data import EXTRA_REFERENCES_FILE, read_examples
 from assets.data_folders import LARGE_POOL_FILE, PUBLIC_FILE, SPLITS, domains_of
+from assets.errors import DataFileError
+from benchmarks.quality_base_models import documents_of
 from benchmarks.quality_settings import Preset
 from command_line.demo_data import generated_data
 from command_line.errors import BadInput
@@ -59,9 +62,23 @@ def _narrow(given: Path, preset: Preset, made: Path) -> None:
             lines = [line for kept in _by_task(given / name, names).values() for line in kept]
             content = "".join(lines).encode()
             (made / name).write_bytes(gzip.compress(content, mtime=0) if name.endswith(".gz") else content)
-    for name in (EXTRA_REFERENCES_FILE, preset.size.corpus):
-        if (given / name).is_file():
-            os.symlink((given / name).resolve(), made / name)
+    if (given / EXTRA_REFERENCES_FILE).is_file():
+        os.symlink((given / EXTRA_REFERENCES_FILE).resolve(), made / EXTRA_REFERENCES_FILE)
+    if (given / preset.size.corpus).is_file():
+        _narrow_corpus(given, preset.size.corpus, names, made)
+
+
+def _narrow_corpus(given: Path, corpus: str, names: Sequence[str], made: Path) -> None:
+    """Write the documents that are told to be of these tasks; base models of few tasks need not read of others."""
+    try:
+        documents = read_documents(given / corpus)
+        rows = [row for name in names for split in SPLITS for row in read_examples(made / name / f"{split}.jsonl")]
+        others = [row for name in domains_of(given) for row in read_examples(given / name / "train.jsonl")]
+    except DataFileError as error:
+        raise BadInput(str(error)) from None
+    if not (kept := documents_of(documents, rows, others)):
+        raise BadInput(f"{given / corpus}: expected documents of {', '.join(names)}; none is told to be of one")
+    write_documents(made / corpus, [documents[place] for place in kept])
 
 
 def _by_task(path: Path, names: Sequence[str]) -> Mapping[str, list[str]]:

@@ -5,26 +5,20 @@ rows: no test row is read. Prints what each came to and writes `results/bench_qu
 what is chosen goes into the preset by hand, with how.
 """
 
-import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
-from rich.console import Console
 
 from assets.errors import AssetError
 from benchmarks.measuring import print_table, write_results
-from benchmarks.quality import Places, at_once, checked
+from benchmarks.quality import Places, at_once, checked, opened, options
 from benchmarks.quality_base_models import build
-from benchmarks.quality_data import data_of
-from benchmarks.quality_settings import OTHERS, SETTINGS, Preset, read_preset, sizes
-from command_line import folders
+from benchmarks.quality_settings import OTHERS, SETTINGS, Preset, read_preset
 from command_line.errors import BadInput, CommandError, RunFailed
-from command_line.interruption import interruption
-from command_line.live_view import View, view
+from command_line.live_view import View
 from command_line.output import print_error
 from command_line.simulate_command import play
 from simulation.base_models import BaseModels, hush_transformers
@@ -40,22 +34,14 @@ OTHER_SEEDS = 1000
 
 def main() -> None:
     """Search, and print what was found."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("preset", help=f"{', '.join(sizes())}, or a TOML file")
-    parser.add_argument("--data", type=Path, help="a data folder; not for a preset that makes its data itself")
+    parser = options(__doc__)
     parser.add_argument("--setting", choices=SETTINGS, default=SETTINGS[0])
-    parser.add_argument("--cache", type=Path, help="of base models and results; default: $COTUNE_CACHE")
     parser.add_argument("--seeds", type=int, default=1, help="runs of each point")
     given = parser.parse_args()
     try:
         preset = read_preset(given.preset)
-        with (
-            interruption(),
-            view(Console(stderr=True, highlight=False, emoji=False)) as shown,
-            data_of(preset, given.data) as data,
-        ):
-            cache = folders.prepare(given.cache or folders.cache_folder(), what="the cache", variable="--cache")
-            found = search(preset, given.setting, Places(data, cache, cache), shown, seeds=given.seeds)
+        with opened(preset, given) as (places, shown):
+            found = search(preset, given.setting, places, shown, seeds=given.seeds)
     except CommandError as error:
         print_error(error)
         sys.exit(error.exit_code)

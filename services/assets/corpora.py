@@ -4,7 +4,7 @@ import gzip
 import lzma
 import re
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from assets.errors import DataFileError
@@ -12,6 +12,10 @@ from assets.errors import DataFileError
 _OPENED: Mapping[str, tuple[str, Callable[[bytes], bytes]]] = {
     ".gz": ("gzipped", gzip.decompress),
     ".xz": ("xz-compressed", lzma.decompress),
+}
+_PACKED: Mapping[str, Callable[[bytes], bytes]] = {
+    ".gz": lambda content: gzip.compress(content, mtime=0),
+    ".xz": lambda content: lzma.compress(content, preset=1),
 }
 _BLANK_LINES = re.compile(r"\n\s*\n")
 
@@ -38,3 +42,13 @@ def read_documents(path: Path, *, max_bytes: int | None = None) -> list[str]:
     if not documents:
         raise DataFileError(f"{expected}, got {path.stat().st_size} bytes without a word")
     return documents if max_bytes is None else documents[:: max(1, -(-len(text) // max_bytes))]
+
+
+def write_documents(path: Path, documents: Sequence[str]) -> None:
+    """Write a corpus that `read_documents` reads; the same documents make the same bytes.
+
+    Args:
+        path: its suffix says how it is compressed.
+        documents: none with a blank line inside.
+    """
+    path.write_bytes(_PACKED.get(path.suffix, bytes)("\n\n".join(documents).encode()))

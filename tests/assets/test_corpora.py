@@ -3,7 +3,7 @@ import lzma
 
 import pytest
 
-from assets.corpora import read_documents
+from assets.corpora import read_documents, write_documents
 from assets.data_folders import domains_of, pool_of, protected_rows
 from assets.errors import DataFileError
 
@@ -15,6 +15,16 @@ def test_documents_are_what_blank_lines_divide(name, pack, tmp_path):
     path = tmp_path / name
     path.write_bytes(pack(TEXT.encode()))
     assert read_documents(path) == ["First.\nStill first.", "Second.", "Third: Grüße."]
+
+
+@pytest.mark.parametrize("name", ["c.txt", "c.txt.gz", "c.txt.xz"])
+def test_documents_are_read_as_they_were_written(name, tmp_path):
+    documents = ["First.\nStill first.", "Second: Grüße."]
+    for folder in (tmp_path / "one", tmp_path / "two"):
+        folder.mkdir()
+        write_documents(folder / name, documents)
+        assert read_documents(folder / name) == documents
+    assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
 @pytest.mark.parametrize(

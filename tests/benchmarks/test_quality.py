@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from assets.corpora import read_documents
 from assets.data import read_examples
 from assets.data_folders import LARGE_POOL_FILE, PUBLIC_FILE, SPLITS, domains_of, pool_of
 from benchmarks import quality, quality_settings
@@ -147,7 +148,9 @@ def test_a_size_that_names_tasks_has_them_for_domains_and_no_other_rows(data: Pa
     (mixed / PUBLIC_FILE).write_text("".join(_lines(data / PUBLIC_FILE)))
     with gzip.open(mixed / LARGE_POOL_FILE, "wt") as file:
         file.writelines(_lines(data / PUBLIC_FILE))
-    (mixed / "corpus.txt").write_bytes((data / "corpus.txt").read_bytes())
+    instruction = read_examples(data / "sum" / "train.jsonl")[0].instruction
+    of_sums = [f"Instruction: {instruction}\nInput: {n} + 1\nOutput: {n + 1}" for n in range(90, 93)]
+    (mixed / "corpus.txt").write_text("\n\n".join([*of_sums[:2], "Once upon a time.", of_sums[2]]))
     named = {"seeds = 2": 'seeds = 2\ntasks = ["sums"]'}
     with data_of(read_preset(preset_file(tmp_path, **named)), mixed) as narrowed:
         assert domains_of(narrowed) == ["sums"]
@@ -155,7 +158,13 @@ def test_a_size_that_names_tasks_has_them_for_domains_and_no_other_rows(data: Pa
             assert _lines(narrowed / "sums" / f"{split}.jsonl") == _lines(data / "sum" / f"{split}.jsonl")
         rows = [read_examples(narrowed / name) for name in (PUBLIC_FILE, LARGE_POOL_FILE)]
         assert rows[0] == rows[1] == [row for row in read_examples(data / PUBLIC_FILE) if row.task == "sums"] != []
-        assert (narrowed / "corpus.txt").read_bytes() == (data / "corpus.txt").read_bytes()
+        assert read_documents(narrowed / "corpus.txt") == of_sums
+    (mixed / "corpus.txt").write_text("Once upon a time.")
+    with (
+        pytest.raises(BadInput, match=r"corpus.txt: expected documents of sums; none is told to be of one"),
+        data_of(read_preset(preset_file(tmp_path, **named)), mixed),
+    ):
+        pass
     (mixed / "all" / "test.jsonl").write_text("[]\n")
     with (
         pytest.raises(BadInput, match=r"all/test.jsonl, line 1: expected a JSON object, got '\[\]"),
