@@ -67,7 +67,7 @@ async def _check(cloud: Cloud) -> dict[str, str]:
         "database": await in_thread(_database, cloud),
         "blobs": await in_thread(_blobs, cloud),
         "queue": await in_thread(cloud.dispatcher.check),
-        "controller": await in_thread(_controller, cloud),
+        "controller": await _controller(cloud),
     }
 
 
@@ -79,10 +79,9 @@ def _database(cloud: Cloud) -> str:
     return "ok"
 
 
-def _controller(cloud: Cloud) -> str:
+async def _controller(cloud: Cloud) -> str:
     try:
-        with cloud.database.reading() as session:
-            return sweeping.missing_controller(session) or "ok"
+        return await cloud.transactions.read_at_once(sweeping.missing_controller) or "ok"
     except DomainError as error:
         return error.detail
 

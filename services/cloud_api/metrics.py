@@ -14,7 +14,6 @@ from starlette.responses import Response
 from cloud_api.cloud import Cloud
 from cloud_api.dependencies import CloudHere
 from cloud_api.documentation import answers
-from cloud_api.threads import in_thread
 from persistence.counts import Counts, count_everything
 from protocol.errors import DomainError
 from protocol.statuses import AssignmentStatus
@@ -74,14 +73,8 @@ async def show_metrics(cloud: CloudHere) -> Response:
 
 
 async def _count(cloud: Cloud) -> Counts | None:
-    """Not in turn with requests, as `/ready` is not: when thousands of devices come at once, this must be seen."""
-
-    def read() -> Counts:
-        with cloud.database.reading() as session:
-            return count_everything(session)
-
     try:
-        return await in_thread(read)
+        return await cloud.transactions.read_at_once(count_everything)
     except DomainError:
         return None
 

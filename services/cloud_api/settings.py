@@ -57,8 +57,8 @@ class Settings:
     """How long a device that polls is known without a look at the database, for the answer that there is nothing.
 
     Revocation is heard of at once; only a credential that its device has replaced is known for so long, in other
-    processes. It must be much longer than a long poll: else each poll is looked up, and 10,000 devices in polls of 30 s
-    are 333 look-ups a second, more than one slow core does.
+    processes. It must be much longer than a long poll: else each poll is looked up, which for 10,000 devices in polls
+    of 30 s are 333 look-ups a second. With 30 s, `make bench-waiting` was not through in its time on slow cores.
     """
     stream_heartbeat_seconds: float = 15.0
     """Silence on an event stream after which a comment is sent, so that proxies keep it open."""

@@ -160,14 +160,14 @@ def _known_fields() -> str:
     return "a model's fields: " + ", ".join(each.name for each in fields(ModelRecipe)) + "; see docs/pretraining.md"
 
 
-def with_precision(table: dict[str, Any]) -> dict[str, Any]:
-    """The table, and those in it, with each `precision = "auto"` as `fast_precision` has it on this machine."""
-    return {
-        key: with_precision(value)
-        if isinstance(value, dict)
-        else (fast_precision() if (key, value) == ("precision", "auto") else value)
-        for key, value in table.items()
-    }
+def with_precision(value: Any) -> Any:
+    """The value, with each `precision = "auto"` in a table of it as `fast_precision` has it on this machine."""
+    if isinstance(value, list):
+        return [with_precision(each) for each in value]
+    if not isinstance(value, dict):
+        return value
+    inner = {key: with_precision(each) for key, each in value.items()}
+    return inner | {"precision": fast_precision()} if inner.get("precision") == "auto" else inner
 
 
 def fast_precision(processor: str | None = None) -> Precision:

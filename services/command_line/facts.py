@@ -15,7 +15,6 @@ Train, validation, test and public each ask in wordings of their own; so no row 
 public facts in sentences and holds no row, and no recall fact, of a device.
 """
 
-import gzip
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,6 +22,7 @@ from dataclasses import dataclass
 from itertools import chain, zip_longest
 from pathlib import Path
 
+from assets.corpora import write_documents
 from command_line.fact_questions import DOMAINS, Question, Split, Task
 from command_line.fact_tables import MONTHS, WEEKDAYS
 
@@ -64,9 +64,7 @@ def write_domains(folder: Path) -> list[str]:
         for split in ROWS:
             _write_lines(folder / domain / f"{split}.jsonl", (row.to_json() for row in domain_rows(domain, split)))
     _write_lines(folder / "public.jsonl", (row.to_json() for row in public_rows()))
-    text = "\n\n".join(corpus_documents()) + "\n"
-    # No time stamp in the archive: equal text gives equal bytes.
-    (folder / "corpus.txt.gz").write_bytes(gzip.compress(text.encode(), mtime=0))
+    write_documents(folder / "corpus.txt.gz", list(corpus_documents()))
     return list(DOMAINS)
 
 

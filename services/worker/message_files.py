@@ -99,7 +99,9 @@ def read_device_message(
             message = read_message(path, kind)
         vocabulary = None
         if PartKind.SLM_VOCABULARY in spec.uploads:
-            vocabulary = _vocabulary(blobs, update.parts[PartKind.SLM_VOCABULARY], device, known)
+            vocabulary = _vocabulary(
+                blobs, update.parts[PartKind.SLM_VOCABULARY], device, {} if known is None else known
+            )
     except (TensorFileError, VocabularyError) as error:
         raise NotCounted(MESSAGE_MISMATCH, str(error)) from error
     if message.rows:
@@ -107,13 +109,8 @@ def read_device_message(
     return DeviceMessage(message.tensors, message.metadata, update.num_examples, vocabulary)
 
 
-def _vocabulary(
-    blobs: BlobStore, sha256: str, device: torch.device | str, known: dict[str, Vocabulary] | None
-) -> Vocabulary:
-    if known is not None and sha256 in known:
-        return known[sha256]
-    with blobs.local(sha256) as path:
-        vocabulary = read_vocabulary(path, device)
-    if known is not None:
-        known[sha256] = vocabulary
-    return vocabulary
+def _vocabulary(blobs: BlobStore, sha256: str, device: torch.device | str, known: dict[str, Vocabulary]) -> Vocabulary:
+    if sha256 not in known:
+        with blobs.local(sha256) as path:
+            known[sha256] = read_vocabulary(path, device)
+    return known[sha256]
