@@ -9,7 +9,6 @@ how long until each has its assignment, and what a waiting device costs in memor
 import argparse
 import asyncio
 import contextlib
-import itertools
 import json
 import math
 import os
@@ -20,9 +19,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -43,7 +43,10 @@ WAIT_SECONDS = 30
 PATIENCE_SECONDS = 240.0
 """For everything to be over."""
 
-NOTHING = 204
+ASSIGNED, NOTHING = 200, 204
+AGAIN_SECONDS = 1.0
+"""After an error a device comes back, as the agent does."""
+
 ONE_IN = 100
 """So many devices wait for each one that a round opens for."""
 
@@ -100,41 +103,52 @@ class Connections:
         self.database.dispose()
 
 
-@dataclass(frozen=True)
-class Answered:
-    """One device's long poll: the answer's status, and when it came (`time.time`, seconds)."""
+@dataclass
+class Answers:
+    """What devices in a long poll were answered.
 
-    status: int
-    at: float
+    Attributes:
+        assigned_at: when each one that got work did (`time.time`, seconds).
+        errors: answers of every other status but "nothing for you", and connections that were lost, by what it was.
+    """
+
+    assigned_at: list[float] = field(default_factory=list)
+    errors: Counter[str] = field(default_factory=Counter)
 
 
-async def wait_for_work(port: int, credentials: Sequence[str], sent: asyncio.Event, num_active: int) -> list[Answered]:
-    """Let every device poll, again when it was told of nothing, until `num_active` have work; return their answers.
+async def wait_for_work(port: int, credentials: Sequence[str], sent: asyncio.Event, num_active: int) -> Answers:
+    """Let every device poll, again when it was told of nothing or an error, until `num_active` have work.
 
     Args:
         sent: set once every device has polled.
     """
-    polled, answers, done = 0, list[Answered](), asyncio.Event()
+    polled, answers, done = set[str](), Answers(), asyncio.Event()
+
+    async def poll(credential: str) -> None:
+        """Poll over one connection until there is work."""
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        with closing(writer):
+            status = NOTHING
+            while status == NOTHING:
+                writer.write(request_of(credential, WAIT_SECONDS))
+                await writer.drain()
+                polled.add(credential)
+                if len(polled) == len(credentials):
+                    sent.set()
+                status = int((await reader.readuntil(b"\r\n\r\n")).split()[1])
+        if status != ASSIGNED:
+            raise ConnectionError(str(status))
+        answers.assigned_at.append(time.time())
+        if len(answers.assigned_at) == num_active:
+            done.set()
 
     async def device(credential: str) -> None:
-        nonlocal polled
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        for attempt in itertools.count():
-            writer.write(request_of(credential, WAIT_SECONDS))
-            await writer.drain()
-            if attempt == 0:
-                polled += 1
-                if polled == len(credentials):
-                    sent.set()
-            head = await reader.readuntil(b"\r\n\r\n")
-            status = int(head.split()[1])
-            if status == NOTHING:
-                continue
-            answers.append(Answered(status, time.time()))
-            if len(answers) >= num_active:
-                done.set()
-            writer.close()
-            return
+        while True:
+            try:
+                return await poll(credential)
+            except (OSError, EOFError) as error:
+                answers.errors[str(error) if type(error) is ConnectionError else type(error).__name__] += 1
+                await asyncio.sleep(AGAIN_SECONDS)
 
     tasks = []
     for number, credential in enumerate(credentials):
@@ -190,7 +204,7 @@ def devices_in_child(port: int, credentials_file: str, mode: str) -> None:
         answers = asyncio.create_task(wait_for_work(port, credentials, sent, len(credentials[::ONE_IN])))
         await sent.wait()
         print("waiting", flush=True)
-        return [vars(each) for each in await answers]
+        return vars(await answers)
 
     print(json.dumps(uvloop.run(run())), flush=True)
 
@@ -222,13 +236,13 @@ def measure_waiting(api: Api, credentials: Sequence[str], folder: Path) -> dict[
         time.sleep(SETTLE_SECONDS)
         waiting = resident_kib(api.process.pid)
         opened = api.open_round(active)
-        answers = [Answered(**each) for each in json.loads(process.stdout.readline())]
-    got = sorted(each.at - opened for each in answers if each.status == 200)
+        answers = Answers(**json.loads(process.stdout.readline()))
+    got = sorted(at - opened for at in answers.assigned_at)
     return {
         "devices": len(credentials),
         "active": len(active),
         "assigned": len(got),
-        "errors": sum(each.status != 200 for each in answers),
+        "errors": answers.errors,
         "median_seconds": statistics.median(got),
         "p99_seconds": got[math.ceil(0.99 * len(got)) - 1],
         "kib_a_device": (waiting - before) / len(credentials),
@@ -292,17 +306,18 @@ def main() -> None:
     print_table(
         f"{waiting['devices']} devices wait at one API process, {backend}; a round opens for {waiting['active']}",
         ("assigned", "errors", "median, s", "99 %, s", "KiB a device"),
-        [[waiting[name] for name in ("assigned", "errors", "median_seconds", "p99_seconds", "kib_a_device")]],
+        [
+            [
+                waiting["assigned"],
+                ", ".join(f"{count} {what}" for what, count in waiting["errors"].items()) or "none",
+                *(waiting[name] for name in ("median_seconds", "p99_seconds", "kib_a_device")),
+            ]
+        ],
     )
     goals = [
         Goal("99 % of the assignments after a round opens", waiting["p99_seconds"], 2.0, False, "s"),
-        Goal(
-            "devices that got an error or no assignment",
-            waiting["errors"] + waiting["active"] - waiting["assigned"],
-            0,
-            False,
-            "",
-        ),
+        Goal("errors of all devices", sum(waiting["errors"].values()), 0, False, ""),
+        Goal("active devices without an assignment", waiting["active"] - waiting["assigned"], 0, False, ""),
         Goal("memory of a waiting device", waiting["kib_a_device"], 50, False, "KiB"),
         Goal(f"polls that find nothing, a second, {backend}", polls, 1500, True, "/s"),
         Goal("start to ready", start_seconds, 2.0, False, "s"),

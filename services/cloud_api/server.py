@@ -18,8 +18,12 @@ from cloud_api.reading import reading_little
 GRACE_SECONDS = 2
 """From the signal to the cut of requests that still run (uploads, downloads); waiting ends at once."""
 
-BACKLOG = 2048
-"""Connections that may wait to be accepted: after a restart every device comes back at once."""
+BACKLOG = 65_535
+"""Connections that may wait to be accepted, as far as the system's `net.core.somaxconn` lets them.
+
+After a restart every device comes back at once. Linux answers those that find no room with SYN cookies, and loses some
+of them: with room for 2,048, one to four of 10,000 that came within ten seconds to a busy machine.
+"""
 
 
 class CannotListen(Exception):
