@@ -124,8 +124,8 @@ async def wait_for_work(port: int, credentials: Sequence[str], sent: asyncio.Eve
     """
     polled, answers, done = set[str](), Answers(), asyncio.Event()
 
-    async def poll(credential: str) -> None:
-        """Poll over one connection until there is work."""
+    async def poll(credential: str) -> int:
+        """Poll over one connection until there is another answer than "nothing for you"; return its status."""
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         with closing(writer):
             status = NOTHING
@@ -136,19 +136,21 @@ async def wait_for_work(port: int, credentials: Sequence[str], sent: asyncio.Eve
                 if len(polled) == len(credentials):
                     sent.set()
                 status = int((await reader.readuntil(b"\r\n\r\n")).split()[1])
-        if status != ASSIGNED:
-            raise ConnectionError(str(status))
+        return status
+
+    async def device(credential: str) -> None:
+        while (outcome := await outcome_of(credential)) != ASSIGNED:
+            answers.errors[str(outcome)] += 1
+            await asyncio.sleep(AGAIN_SECONDS)
         answers.assigned_at.append(time.time())
         if len(answers.assigned_at) == num_active:
             done.set()
 
-    async def device(credential: str) -> None:
-        while True:
-            try:
-                return await poll(credential)
-            except (OSError, EOFError) as error:
-                answers.errors[str(error) if type(error) is ConnectionError else type(error).__name__] += 1
-                await asyncio.sleep(AGAIN_SECONDS)
+    async def outcome_of(credential: str) -> int | str:
+        try:
+            return await poll(credential)
+        except (OSError, EOFError) as error:
+            return type(error).__name__
 
     tasks = []
     for number, credential in enumerate(credentials):
