@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 from fastapi import FastAPI
 from uvicorn.middleware.proxy_headers import ProxyHeadersMiddleware
@@ -56,12 +56,16 @@ def create_app(cloud: Cloud) -> FastAPI:
     @asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         following = asyncio.create_task(cloud.feed.follow(), name="feed")
+        writing = asyncio.create_task(cloud.board.write_down(), name="devices seen")
         cloud.dispatcher.warm_up()
         try:
             yield
         finally:
             cloud.feed.stop()
             await following
+            writing.cancel()
+            with suppress(asyncio.CancelledError):
+                await writing
             cloud.close()
 
     app = FastAPI(

@@ -166,18 +166,21 @@ def open_cloud(settings: Settings) -> Cloud:
         clock.follow(session)
         return events.last_sequence(session)
 
+    # Out of turn, or news would reach those who wait only after thousands who ask for the first time.
     async def newest() -> int:
-        return await transactions.read(look)
+        return await transactions.read_at_once(look)
 
     async def after(sequence: int) -> list[Event]:
-        return await transactions.read(
+        return await transactions.read_at_once(
             lambda session: events.list_events(session, run_id=None, after=sequence, limit=FEED_PAGE)
         )
 
     async def touch(device_ids: Sequence[str]) -> None:
         await transactions.write(lambda session: devices.touch_many(session, device_ids, clock.now()))
 
-    board = WorkBoard(lambda: transactions.read(open_work.look), touch, trusted_seconds=settings.trusted_seconds)
+    board = WorkBoard(
+        lambda: transactions.read_at_once(open_work.look), touch, trusted_seconds=settings.trusted_seconds
+    )
     feed = Feed(newest, after, board=board, interval_seconds=settings.feed_seconds)
     memory = _brief_memory(settings)
     limits = RateLimits(memory, settings.rates)

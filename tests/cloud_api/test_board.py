@@ -1,7 +1,8 @@
 """Polls that find nothing cost the database nothing, and nothing is lost by it."""
 
+import asyncio
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -15,12 +16,19 @@ from persistence import devices
 from persistence.enrolment import DeviceIdentity
 from persistence.open_work import OpenRound, OpenWork
 from persistence.tables import DeviceRow
+from protocol.errors import DomainError, ErrorCode
 from tests.cloud_api.running_api import DeviceClient, RunningApi, running_api, settings_in
 
 TRUSTED_SECONDS = 1.0
 
 SETTLED_SECONDS = 0.3
 """Six looks of the feed."""
+
+
+@pytest.fixture
+def often_renewed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Asked for before an API that starts with it."""
+    monkeypatch.setattr(board, "RENEWED_SECONDS", 0.05)
 
 
 @pytest.fixture
@@ -116,8 +124,7 @@ def test_a_replaced_credential_is_void_soon_after_the_next_one_was_used(remember
     assert status_of(device) == 401
 
 
-def test_devices_that_only_poll_are_seen(remembering_api: RunningApi, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(board, "RENEWED_SECONDS", 0.1)
+def test_devices_that_only_poll_are_seen(often_renewed: None, remembering_api: RunningApi) -> None:
     device = remembering_api.enrol()
     assert device.poll() is None
     long_ago = datetime.now(UTC) - timedelta(hours=1)
@@ -140,6 +147,33 @@ def test_a_database_that_is_away_is_not_hidden(remembering_api: RunningApi) -> N
     assert status_of(device) == 503
     (home / "cotune.sqlite3").rmdir()
     (home / "moved").rename(home / "cotune.sqlite3")
+
+
+def test_who_was_seen_is_written_down_once_the_database_is_back(often_renewed: None) -> None:
+    asked: list[Sequence[str]] = []
+
+    async def touch(device_ids: Sequence[str]) -> None:
+        asked.append(device_ids)
+        seen.saw(f"dev_{len(asked)}")
+        if len(asked) == 1:
+            raise DomainError(ErrorCode.UNAVAILABLE, "the database is away")
+
+    seen = board.WorkBoard(nothing, touch, trusted_seconds=60)
+
+    async def run() -> None:
+        seen.saw("dev_0")
+        async with asyncio.timeout(10):
+            writing = asyncio.create_task(seen.write_down())
+            while len(asked) < 3:
+                await asyncio.sleep(0.01)
+            writing.cancel()
+
+    asyncio.run(run())
+    assert asked[:3] == [["dev_0"], ["dev_0", "dev_1"], ["dev_2"]]
+
+
+async def nothing() -> OpenWork:
+    return OpenWork([])
 
 
 def round_of(**changed: Any) -> OpenRound:
@@ -165,9 +199,6 @@ def test_whom_a_round_concerns(open_round: OpenRound, concerned: bool) -> None:
 
 def test_no_more_devices_are_remembered_than_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(board, "MOST_DEVICES", 3)
-
-    async def nothing() -> OpenWork:
-        return OpenWork([])
 
     async def touch(_device_ids: Any) -> None:
         return None

@@ -2,16 +2,22 @@
 
 import asyncio
 from collections.abc import Sequence
+from contextlib import AsyncExitStack
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy.pool import QueuePool
 
 from cloud_api.assignments.board import WorkBoard
+from cloud_api.cloud import open_cloud
 from cloud_api.feed import WORK, Feed, run_topic, topics
+from persistence import events
 from persistence.open_work import OpenWork
 from protocol.errors import DomainError, ErrorCode
 from protocol.events import Event, EventType
+from tests.cloud_api.running_api import settings_in
 
 NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
@@ -178,3 +184,24 @@ def test_what_may_mean_work(kind: EventType, to: str | None, wakes: bool) -> Non
     event = Event(sequence=1, type=kind, time=NOW, run_id="run_1", data={"to": to})
     assert (WORK in set(topics(event))) is wakes
     assert run_topic("run_1") in set(topics(event))
+
+
+def test_news_wait_for_nobody_who_waits_for_a_turn(home: Path) -> None:
+    async def run() -> None:
+        cloud = open_cloud(settings_in(home))
+        turns = cloud.database.engine.pool
+        assert isinstance(turns, QueuePool)
+        async with AsyncExitStack() as taken, asyncio.timeout(30):
+            for _ in range(turns.size()):
+                await taken.enter_async_context(cloud.transactions.reading())
+            with cloud.feed.subscribe(WORK) as waiter:
+                following = asyncio.create_task(cloud.feed.follow())
+                assert await waiter.wait(10)  # the feed's start
+                with cloud.database.transaction() as session:
+                    events.append(session, EventType.ROUND_OPENED, NOW, data={})
+                assert await waiter.wait(10)
+        cloud.feed.stop()
+        await following
+        cloud.close()
+
+    asyncio.run(run())

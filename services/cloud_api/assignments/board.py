@@ -8,21 +8,26 @@ A credential that was good a moment ago is trusted for such an answer, which tel
 device's status has changed, or `trusted_seconds` are over. Work is only given after a look at the database.
 """
 
+import asyncio
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+
+import structlog
 
 from persistence.enrolment import DeviceIdentity
 from persistence.identifiers import sha256_text
 from persistence.open_work import OpenWork
 from protocol.events import Event, EventType
 
+log = structlog.get_logger(__name__)
+
 MOST_DEVICES = 100_000
 """So many are remembered; those that polled longest ago are forgotten first."""
 
 RENEWED_SECONDS = 5.0
-"""So old, the picture is renewed though nothing was heard, and what was seen of devices is written down."""
+"""So old, the picture is renewed though nothing was heard; so often, what was seen of devices is written down."""
 
 
 @dataclass
@@ -100,10 +105,22 @@ class WorkBoard:
         now = time.monotonic()
         if offers_work or self._work is None or now - self._renewed_at >= RENEWED_SECONDS:
             self._work = await self._look()
-            if now - self._renewed_at >= RENEWED_SECONDS and self._seen:
-                seen, self._seen = sorted(self._seen), set()
-                await self._touch(seen)
             self._renewed_at = now
+
+    async def write_down(self) -> None:
+        """Write down who was seen, every few seconds until this is cancelled.
+
+        Apart from `advance`: thousands of devices take a while, and nobody who has work has to wait for that.
+        """
+        while True:
+            await asyncio.sleep(RENEWED_SECONDS)
+            seen, self._seen = self._seen, set()
+            try:
+                if seen:
+                    await self._touch(sorted(seen))
+            except Exception as error:  # a database that is away: they are told of once it is back
+                log.warning("devices_not_touched", reason=str(error), devices=len(seen))
+                self._seen |= seen
 
     def lose(self) -> None:
         """Nothing is heard from the database: every question goes there, and is answered as that can."""
