@@ -95,24 +95,31 @@ def opened(preset: Preset, given: argparse.Namespace) -> Iterator[tuple[Places, 
         yield Places(data, cache, cache), shown
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the benchmark; exits as `cotune` does."""
-    parser = options(__doc__)
-    parser.add_argument("--out", type=Path, default=PAGES, help="default: docs/results")
-    parser.add_argument("--processes", type=int, help="runs at a time; default: one a core, as the preset says")
-    given = parser.parse_args(arguments)
+@contextmanager
+def exits() -> Iterator[None]:
+    """Exit as `cotune` does, on an error and where it was interrupted."""
     try:
-        preset = read_preset(given.preset)
-        with opened(preset, given) as (places, shown):
-            command = f"make bench-quality PRESET={given.preset}" + (f" DATA={given.data}" if given.data else "")
-            written = measure(preset, replace(places, out=given.out), shown, command=command, processes=given.processes)
-        print(f"written: {written}")
+        yield
     except CommandError as error:
         print_error(error)
         sys.exit(error.exit_code)
     except Interrupted:
         print("interrupted; the same command goes on where it was", file=sys.stderr)
         sys.exit(ExitCode.INTERRUPTED)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the benchmark."""
+    parser = options(__doc__)
+    parser.add_argument("--out", type=Path, default=PAGES, help="default: docs/results")
+    parser.add_argument("--processes", type=int, help="runs at a time; default: one a core, as the preset says")
+    given = parser.parse_args(arguments)
+    with exits():
+        preset = read_preset(given.preset)
+        with opened(preset, given) as (places, shown):
+            command = f"make bench-quality PRESET={given.preset}" + (f" DATA={given.data}" if given.data else "")
+            written = measure(preset, replace(places, out=given.out), shown, command=command, processes=given.processes)
+        print(f"written: {written}")
 
 
 def measure(preset: Preset, places: Places, shown: View, *, command: str, processes: int | None = None) -> Path:

@@ -57,11 +57,18 @@ def _narrow(given: Path, preset: Preset, made: Path) -> None:
     for (task, split), lines in found.items():
         (made / task).mkdir(exist_ok=True)
         (made / task / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
-    for name in (PUBLIC_FILE, LARGE_POOL_FILE):
-        if (given / name).is_file():
-            lines = [line for kept in _by_task(given / name, names).values() for line in kept]
-            content = "".join(lines).encode()
-            (made / name).write_bytes(gzip.compress(content, mtime=0) if name.endswith(".gz") else content)
+    pools = {
+        name: [line for kept in _by_task(given / name, names).values() for line in kept]
+        for name in (PUBLIC_FILE, LARGE_POOL_FILE)
+        if (given / name).is_file()
+    }
+    if preset.size.public_pool:
+        if LARGE_POOL_FILE not in pools:
+            raise BadInput(f"expected the large pool of public rows at {given / LARGE_POOL_FILE}, found no file")
+        pools[PUBLIC_FILE] = [*pools.get(PUBLIC_FILE, []), *pools.get(LARGE_POOL_FILE, [])]
+    for name, lines in pools.items():
+        content = "".join(lines).encode()
+        (made / name).write_bytes(gzip.compress(content, mtime=0) if name.endswith(".gz") else content)
     if (given / EXTRA_REFERENCES_FILE).is_file():
         os.symlink((given / EXTRA_REFERENCES_FILE).resolve(), made / EXTRA_REFERENCES_FILE)
     if (given / preset.size.corpus).is_file():

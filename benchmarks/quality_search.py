@@ -5,7 +5,6 @@ rows: no test row is read. Prints what each came to and writes `results/bench_qu
 what is chosen goes into the preset by hand, with how.
 """
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,12 +13,11 @@ from pydantic import ValidationError
 
 from assets.errors import AssetError
 from benchmarks.measuring import print_table, write_results
-from benchmarks.quality import Places, at_once, checked, opened, options
+from benchmarks.quality import Places, at_once, checked, exits, opened, options
 from benchmarks.quality_base_models import build
 from benchmarks.quality_settings import OTHERS, SETTINGS, Preset, read_preset
-from command_line.errors import BadInput, CommandError, RunFailed
+from command_line.errors import BadInput, RunFailed
 from command_line.live_view import View
-from command_line.output import print_error
 from command_line.simulate_command import play
 from simulation.base_models import BaseModels, hush_transformers
 from simulation.errors import RoundFailed, SimulationError
@@ -32,19 +30,16 @@ OTHER_SEEDS = 1000
 """Between the benchmark's first seed and the search's."""
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     """Search, and print what was found."""
     parser = options(__doc__)
     parser.add_argument("--setting", choices=SETTINGS, default=SETTINGS[0])
     parser.add_argument("--seeds", type=int, default=1, help="runs of each point")
-    given = parser.parse_args()
-    try:
+    given = parser.parse_args(arguments)
+    with exits():
         preset = read_preset(given.preset)
         with opened(preset, given) as (places, shown):
             found = search(preset, given.setting, places, shown, seeds=given.seeds)
-    except CommandError as error:
-        print_error(error)
-        sys.exit(error.exit_code)
     rows = [(each["strategy"], str(each["values"]), *(each[metric] for metric in METRICS)) for each in found]
     print_table(f"{preset.name}, {given.setting}: validation rows", ("strategy", "values", *METRICS), rows)
     write_results(f"quality_search_{preset.name}_{given.setting}", {"found": found})

@@ -55,6 +55,8 @@ class Size(SettingsModel):
     """Whether the data are the domains that the project makes for itself; else a data folder is given."""
     tasks: list[str] = Field(default=[])
     """Where given: each of these tasks of the data folder is a domain, and there are no other rows or documents."""
+    public_pool: bool = False
+    """With `tasks`: rows of these tasks in the large pool are public rows too, not only what base models read."""
     processes: int | None = Field(default=None, ge=1)
     """Runs at the same time; by default one for each core, as far as each has the threads of the experiment."""
     base_seeds: list[int] = Field(default=[0], min_length=1)
@@ -67,7 +69,9 @@ class Size(SettingsModel):
     """For `benchmarks.quality_search`: a strategy's name, or `OTHERS`, -> settings that are tried; as many for each."""
 
     @model_validator(mode="after")
-    def _equal_searches(self) -> Self:
+    def _consistent(self) -> Self:
+        if self.public_pool and not self.tasks:
+            raise ValueError("expected `tasks` where `public_pool` is true, got none")
         if len({len(points) for points in self.search.values()}) > 1:
             told = ", ".join(f"{name} {len(points)}" for name, points in self.search.items())
             raise ValueError(f"expected `search` to try each strategy as often, got {told}")

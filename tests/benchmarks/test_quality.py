@@ -159,6 +159,18 @@ def test_a_size_that_names_tasks_has_them_for_domains_and_no_other_rows(data: Pa
         rows = [read_examples(narrowed / name) for name in (PUBLIC_FILE, LARGE_POOL_FILE)]
         assert rows[0] == rows[1] == [row for row in read_examples(data / PUBLIC_FILE) if row.task == "sums"] != []
         assert read_documents(narrowed / "corpus.txt") == of_sums
+    pooled = {"seeds = 2": 'seeds = 2\npublic_pool = true\ntasks = ["sums"]'}
+    with data_of(read_preset(preset_file(tmp_path, **pooled)), mixed) as narrowed:
+        assert read_examples(narrowed / PUBLIC_FILE) == rows[0] + rows[1]
+        assert read_examples(narrowed / LARGE_POOL_FILE) == rows[1]
+    (mixed / LARGE_POOL_FILE).unlink()
+    with (
+        pytest.raises(BadInput, match="expected the large pool of public rows at"),
+        data_of(read_preset(preset_file(tmp_path, **pooled)), mixed),
+    ):
+        pass
+    with pytest.raises(BadInput, match="expected `tasks` where `public_pool` is true, got none"):
+        read_preset(preset_file(tmp_path, **{"seeds = 2": "seeds = 2\npublic_pool = true"}))
     (mixed / "corpus.txt").write_text("Once upon a time.")
     with (
         pytest.raises(BadInput, match=r"corpus.txt: expected documents of sums; none is told to be of one"),

@@ -1,13 +1,17 @@
 """The search for hyper-parameters: as many points for all, and no test row is read."""
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
 
+from benchmarks import quality_search
 from benchmarks.quality import Places
-from benchmarks.quality_search import OTHER_SEEDS, grid, on_validation_rows, search
+from benchmarks.quality_search import OTHER_SEEDS, grid, main, on_validation_rows, search
 from benchmarks.quality_settings import read_preset
 from command_line.errors import BadInput
+from command_line.exit_codes import ExitCode
 from simulation.setup import set_up
 from tests.benchmarks.quality_miniature import made_data, preset_file, quiet
 from tests.simulation.tiny_world import CO_PLMS, World, build
@@ -73,3 +77,16 @@ def test_a_whole_search(tmp_path: Path) -> None:
     assert {each["values"]["training"]["learning_rate"] for each in found} == {1e-3, 1e-2}
     assert found[0]["rouge_l"] >= found[1]["rouge_l"]
     assert found[0]["bits_per_byte"] != found[1]["bits_per_byte"]
+
+
+def test_an_interruption_is_told_as_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_arguments: object, **_named: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(quality_search, "search", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        main([preset_file(tmp_path), "--data", str(made_data(tmp_path)), "--cache", str(tmp_path / "cache")])
+    assert ended.value.code == ExitCode.INTERRUPTED
+    assert "the same command goes on where it was" in capsys.readouterr().err
