@@ -111,9 +111,9 @@ def work_waits(session: Session, device_id: str, now: datetime) -> bool:
 
     It may be wrong for a moment, when another device takes the last place; `next_assignment` decides.
     """
-    if session.scalar(_UNFINISHED_ID, {"device_id": device_id, "now": now}) is not None:
+    if _candidates(session, device_id, now):
         return True
-    return bool(_candidates(session, device_id, now))
+    return session.scalar(_UNFINISHED_ID, {"device_id": device_id, "now": now}) is not None
 
 
 def next_assignment(
@@ -140,10 +140,12 @@ def _unfinished_or_new(
     session: Session, device_id: str, profile: DeviceProfile, now: datetime, upload_limits: Mapping[PartKind, int]
 ) -> Assignment | None:
     asked = {"device_id": device_id, "now": now}
+    # In this order: what another request of the device is given meanwhile is no candidate any more, but unfinished.
+    candidates = _candidates(session, device_id, now)
     found = session.execute(_UNFINISHED, asked).first()
     if found is not None:
         return _assignment(session, *found, upload_limits)
-    for round_id in _candidates(session, device_id, now):
+    for round_id in candidates:
         run, round_row = lock_round(session, round_id)
         # Decided again under the lock: the same device may have asked twice at once, or another took the last place.
         found = session.execute(_UNFINISHED, asked).first()

@@ -5,6 +5,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+
 from persistence import assignments, devices, enrolment, events, jobs, rounds, runs, traffic, updates
 from persistence.errors import IllegalTransition, LeaseLost
 from persistence.tables import AssignmentRow, DeviceRow, JobRow, RunRow, VersionRow
@@ -89,6 +91,27 @@ def test_a_device_that_polls_twice_gets_one_assignment(world: World) -> None:
     assert len({answer.assignment_id for answer in of(Assignment, answers)}) == 1
     assert len(of(Assignment, answers)) == 4
     assert world.count(AssignmentRow) == 1
+
+
+def test_a_device_is_given_what_its_other_request_was_given_a_moment_ago(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if world.database.engine.dialect.name == "sqlite":
+        pytest.skip("SQLite has one writer at a time: the other request cannot come between two looks")
+    device = world.enrol("a")
+    world.start_run()
+    look, others = assignments._candidates, list[Any]()
+
+    def look_late(*arguments: Any) -> list[str]:
+        if not others:
+            monkeypatch.setattr(assignments, "_candidates", look)
+            others.append(world.poll(device))
+        return look(*arguments)
+
+    monkeypatch.setattr(assignments, "_candidates", look_late)
+    answer = world.poll(device)
+    assert answer is not None
+    assert [answer.assignment_id] == [other.assignment_id for other in others]
 
 
 def test_the_last_place_is_taken_once(world: World) -> None:
