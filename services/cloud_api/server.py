@@ -7,7 +7,6 @@ import signal
 import socket
 import ssl
 import sys
-from types import FrameType
 
 import uvicorn
 from fastapi import FastAPI
@@ -129,11 +128,8 @@ def serve(app: FastAPI, cloud: Cloud, listener: socket.socket, lifeline: int | N
         backlog=BACKLOG,
     )
     # uvicorn handles both signals while it serves and raises them again at the end: then they are nothing new.
+    # Ignored, and not handled by nothing: the interpreter gives up what it handles before its process ends.
     for each in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(each, _already_handled)
+        signal.signal(each, signal.SIG_IGN)
     with contextlib.closing(listener):
         Server(config, cloud, lifeline).run([listener])
-
-
-def _already_handled(_signal: int, _frame: FrameType | None) -> None:
-    """Do nothing."""

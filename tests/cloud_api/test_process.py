@@ -147,6 +147,16 @@ def test_a_second_signal_and_an_interrupt_end_it_too(tmp_path: Path, pause: floa
         assert "Traceback" not in (tmp_path / "api.log").read_text()
 
 
+def test_interrupts_until_its_process_is_gone_change_nothing(tmp_path: Path) -> None:
+    with started(tmp_path / "home", tmp_path / "api.log") as process:
+        deadline = time.monotonic() + 10
+        while process.popen.poll() is None and time.monotonic() < deadline:
+            process.popen.send_signal(signal.SIGINT)
+            time.sleep(0.002)
+        assert process.popen.returncode == 0
+        assert "Traceback" not in (tmp_path / "api.log").read_text()
+
+
 def refused(home: Path, *arguments: str, **changed: str) -> str:
     """Start a process that cannot start; return the one line that it says."""
     done = subprocess.run(
