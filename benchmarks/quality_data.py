@@ -65,7 +65,7 @@ def _narrow(given: Path, preset: Preset, made: Path) -> None:
     if preset.size.public_pool:
         if LARGE_POOL_FILE not in pools:
             raise BadInput(f"expected the large pool of public rows at {given / LARGE_POOL_FILE}, found no file")
-        pools[PUBLIC_FILE] = [*pools.get(PUBLIC_FILE, []), *pools.get(LARGE_POOL_FILE, [])]
+        pools[PUBLIC_FILE] = pools.get(PUBLIC_FILE, []) + pools[LARGE_POOL_FILE]
     for name, lines in pools.items():
         content = "".join(lines).encode()
         (made / name).write_bytes(gzip.compress(content, mtime=0) if name.endswith(".gz") else content)
