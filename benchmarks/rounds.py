@@ -15,11 +15,11 @@ import os
 import shutil
 import statistics
 import tempfile
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from benchmarks.flower import Flower, installed, running_flower
 from benchmarks.measuring import Goal, print_goals, print_table, write_results
@@ -37,26 +37,73 @@ MIB = 2**20
 def measure_rounds(folder: Path, devices: int, turns: int) -> dict[str, Any]:
     """Let both play in turns; the first of each does not count."""
     ours: list[list[RoundTimes]] = []
-    theirs: list[dict[str, float]] = []
-    with ExitStack() as running:
-        cloud = running.enter_context(running_cloud(folder / "cotune", devices))
-        flower = None
-        if installed():
-            shape = {"tensors": TENSORS, "rows": ROWS, "columns": COLUMNS}
-            flower = running.enter_context(running_flower(folder / "flower", devices, turns + 1, **shape))
-        trees = {SERVER: cloud.process_ids().values()}
-        if flower is not None:
-            trees[FLOWER] = [flower.superlink_id()]
-            flower.play()
+    with running_cloud(folder / "cotune", devices) as cloud, Peer(folder / "flower", devices, turns) as peer:
+        trees = {SERVER: cloud.process_ids().values()} | peer.processes()
         with Usage(trees) as usage:
             for turn in range(turns):
-                players: list[Callable[[], None]] = [lambda: ours.append(_play_ours(cloud, usage))]
-                if flower is not None:
-                    players.append(lambda: theirs.append(_play_theirs(flower, usage, devices)))
+                players = [lambda: ours.append(_play_ours(cloud, usage)), lambda: peer.play(usage)]
                 for play in players if turn % 2 == 0 else reversed(players):
                     play()
         memory = {name: usage.most_bytes(name) / MIB for name in trees}
-    return summary(ours, theirs, devices) | {"memory_mib": memory}
+    return summary(ours, peer.rounds, devices) | {"memory_mib": memory, "flower_gave_up": peer.gave_up}
+
+
+class Peer:
+    """Flower, where it is installed, until a round of its does not end: ours go on without it.
+
+    Attributes:
+        rounds: a turn each.
+        gave_up: what did not end; None if everything did.
+    """
+
+    def __init__(self, folder: Path, devices: int, turns: int) -> None:
+        self.rounds: list[dict[str, float]] = []
+        self.gave_up: str | None = None
+        self._folder = folder
+        self._devices = devices
+        self._turns = turns
+        self._running = ExitStack()
+        self._flower: Flower | None = None
+
+    def __enter__(self) -> Self:
+        if installed():
+            with self._as_long_as_it_answers():
+                shape = {"tensors": TENSORS, "rows": ROWS, "columns": COLUMNS}
+                running = running_flower(self._folder, self._devices, self._turns + 1, **shape)
+                self._flower = self._running.enter_context(running)
+                self._flower.play()
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self._running.close()
+
+    def processes(self) -> dict[str, list[int]]:
+        """The server's, by the name of what they are."""
+        return {} if self._flower is None else {FLOWER: [self._flower.superlink_id()]}
+
+    def play(self, usage: Usage) -> None:
+        """Play a round, if it plays at all."""
+        if self._flower is None:
+            return
+        with self._as_long_as_it_answers():
+            played = self._flower.play()
+            usage.take()
+            if played.answers != self._devices:
+                raise RuntimeError(f"expected {self._devices} answers in Flower's round, got {played.answers}")
+            cpu_seconds = usage.cpu_seconds(FLOWER, played.started, played.ended)
+            self.rounds.append({"seconds": played.seconds, "cpu_seconds": cpu_seconds})
+
+    @contextmanager
+    def _as_long_as_it_answers(self) -> Iterator[None]:
+        """End its processes where it does not: they would take the machine's time from the rounds that are left."""
+        try:
+            yield
+        except BaseException as error:
+            self._running.close()
+            if not isinstance(error, TimeoutError):
+                raise
+            self._flower, self.gave_up = None, str(error)
+            print(f"no more of Flower: {error}", flush=True)
 
 
 def _play_ours(cloud: Cloud, usage: Usage) -> list[RoundTimes]:
@@ -65,20 +112,12 @@ def _play_ours(cloud: Cloud, usage: Usage) -> list[RoundTimes]:
     return cloud.times(played, usage)
 
 
-def _play_theirs(flower: Flower, usage: Usage, devices: int) -> dict[str, float]:
-    played = flower.play()
-    usage.take()
-    if played.answers != devices:
-        raise RuntimeError(f"expected {devices} answers in Flower's round, got {played.answers}")
-    return {"seconds": played.seconds, "cpu_seconds": usage.cpu_seconds(FLOWER, played.started, played.ended)}
-
-
 def summary(ours: list[list[RoundTimes]], theirs: list[dict[str, float]], devices: int) -> dict[str, Any]:
     """Return medians over the rounds, and ratios of the same turn.
 
     Args:
         ours: by turn and round.
-        theirs: a round by turn; empty where there is no Flower.
+        theirs: a round by turn, of the first turns; empty where there is no Flower.
         devices: in a round.
     """
     rounds = [each for turn in ours for each in turn]
@@ -92,7 +131,7 @@ def summary(ours: list[list[RoundTimes]], theirs: list[dict[str, float]], device
         },
     }
     if theirs:
-        pairs = list(zip(ours, theirs, strict=True))
+        pairs = list(zip(ours, theirs, strict=False))
         found["flower"] = {
             "rounds": theirs,
             "seconds": statistics.median(each["seconds"] for each in theirs),
@@ -127,7 +166,8 @@ def show_rounds(measured: dict[str, Any]) -> list[Goal]:
         faster = statistics.median(measured["times_faster"]["published"])
         goals.insert(0, Goal("a round, to the next version, against Flower's", faster, 15, True))
     else:
-        print("Flower is not installed (`make bench-service` does that): not compared")
+        why = measured.get("flower_gave_up") or "it is not installed (`make bench-service` does that)"
+        print(f"Flower is not compared with: {why}")
     title = f"a round of {devices} devices, {TENSORS} tensors, {4 * TENSORS * ROWS * COLUMNS / MIB:.0f} MiB each way"
     print_table(title, ("", "seconds", "processor s a client", "server's memory, MiB"), rows)
     return goals

@@ -11,6 +11,7 @@ import sys
 import uvicorn
 from fastapi import FastAPI
 
+from cloud_api.accepting import LOOP
 from cloud_api.cloud import Cloud
 from cloud_api.reading import reading_little
 
@@ -21,7 +22,8 @@ BACKLOG = 65_535
 """Connections that may wait to be accepted, as far as the system's `net.core.somaxconn` lets them.
 
 After a restart every device comes back at once. Linux answers those that find no room with SYN cookies, of which it
-refused 867 where 10,000 devices came to a busy machine within ten seconds and there was room for 2,048.
+refused 867 where 10,000 devices came to a busy machine within ten seconds, there was room for 2,048, and connections
+were accepted one at a time (`cloud_api.accepting`).
 """
 
 
@@ -111,7 +113,7 @@ def serve(app: FastAPI, cloud: Cloud, listener: socket.socket, lifeline: int | N
     tls = cloud.settings.tls
     config = uvicorn.Config(
         app,
-        loop="uvloop",
+        loop=LOOP,
         http=reading_little(cloud.transfers),
         ws="none",
         lifespan="on",

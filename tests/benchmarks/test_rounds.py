@@ -1,14 +1,18 @@
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any, Self, cast
 
 import pytest
 
-from benchmarks import flower
+from benchmarks import flower, rounds
 from benchmarks.chaos.device import read_tensor_infos, write_safetensors
+from benchmarks.processes import Usage
 from benchmarks.round_cloud import COLUMNS, ROWS, STRATEGY, TENSORS, RoundTimes
 from benchmarks.round_devices import echo
-from benchmarks.rounds import show_memory, show_rounds, summary
+from benchmarks.rounds import FLOWER, Peer, show_memory, show_rounds, summary
 from cloud_api.assignments import examples
 from protocol.headers import METADATA_BASE
 from protocol.safetensors_header import TensorInfo
@@ -54,7 +58,89 @@ def test_ratios_are_of_one_turn_and_processor_time_of_one_client() -> None:
 def test_without_flower_only_our_rounds_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
     goals = show_rounds(summary([[times(2, 1)]], [], 20) | {"memory_mib": {"server": 900.0}})
     assert [(goal.value, goal.met) for goal in goals] == [(0.05, True)]
-    assert "not compared" in capsys.readouterr().out
+    assert "Flower is not compared with: it is not installed" in capsys.readouterr().out
+
+
+class Superlink:
+    """Flower as far as `Peer` knows it: plays rounds of so many answers, and fails as it is told to."""
+
+    def __init__(self, *outcomes: int | Exception) -> None:
+        self.outcomes = list(outcomes)
+        self.ended = False
+
+    @contextmanager
+    def running(self, *_given: Any, **_shape: int) -> Iterator[Self]:
+        yield self
+        self.ended = True
+
+    def superlink_id(self) -> int:
+        return 1
+
+    def play(self) -> flower.FlowerRound:
+        outcome = self.outcomes.pop(0)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return flower.FlowerRound(100.0, 130.0, outcome)
+
+
+class Sampled:
+    """Processor time as `Usage` gives it."""
+
+    def take(self) -> None:
+        pass
+
+    def cpu_seconds(self, _name: str, _started: float, _ended: float) -> float:
+        return 8.0
+
+
+@pytest.fixture
+def superlink(monkeypatch: pytest.MonkeyPatch) -> Superlink:
+    made = Superlink()
+    monkeypatch.setattr(rounds, "installed", lambda: True)
+    monkeypatch.setattr(rounds, "running_flower", made.running)
+    return made
+
+
+def test_a_round_of_flowers_that_does_not_end_ends_flower_and_not_the_benchmark(
+    superlink: Superlink, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    superlink.outcomes = [20, 20, TimeoutError("round 3: not within 600 s")]
+    usage = cast("Usage", Sampled())
+    with Peer(tmp_path, 20, 3) as peer:
+        assert peer.processes() == {FLOWER: [1]}
+        for _ in range(3):
+            peer.play(usage)
+        assert superlink.ended
+        assert peer.processes() == {}
+    assert peer.gave_up == "round 3: not within 600 s"
+    assert "no more of Flower: round 3" in capsys.readouterr().out
+    found = summary([[times(2, 3)]] * 3, peer.rounds, 20)
+    assert found["times_faster"]["published"] == [15]
+
+
+def test_flower_that_does_not_begin_is_told_of(
+    superlink: Superlink, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    superlink.outcomes = [TimeoutError("round 1: not within 600 s")]
+    with Peer(tmp_path, 20, 3) as peer:
+        assert superlink.ended
+        peer.play(cast("Usage", Sampled()))
+    assert peer.rounds == []
+    show_rounds(summary([[times(2, 1)]], [], 20) | {"memory_mib": {"server": 900.0}, "flower_gave_up": peer.gave_up})
+    assert "Flower is not compared with: round 1: not within 600 s" in capsys.readouterr().out
+
+
+def test_flower_without_an_answer_of_each_client_is_an_error(superlink: Superlink, tmp_path: Path) -> None:
+    superlink.outcomes = [20, 19]
+    with Peer(tmp_path, 20, 3) as peer:
+        with pytest.raises(RuntimeError, match="expected 20 answers in Flower's round, got 19"):
+            peer.play(cast("Usage", Sampled()))
+        assert superlink.ended
+    superlink.outcomes = [RuntimeError("the SuperLink is gone")]
+    superlink.ended = False
+    with pytest.raises(RuntimeError, match="SuperLink is gone"), Peer(tmp_path, 20, 3):
+        pass
+    assert superlink.ended
 
 
 def test_memory_of_many_devices_is_held_against_that_of_few() -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import httpx
 import uvicorn
 
+from cloud_api.accepting import LOOP
 from cloud_api.app import create_app
 from cloud_api.brief_memory import Rate
 from cloud_api.cloud import Cloud, open_cloud
@@ -322,7 +323,7 @@ def running_api(settings: Settings) -> Iterator[RunningApi]:
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     config = uvicorn.Config(
         create_app(cloud),
-        loop="uvloop",
+        loop=LOOP,
         http=reading_little(cloud.transfers),
         ws="none",
         log_config=None,

@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 import uvicorn
 
+from cloud_api.accepting import LOOP
 from cloud_api.reading import ASKED_BYTES, UNASKED_BYTES, reading_little
+from cloud_api.server import bind
 from cloud_api.transfers import Transfers
 from tests.cloud_api.running_api import eventually
 
@@ -84,15 +86,16 @@ class Served:
 def serving(certificate: Path | None = None, key: Path | None = None) -> Iterator[Served]:
     app = Small()
     config = uvicorn.Config(
-        app, loop="uvloop", http=reading_little(Transfers()), ws="none", lifespan="off", log_config=None,
-        access_log=False, port=0, ssl_certfile=certificate, ssl_keyfile=key, timeout_graceful_shutdown=1,
+        app, loop=LOOP, http=reading_little(Transfers()), ws="none", lifespan="off", log_config=None,
+        access_log=False, ssl_certfile=certificate, ssl_keyfile=key, timeout_graceful_shutdown=1,
     )  # fmt: skip
+    listener = bind("127.0.0.1", 0)
     server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run)
+    thread = threading.Thread(target=server.run, args=([listener],))
     thread.start()
     try:
         eventually(lambda: server.started)
-        yield Served(app, server, server.servers[0].sockets[0].getsockname()[1])
+        yield Served(app, server, listener.getsockname()[1])
     finally:
         app.may_read.set()
         server.should_exit = True

@@ -1,6 +1,7 @@
 """The API's own TLS: with a certificate it speaks https only, with a client authority it knows its clients."""
 
 import ipaddress
+import socket
 import ssl
 import threading
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from edge_agent.ledger import Ledger
 from edge_agent.settings import ServerSection, tls_context
 from tests.cloud_api.running_api import PROFILE
 from tests.cloud_api.test_process import refused, started
-from tests.cloud_api.test_reading import exchange_all_sizes, serving
+from tests.cloud_api.test_reading import answer, digest, exchange_all_sizes, request, serving
 
 
 @dataclass
@@ -145,6 +146,23 @@ def test_large_bodies_come_whole_over_tls(authority: Authority) -> None:
     with serving(*authority.sign("large", "127.0.0.1")) as served:
         served.tls = ssl.create_default_context(cafile=str(authority.certificate))
         exchange_all_sizes(served)
+
+
+def test_a_handshake_that_fails_is_the_clients_affair(authority: Authority) -> None:
+    with serving(*authority.sign("handshake", "127.0.0.1")) as served:
+        for said in (b"GET / HTTP/1.1\r\n\r\n", b""):
+            with socket.create_connection(("127.0.0.1", served.port), timeout=10) as plain:
+                plain.sendall(said)
+                plain.shutdown(socket.SHUT_WR)
+                while plain.recv(64):
+                    continue
+        served.tls = ssl.create_default_context()
+        with pytest.raises(ssl.SSLError, match="verify failed"), served.connection():
+            pass
+        served.tls = ssl.create_default_context(cafile=str(authority.certificate))
+        with served.connection() as known:
+            known.sendall(request("/digest", b"body"))
+            assert answer(known) == digest(b"body")
 
 
 def test_tls_files_that_cannot_be_used_are_told_at_the_start(tmp_path: Path, authority: Authority) -> None:
