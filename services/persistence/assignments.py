@@ -5,8 +5,9 @@ first, so that no run keeps a device from the others.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from datetime import datetime
+from typing import NamedTuple
 
 from sqlalchemy import Table, and_, bindparam, exists, func, or_, select, update
 from sqlalchemy.orm import Session
@@ -18,7 +19,7 @@ from persistence.run_config import config_of
 from persistence.table_base import shorten
 from persistence.tables import AssignmentRow, FederationDeviceRow, RoundRow, RunRow
 from persistence.transitions import TAKES_UPDATES, UNDELIVERED, move
-from protocol.assignments import Assignment, AssignmentProgress, AssignmentRefusal
+from protocol.assignments import ArtifactRef, Assignment, AssignmentProgress, AssignmentRefusal
 from protocol.devices import DeviceProfile
 from protocol.errors import DomainError, ErrorCode
 from protocol.statuses import AssignmentStatus, PartKind, RoundStatus, RunStatus
@@ -78,8 +79,15 @@ _PLACES_TAKEN = (
     .correlate(RoundRow)
     .scalar_subquery()
 )
+_FILES = (
+    RunRow.proxy_manifest_sha256,
+    RoundRow.base_adapter_sha256,
+    RunRow.probe_set_sha256,
+    RunRow.llm_vocabulary_sha256,
+    RoundRow.base_message_sha256,
+)
 _CANDIDATES = (
-    select(RoundRow.id, RunRow.device_ids)
+    select(RoundRow.id, RunRow.device_ids, RunRow.id, *_FILES)
     .join(RunRow, RunRow.id == RoundRow.run_id)
     .where(
         RoundRow.status.in_(TAKES_UPDATES),
@@ -145,13 +153,15 @@ def _unfinished_or_new(
     found = session.execute(_UNFINISHED, asked).first()
     if found is not None:
         return _assignment(session, *found, upload_limits)
-    for round_id in candidates:
-        run, round_row = lock_round(session, round_id)
+    for candidate in candidates:
+        # Before the lock, which all devices that are given work at once wait for in turn; a round's files never change.
+        given = _given(session, device_id, candidate.run_id, candidate.files)
+        run, round_row = lock_round(session, candidate.round_id)
         # Decided again under the lock: the same device may have asked twice at once, or another took the last place.
         found = session.execute(_UNFINISHED, asked).first()
         if found is not None:
             return _assignment(session, *found, upload_limits)
-        if round_id in _candidates(session, device_id, now):
+        if candidate in _candidates(session, device_id, now):
             row = AssignmentRow(
                 id=new_id("asg", now),
                 run_id=run.id,
@@ -165,7 +175,7 @@ def _unfinished_or_new(
             )
             session.add(row)
             session.flush()
-            return _assignment(session, row, round_row, run, upload_limits)
+            return _assignment(session, row, round_row, run, upload_limits, given=given)
     return None
 
 
@@ -291,10 +301,40 @@ def _not_workable(row: AssignmentRow, round_status: RoundStatus | None) -> Domai
     return DomainError(ErrorCode.ROUND_CLOSED, detail, expected=["open", "collecting"], received=round_status)
 
 
-def _candidates(session: Session, device_id: str, now: datetime) -> list[str]:
+class _Candidate(NamedTuple):
+    """A round that a device may be given."""
+
+    round_id: str
+    run_id: str
+    files: tuple[str | None, ...]
+    """Hashes of what it would be given, as in `_FILES`."""
+
+
+def _candidates(session: Session, device_id: str, now: datetime) -> list[_Candidate]:
     """Return the open rounds that the device has no assignment of and is meant for, the one opened first at first."""
     rows = session.execute(_CANDIDATES, {"device_id": device_id, "now": now})
-    return [round_id for round_id, device_ids in rows if device_ids is None or device_id in device_ids]
+    return [
+        _Candidate(round_id, run_id, tuple(files))
+        for round_id, device_ids, run_id, *files in rows
+        if device_ids is None or device_id in device_ids
+    ]
+
+
+class _Given(NamedTuple):
+    """What an assignment says beside its own row, its round and its run."""
+
+    files: Mapping[str, ArtifactRef]
+    """By hash."""
+    tuned_before: bool
+    """Whether the device has submitted another update of the run."""
+
+
+def _given(
+    session: Session, device_id: str, run_id: str, files: Iterable[str | None], assignment_id: str | None = None
+) -> _Given:
+    """Look up what an assignment is given; None: one that there is not yet."""
+    asked = {"device_id": device_id, "run_id": run_id, "assignment_id": assignment_id or ""}
+    return _Given(artifacts.references(session, files), session.scalar(_ANOTHER_SUBMITTED, asked) is not None)
 
 
 def _adapter_rank(run: RunRow, profile: DeviceProfile) -> int | None:
@@ -308,22 +348,20 @@ def _assignment(
     round_row: RoundRow,
     run: RunRow,
     upload_limits: Mapping[PartKind, int],
+    *,
+    given: _Given | None = None,
 ) -> Assignment:
     config = config_of(run)
     spec = spec_of(config.strategy)
     uploads = sorted(spec.parts)
-    files = artifacts.references(
-        session,
-        (
-            run.proxy_manifest_sha256,
-            round_row.base_adapter_sha256,
-            run.probe_set_sha256,
-            run.llm_vocabulary_sha256,
-            round_row.base_message_sha256,
-        ),
+    hashes = (
+        run.proxy_manifest_sha256,
+        round_row.base_adapter_sha256,
+        run.probe_set_sha256,
+        run.llm_vocabulary_sha256,
+        round_row.base_message_sha256,
     )
-    asked = {"device_id": row.device_id, "run_id": run.id, "assignment_id": row.id}
-    tuned_before = session.scalar(_ANOTHER_SUBMITTED, asked)
+    files, tuned_before = given or _given(session, row.device_id, run.id, hashes, row.id)
     return Assignment(
         assignment_id=row.id,
         run_id=run.id,
@@ -345,7 +383,7 @@ def _assignment(
         optional_uploads=sorted(spec.parts - spec.uploads),
         upload_limits={kind: upload_limits[kind] for kind in uploads if kind in upload_limits},
         evaluation=config.evaluation,
-        evaluate_before=tuned_before is None,
+        evaluate_before=not tuned_before,
         evaluate_after=round_row.number == config.rounds,
         deadline_at=round_row.deadline_at,
     )
